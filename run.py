@@ -1,0 +1,379 @@
+"""OpenClaw-RL in one program: serve a model, judge what people say next, train on it, swap the weights, go on serving.
+
+    python run.py                         serve and train until stopped
+    python run.py --lr=2e-5 --out=mine    --key=value overrides the Config below; a wrong key is an error
+
+The loop is `train`, at the end. Everything it calls is one file away: server, journal, reward, grpo, swap.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from openai import AsyncOpenAI
+
+import grpo
+import journal
+import policy
+import reward
+import server
+import swap
+from journal import Sample, Verdict
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = ""  # folder of a Hugging Face model; empty: SmolLM2-135M-Instruct, prepared once
+    name: str = "policy"  # the model name that clients ask for
+    out: str = "out"  # journal, metrics and checkpoints
+    host: str = "127.0.0.1"  # address to listen on; any other than loopback needs a key
+    port: int = 8000  # port to listen on
+    key: str = ""  # API keys, comma-separated, each "key" or "user:key"; empty: none needed (loopback only)
+    device: str = "auto"  # cpu, cuda or auto
+    seed: int = 0  # of the sampler
+    max_model_len: int = 8192  # longest prompt plus answer, in tokens
+    max_seqs: int = 64  # answers generated at once
+    tool_parser: str = ""  # vLLM's tool-call parser for this model family; empty: none
+    engine_memory: float = 0.0  # GiB: KV cache on a CPU, all of the engine on a GPU; 0: from what is there
+    engine_cores: int = 0  # CPU cores for the engine, the rest for the trainer; 0: half
+    batch_size: int = 16  # judged turns per step
+    lr: float = 1e-5  # of Adam, constant (the paper's)
+    beta1: float = 0.9  # of Adam
+    beta2: float = 0.98  # of Adam
+    grad_clip: float = 1.0  # largest gradient norm
+    clip_low: float = 0.2  # PPO clip below
+    clip_high: float = 0.28  # PPO clip above
+    dual_clip: float = 3.0  # bound on the loss of a bad token
+    kl: float = 0.01  # weight of the KL to the starting weights; 0: off, and no second copy of the model
+    baseline: str = "mean"  # of the reward: mean (running, per user), none (upstream's) or group (same prompt)
+    max_staleness: int = 8  # samples from weights older than this many steps are dropped
+    row_tokens: int = 320  # tokens per packed row, a micro-batch; a longer sample has a row of its own
+    max_train_tokens: int = 4096  # longer samples are served, not trained on
+    steps: int = 0  # stop training after so many steps and go on serving; 0: never
+    save_every: int = 50  # steps between checkpoints; one is always written at a clean stop
+    judge_url: str = ""  # OpenAI-compatible endpoint of the judge; empty: the served model itself
+    judge_model: str = ""  # its model name (the key is read from JUDGE_API_KEY)
+    votes: int = 3  # judge votes per turn
+    expire: float = 3600.0  # seconds after which an answer that nobody went on from is dropped
+    push_bound: float = 0.15  # largest mean |dlogp| between engine and trainer after a push
+
+
+def parse(argv: list[str]) -> Config:
+    """Config from --key=value arguments. SystemExit names a key that does not exist or a value of the wrong type."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    values: dict[str, Any] = {}
+    for arg in argv:
+        name, given, text = arg.removeprefix("--").partition("=")
+        if arg in ("--help", "-h"):
+            meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.MULTILINE))
+            for f in fields.values():
+                print(f"{f'  --{f.name}={f.default}':<28} {meaning[f.name]}")
+            sys.exit(0)
+        if not arg.startswith("--") or not given:
+            sys.exit(f"{arg!r}: expected --key=value; python run.py --help lists the keys")
+        if name not in fields:
+            sys.exit(f"--{name}: no such key; python run.py --help lists them")
+        try:
+            values[name] = fields[name].type(text)
+        except ValueError:
+            sys.exit(f"--{name}={text}: expected {fields[name].type.__name__}")
+    config = Config(**values)
+    if config.baseline not in ("mean", "none", "group"):
+        sys.exit(f"--baseline={config.baseline}: expected mean, none or group")
+    if config.host not in ("127.0.0.1", "::1", "localhost") and not config.key:
+        sys.exit(f"--host={config.host} is not loopback, so a key is needed: --key=...")
+    return config
+
+
+def plan(config: Config, folder: Path) -> SimpleNamespace:
+    """Device, cores and memory, decided once and printed: `VLLM` and the trainer must not fight for the same core."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    cores = sorted(os.sched_getaffinity(0))
+    n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))
+    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**30  # GiB in bf16
+    # bf16 policy, its frozen start and the last good copy; fp32 masters, their gradients and Adam's two moments
+    trainer = weights * ((2 if config.kl else 1) + 1 + 2 * 4) + 1.0
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        engine = config.engine_memory or 0.9 * free - trainer
+        needed = trainer + max(engine, 1.3 * weights + 1)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        engine = config.engine_memory or min(4.0, max(0.5, (free - trainer - 2 * weights) / 4))
+        needed = trainer + engine + 2 * weights + 2.0  # the engine's weights, and its processes
+    if needed > free:
+        sys.exit(f"{needed:.1f} GiB needed, {free:.1f} free on {device}: a smaller --model, or --engine_memory lower")
+    return SimpleNamespace(
+        device=device, engine_cores=cores[:n], trainer_cores=cores[n:] or cores, engine=engine, needed=needed, free=free
+    )
+
+
+def users_of(key: str) -> dict[str, str]:
+    """API key -> user name, from "key,user:key"; a key without a name is a user of its own."""
+    pairs = [part.rpartition(":") for part in key.split(",") if part]
+    return {k: name or f"key-{i + 1}" for i, (name, _, k) in enumerate(pairs)}
+
+
+async def judge_turns(
+    waiting: "asyncio.Queue[str]", samples: "asyncio.Queue[Sample]", db: sqlite3.Connection, config: Config, client: Any
+) -> None:
+    """One of several that judge side by side. A turn whose judge fails keeps waiting: never a score by accident."""
+    while True:
+        turn_id = await waiting.get()
+        turn, following = journal.load_turn(db, turn_id)
+        requests = [m for m in turn.messages if m.get("role") == "user"]
+        try:
+            score, votes = await reward.judge(
+                client,
+                config.judge_model or config.name,
+                server.text_of(requests[-1].get("content")) if requests else "",
+                turn.text,
+                following,
+                votes=config.votes,
+            )
+        except reward.JudgeError as e:
+            print(f"judge: {e}; {turn_id} is tried again in 30 s", file=sys.stderr)
+            asyncio.get_running_loop().call_later(30, waiting.put_nowait, turn_id)
+            continue
+        verdict = Verdict(score, votes, [], config.judge_model or config.name, "judge")
+        if sample := journal.record_verdict(db, turn_id, verdict):
+            samples.put_nowait(sample)
+
+
+async def main(config: Config) -> None:
+    out = Path(config.out)
+    folder = policy.latest_checkpoint(out) or policy.model_folder(config.model)
+    where = plan(config, folder)
+    listener = socket.create_server((config.host, config.port))  # a taken port is known before the engine starts
+    db = journal.open_journal(out / "journal.db")
+    stop = asyncio.Event()
+    for s in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(s, stop.set)
+    address = f"http://{config.host}:{config.port}/v1"
+    print(
+        f"model     {folder}\n"
+        f"device    {where.device}; cores {where.engine_cores} engine, {where.trainer_cores} trainer\n"
+        f"memory    {where.needed:.1f} GiB needed, {where.free:.1f} free; engine {where.engine:.1f}\n"
+        f"address   {address}  model {config.name!r}  key {'needed' if config.key else 'any'}\n"
+        f"out       {out.resolve()}",
+        flush=True,
+    )
+
+    args = swap.engine_args(
+        str(folder),
+        name=config.name,
+        max_model_len=config.max_model_len,
+        device=where.device,
+        memory_gib=where.engine,
+        cores=where.engine_cores,
+        seed=config.seed,
+        tool_parser=config.tool_parser,
+        max_seqs=config.max_seqs,
+    )
+    engine = swap.start_engine(args)
+    trainer = ThreadPoolExecutor(1, "trainer", policy.settle_trainer_thread, (where.trainer_cores,))
+    tasks: list[asyncio.Task] = []
+    try:
+        on_trainer = lambda f, *a: asyncio.get_running_loop().run_in_executor(trainer, f, *a)  # noqa: E731
+        state = await on_trainer(
+            policy.load_state,
+            folder,
+            policy.model_folder(config.model),
+            where.device,
+            config.lr,
+            (config.beta1, config.beta2),
+            config.kl,
+        )
+        await engine.update_weight_version(str(state.step))
+
+        waiting: asyncio.Queue[str] = asyncio.Queue()
+        samples: asyncio.Queue[Sample] = asyncio.Queue()
+        for turn_id in journal.in_state(db, "judging"):
+            waiting.put_nowait(turn_id)
+        for turn_id in journal.in_state(db, "queued"):
+            samples.put_nowait(journal.load_sample(db, turn_id))
+
+        def on_feedback(turn_id: str, verdict: Verdict) -> None:
+            if sample := journal.record_verdict(db, turn_id, verdict):
+                samples.put_nowait(sample)
+
+        judge_key = secrets.token_urlsafe(24)
+        keys = users_of(config.key)
+
+        def status() -> dict:
+            return {
+                "step": state.step,
+                "training": state.training,
+                "batch_size": config.batch_size,
+                "turns": journal.counts(db),
+                "dropped": journal.drop_reasons(db),
+            }
+
+        app = await server.build_app(engine, args, db, keys, judge_key, waiting.put_nowait, on_feedback, status)
+        web = server.web_server(app)
+        client = AsyncOpenAI(
+            base_url=config.judge_url or address,
+            api_key=os.environ.get("JUDGE_API_KEY", "none") if config.judge_url else judge_key,
+        )
+        tasks = [
+            asyncio.create_task(web.serve(sockets=[listener]), name="server"),
+            *[asyncio.create_task(judge_turns(waiting, samples, db, config, client)) for _ in range(8)],
+            asyncio.create_task(expire_turns(db, config.expire)),
+            asyncio.create_task(train(config, where, engine, state, samples, db, on_trainer), name="trainer"),
+            asyncio.create_task(stop.wait(), name="stop"),
+        ]
+        print(f"ready     after {time.monotonic() - STARTED:.0f} s", flush=True)
+        pending = set(tasks)
+        while not stop.is_set():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if isinstance(error := task.exception(), swap.PushError):
+                    state.training = f"stopped: {error}"
+                    print(f"training stopped, serving goes on with step {state.step}: {error}", file=sys.stderr)
+                elif error:
+                    raise error
+    finally:
+        print("stopping", flush=True)
+        if tasks:
+            state.stopping = True  # the trainer thread looks between rows
+            web.should_exit = True
+            for task in tasks[1:]:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await on_trainer(policy.save_checkpoint, state, out)
+        engine.shutdown(timeout=2)
+        trainer.shutdown(wait=False, cancel_futures=True)
+        db.close()
+
+
+async def expire_turns(db: sqlite3.Connection, after_s: float) -> None:
+    while True:
+        journal.expire(db, after_s)
+        await asyncio.sleep(min(60.0, after_s))
+
+
+async def train(
+    config: Config,
+    where: SimpleNamespace,
+    engine: Any,
+    state: policy.State,
+    samples: "asyncio.Queue[Sample]",
+    db: sqlite3.Connection,
+    on_trainer: Any,
+) -> None:
+    """The loop. `state` has the policy (the very weights that are served), its fp32 masters, Adam and the step."""
+    state.training = "on"
+    while not config.steps or state.step < config.steps:
+        # 1. a batch of judged turns, fresh and short enough
+        batch: list[Sample] = []
+        while len(batch) < config.batch_size:
+            turn = (sample := await samples.get()).turn
+            if state.step - min(v for v, _, _ in turn.versions) > config.max_staleness:
+                journal.drop(db, [turn.id], f"stale: more than {config.max_staleness} steps old")
+            elif len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
+                journal.drop(db, [turn.id], f"longer than {config.max_train_tokens} tokens")
+            else:
+                batch.append(sample)
+        started = time.monotonic()
+        turns = [s.turn for s in batch]
+
+        # 2. advantages
+        rewards = [s.verdict.score for s in batch]
+        prompts = [tuple(t.prompt_ids) for t in turns]
+        advs, state.baselines = grpo.advantages(
+            rewards, [t.user for t in turns], prompts, state.baselines, config.baseline
+        )
+
+        # 3. gradient, row by row; 4. Adam on the fp32 masters; 5. the served copy. Off the event loop: serving goes on.
+        def step(turns: list = turns, prompts: list = prompts, advs: list = advs) -> tuple[dict, torch.Tensor]:
+            n = sum(len(t.response_ids) for t in turns)
+            sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "dlogp", "clipped"), 0.0)
+            for row in grpo.collate(
+                prompts,
+                [t.response_ids for t in turns],
+                [t.logprobs for t in turns],
+                advs,
+                [t.temperature for t in turns],
+                config.row_tokens,
+                where.device,
+            ):
+                if state.stopping:
+                    raise asyncio.CancelledError
+                logp = grpo.token_logps(state.policy, row)  # (N,)
+                old_logp, adv = row["old_logp"], row["adv"]
+                loss = grpo.ppo_clip_loss(
+                    logp, old_logp, adv, config.clip_low, config.clip_high, config.dual_clip
+                )  # (N,)
+                if config.kl:
+                    start_logp = grpo.token_logps(state.start, row, grad=False)
+                    loss = loss + config.kl * grpo.kl_loss(logp, start_logp)
+                    sums["kl"] += grpo.kl_value(logp.detach(), start_logp).sum().item()
+                (loss.sum() / n).backward()
+                for p, master in zip(state.policy.parameters(), state.masters, strict=True):
+                    master.grad.add_(p.grad)  # in fp32: bf16 sums over many rows would lose the small ones
+                    p.grad = None
+                gap = (logp.detach() - old_logp).abs()
+                ratio = (logp.detach() - old_logp).exp()
+                sums["loss"] += loss.sum().item()
+                sums["nll"] -= logp.sum().item()
+                sums["dlogp"] += gap.sum().item()
+                sums["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item()
+            norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
+            state.adam.step()
+            state.adam.zero_grad(set_to_none=False)
+            policy.copy_weights(state.masters, state.policy.parameters())
+            metrics = {"tokens": n, "grad_norm": norm, **{k: v / n for k, v in sums.items()}}
+            return metrics, policy.probe_logps(state.policy, state.probe_ids)
+
+        metrics, probe_logps = await on_trainer(step)
+        trained = time.monotonic()
+
+        # 6. swap: the engine gets the new weights while its answers go on
+        weights = dict(state.policy.named_parameters())
+        gap = await swap.push(
+            engine, weights, state.step + 1, state.probe_ids, probe_logps, state.good, config.push_bound
+        )
+        await on_trainer(policy.copy_weights, weights.values(), state.good.values())
+        state.step += 1
+        journal.mark_trained(db, [t.id for t in turns], state.step)
+
+        row = {
+            "step": state.step,
+            "reward": sum(rewards) / len(rewards),
+            "length": metrics["tokens"] / len(turns),
+            **metrics,
+            "push_gap": gap,
+            "train_s": trained - started,
+            "push_s": time.monotonic() - trained,
+            "stale": sum(state.step - 1 - max(v for v, _, _ in t.versions) for t in turns) / len(turns),
+            "waiting": samples.qsize(),
+            "time": time.time(),
+        }
+        with open(Path(config.out) / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+        print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
+        if state.step % config.save_every == 0:
+            await on_trainer(policy.save_checkpoint, state, Path(config.out))
+
+
+STARTED = time.monotonic()
+
+if __name__ == "__main__":
+    config = parse(sys.argv[1:])
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(main(config))

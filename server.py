@@ -1,0 +1,411 @@
+"""The API: vLLM's own OpenAI app, mounted behind a capture that writes every answer into the journal.
+
+The client is told nothing and need not help: which answer a request goes on from is read off its messages. Two pieces
+do it. `Capture` (ASGI) reads the body of a POST and says who asks; `Recorder` stands where vLLM's app expects the
+engine, passes every output through untouched, and writes the turn down before its last token leaves.
+"""
+
+import hashlib
+import hmac
+import json
+import re
+import sqlite3
+import uuid
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import journal
+from journal import Turn, Verdict
+
+CAPTURED_PATH = "/v1/chat/completions"
+OPEN_PATHS = ("/health",)
+MAX_BODY_BYTES = 32 << 20
+
+# OpenClaw appends this user message to each request and takes it away again before the next.
+CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
+
+SAMPLING_DEFAULTS = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
+    "structured_outputs": None,
+    "min_tokens": 0,
+}
+
+
+# ---- which answer does a request go on from? ----
+
+
+def text_of(content: Any) -> str:
+    """A message's content as text: a string, null, or a list of parts (one that is no text stands as its JSON)."""
+    if isinstance(content, list):
+        return "\n".join(
+            p if isinstance(p, str) else str(p["text"]) if "text" in p else json.dumps(p, sort_keys=True)
+            for p in content
+        )
+    return "" if content is None else str(content)
+
+
+def without_thinking(text: str) -> str:
+    """The text after its <think> block; clients strip it on the way back. Some templates open it in the prompt."""
+    return re.sub(r"^.*</think>", "", text, flags=re.DOTALL)
+
+
+def conversation(messages: list[dict]) -> list[dict]:
+    """The messages that a client sends again unchanged: no system text (agents put the clock in it), no carrier."""
+    return [
+        m
+        for m in messages
+        if m.get("role") not in ("system", "developer") and not text_of(m.get("content")).startswith(CARRIER)
+    ]
+
+
+def calls_of(message: dict) -> list[tuple[str, Any]]:
+    """(name, arguments) of a message's tool calls as they survive a client, which rewrites ids and re-serialises."""
+    calls = []
+    for call in message.get("tool_calls") or []:
+        function = (call.get("function") if isinstance(call, dict) else None) or {}
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):  # not JSON: compare it as the text it is
+                arguments = json.loads(arguments)
+        calls.append((str(function.get("name")), arguments))
+    return calls
+
+
+def fingerprints(messages: list[dict]) -> list[str]:
+    """Digest of each prefix: entry k stands for messages[:k]. (len(messages) + 1,) hex strings."""
+    digest = hashlib.sha256()
+    prefixes = [digest.hexdigest()]
+    for m in messages:
+        text = text_of(m.get("content"))
+        if m.get("role") == "assistant":
+            text = without_thinking(text)
+        digest.update(json.dumps([m.get("role"), " ".join(text.split()), calls_of(m)], sort_keys=True).encode())
+        prefixes.append(digest.hexdigest())
+    return prefixes
+
+
+def letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text)).lower()
+
+
+def named_values(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """The scalars in a tool call's arguments, each with the key it stands under."""
+    if isinstance(value, dict):
+        return [pair for k, v in value.items() for pair in named_values(v, k)]
+    if isinstance(value, list):
+        return [pair for v in value for pair in named_values(v)]
+    return [(name, value)]
+
+
+def echoes(message: dict, answer: str) -> bool:
+    """Is this assistant message what a client makes of our raw answer text?
+
+    A plain answer comes back as it was, but for its thinking and its whitespace. vLLM's parsers take tool calls out
+    of the text in a dozen formats and clients re-serialise them, so there the content, each name and each
+    argument behind its key must be found in the raw text, by letters and digits alone.
+    """
+    answer, content = without_thinking(answer), without_thinking(text_of(message.get("content")))
+    calls = calls_of(message)
+    if not calls:
+        return content.split() == answer.split()
+    raw = letters(answer)
+
+    def found(name: str, value: Any) -> bool:
+        # A model may write é or \u00e9, and an escaped newline leaves an n: any of the spellings will do.
+        plain = value if isinstance(value, str) else json.dumps(value)
+        spellings = (plain, json.dumps(value), json.dumps(value, ensure_ascii=False))
+        return any(letters(name) + letters(spelling) in raw for spelling in spellings)
+
+    return letters(content) in raw and all(
+        letters(name) in raw and all(found(*pair) for pair in named_values(arguments)) for name, arguments in calls
+    )
+
+
+def find_continued(
+    db: sqlite3.Connection, user: str, messages: list[dict]
+) -> tuple[sqlite3.Row, list[dict]] | tuple[None, None]:
+    """The turn that these messages go on from, and what followed it; (None, None) for a new conversation.
+
+    A turn is continued when its request is a prefix of this one, followed by our answer and by a next message. The
+    longest such prefix wins; among equal requests (two people say "hello") the answer decides.
+    """
+    talk = conversation(messages)
+    prefixes = fingerprints(talk)
+    answered = [k for k, m in enumerate(talk[:-1]) if m.get("role") == "assistant"]
+    rows = journal.candidates(db, user, [prefixes[k] for k in answered]) if answered else []
+    for k in reversed(answered):
+        fits = [r for r in rows if r["digest"] == prefixes[k] and echoes(talk[k], r["text"])]
+        if fits:
+            # Equal requests got equal answers: one that still waits, then the tightest fit, then the newest.
+            turn = min(fits, key=lambda r: (r["state"] != "waiting", len(without_thinking(r["text"])), -r["created"]))
+            following = []
+            for m in talk[k + 1 :]:
+                if m.get("role") == "assistant":
+                    break
+                following.append(m)
+            return (turn, following) if following else (None, None)
+    return None, None
+
+
+# ---- capture ----
+
+
+@dataclass
+class Asked:
+    """What the HTTP side knows of the request that the engine is about to answer."""
+
+    user: str
+    messages: list[dict]
+    session: str | None  # X-Session-Id, where a client sends one
+    side: bool  # X-Turn-Type: side
+    done: bool  # X-Session-Done: nobody will go on from this answer
+
+
+asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
+
+
+def openai_error(status: int, message: str, kind: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+class Capture:
+    """ASGI: check the key, read the body, remember who asks what, replay the body to vLLM's app."""
+
+    def __init__(self, app: ASGIApp, keys: dict[str, str], judge_key: str) -> None:
+        """`keys`: API key -> user name; empty: no key is needed, everybody is "local"."""
+        self.app, self.keys, self.judge_key = app, keys, judge_key
+
+    def user_of(self, headers: dict[str, str]) -> str | None:
+        """Whose key this is; "" for our own judge (not recorded); None for a wrong one."""
+        given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
+        names = {self.judge_key: "", **self.keys}
+        found = [name for key, name in names.items() if hmac.compare_digest(key.encode(), given.encode())]
+        return found[0] if found else (None if self.keys else "local")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        user = "" if scope["path"] in OPEN_PATHS else self.user_of(headers)
+        if user is None:
+            error = openai_error(401, "wrong or missing API key", "invalid_request_error")
+            return await error(scope, receive, send)
+        scope.setdefault("state", {})["user"] = user
+        if scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MAX_BODY_BYTES:
+                error = openai_error(413, f"the body is over {MAX_BODY_BYTES >> 20} MiB", "invalid_request_error")
+                return await error(scope, receive, send)
+        replayed = False
+
+        async def replay() -> Message:
+            nonlocal replayed
+            if replayed:
+                return await receive()  # vLLM waits here for http.disconnect
+            replayed = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        # vLLM makes its request id, and so the id of our row, from this header: a client's own could come twice.
+        scope["headers"] = [(k, v) for k, v in scope["headers"] if k.lower() != b"x-request-id"]
+        scope["headers"].append((b"x-request-id", uuid.uuid4().hex.encode()))
+        asked.set(None)
+        if user and scope["path"] == CAPTURED_PATH:
+            try:
+                messages = json.loads(body).get("messages")
+            except (ValueError, AttributeError):
+                messages = None  # vLLM's app answers this with its own 400
+            if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+                asked.set(
+                    Asked(
+                        user=user,
+                        messages=messages,
+                        session=headers.get("x-session-id"),
+                        side=headers.get("x-turn-type", "").lower() == "side",
+                        done=headers.get("x-session-done", "").lower() in ("1", "true"),
+                    )
+                )
+        await self.app(scope, replay, send)
+
+
+class Recorder:
+    """The engine, as vLLM's app sees it: `generate` also writes the turn down; all else goes straight through."""
+
+    def __init__(self, engine: Any, db: sqlite3.Connection, on_next: Callable[[str], None]) -> None:
+        """`on_next(turn_id)` is called when a conversation went on from that turn."""
+        self._engine, self._db, self._on_next = engine, db, on_next
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        request = asked.get()
+        # aclosing: when the client hangs up, the engine must hear of it now, not when the inner generator is collected
+        outputs = aclosing(self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs))
+        if request is None:
+            async with outputs:
+                async for output in outputs.thing:
+                    yield output
+            return
+
+        # The prompt was valid, or we would not be here: only now does the request count as a next message.
+        before, following = find_continued(self._db, request.user, request.messages)
+        if before is not None and not request.side and journal.record_next(self._db, before["id"], following):
+            self._on_next(before["id"])
+        session = request.session or (before["session"] if before is not None else uuid.uuid4().hex[:12])
+        changed = [k for k, v in SAMPLING_DEFAULTS.items() if (getattr(sampling_params, k) or v) != v]
+        dropped = None
+        if request.side:
+            dropped = "side request, by its header"
+        elif sampling_params.temperature == 0:
+            dropped = "temperature 0: not a sample of the policy"
+        elif request.done:
+            dropped = "the session is over, by its header"
+        elif changed:
+            dropped = f"sampled with {', '.join(changed)}: its log-probs are not those of the plain policy"
+
+        if sampling_params.logprobs is None:
+            sampling_params.logprobs = 0  # the sampled token's own; the client's answer doesn't show it
+        talk = conversation(request.messages)
+        digest = fingerprints(talk)[-1]
+        delta = sampling_params.output_kind.name == "DELTA"
+        seen: dict[int, tuple[list[int], list[float], list[str]]] = {}  # by choice index, for n > 1
+        prompt_ids: list[int] = []
+        written: set[int] = set()
+
+        def write(index: int, finish_reason: str | None, spans: list, why_not: str | None) -> None:
+            ids, logprobs, texts = seen[index]
+            turn = Turn(
+                id=request_id if index == 0 else f"{request_id}/{index}",
+                session=session,
+                user=request.user,
+                messages=request.messages,
+                digest=digest,
+                text="".join(texts),
+                finish_reason=finish_reason,
+                prompt_ids=prompt_ids,
+                response_ids=ids,
+                logprobs=logprobs,
+                versions=spans,
+                temperature=sampling_params.temperature,
+            )
+            journal.record_turn(self._db, turn, why_not)
+            written.add(index)
+
+        try:
+            async with outputs:
+                async for output in outputs.thing:
+                    prompt_ids = output.prompt_token_ids or prompt_ids
+                    for choice in output.outputs:
+                        ids, logprobs, texts = seen.setdefault(choice.index, ([], [], []))
+                        if not delta:
+                            ids.clear(), logprobs.clear(), texts.clear()
+                        ids += choice.token_ids
+                        pairs = zip(choice.logprobs or [], choice.token_ids, strict=True)
+                        logprobs += [at[i].logprob for at, i in pairs]
+                        texts.append(choice.text)
+                        if choice.finish_reason is not None and choice.index not in written:
+                            spans = [(int(s.version), s.start, s.end) for s in choice.weight_versions or []]
+                            write(choice.index, choice.finish_reason, spans, dropped)
+                    yield output
+        finally:
+            # Cut short: the client hung up, or the engine failed. What there is stays readable, never trained on.
+            for index, (ids, _, _) in seen.items():
+                if index not in written:
+                    write(index, None, [(-1, 0, len(ids))], "cut short: the client hung up or the engine failed")
+
+
+# ---- the app ----
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn without its signal handlers: run.py decides when and in which order things stop."""
+
+    def capture_signals(self) -> AbstractContextManager:
+        return nullcontext()
+
+
+def web_server(app: ASGIApp) -> WebServer:
+    """Streams that still run get 3 s to end when the server stops."""
+    return WebServer(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, lifespan="off"))
+
+
+async def build_app(
+    engine: Any,
+    args: Namespace,
+    db: sqlite3.Connection,
+    keys: dict[str, str],
+    judge_key: str,
+    on_next: Callable[[str], None],
+    on_feedback: Callable[[str, Verdict], None],
+    status: Callable[[], dict],
+) -> ASGIApp:
+    """vLLM's OpenAI app behind the capture, beside `POST /v1/feedback` and `GET /status`.
+
+    Relied on in vLLM 0.32.0: `build_app` and `init_app_state` as its own launcher calls them, and that the app
+    reaches the engine through the object given to `init_app_state` alone.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app as build_vllm_app
+
+    tasks = await engine.get_supported_tasks()
+    vllm_app = build_vllm_app(args, tasks, engine.model_config)
+    await init_app_state(Recorder(engine, db, on_next), vllm_app.state, args, tasks)
+
+    async def feedback(request: Request) -> JSONResponse:
+        try:
+            body = json.loads(await request.body())
+            turn_id, score, text = body["completion_id"], body["score"], body.get("text", "")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return openai_error(
+                400, 'expected {"completion_id": ..., "score": 1 or -1, "text": optional}', "invalid_request_error"
+            )
+        if score not in (1, -1) or isinstance(score, bool) or not isinstance(text, str):
+            return openai_error(400, "score must be 1 or -1, and text a string", "invalid_request_error")
+        user = request.scope["state"]["user"]
+        try:
+            turn, _ = journal.load_turn(db, str(turn_id))
+        except KeyError:
+            turn = None
+        if turn is None or turn.user != user:
+            return openai_error(404, f"no completion {turn_id!r} of yours", "invalid_request_error")
+        on_feedback(turn.id, Verdict(score, [score], [text] if len(text) > 10 else [], user, "feedback"))
+        return JSONResponse({"completion_id": turn.id, "score": score})
+
+    async def show_status(request: Request) -> JSONResponse:
+        return JSONResponse(status())
+
+    routes = [
+        Route("/v1/feedback", feedback, methods=["POST"]),
+        Route("/status", show_status, methods=["GET"]),
+        Mount("/", app=vllm_app),
+    ]
+    return Capture(Starlette(routes=routes), keys, judge_key)

@@ -1,0 +1,207 @@
+"""The engine and its weights: start vLLM in our program, push new weights into it while it serves, prove they arrived.
+
+This file and server.py are the only ones that know vLLM's insides; what is relied on is said at its place (0.32.0).
+"""
+
+import asyncio
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+# Read by vLLM when it is imported, here and in its processes; what a person has set stays.
+for name, value in {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}.items():
+    os.environ.setdefault(name, value)
+
+PR_SET_PDEATHSIG = 1
+
+if multiprocessing.parent_process() is not None:
+    # vLLM's spawned processes import this file too (as run.py's child, or for the worker extension below). Without
+    # this, `VLLM::EngineCore` and `VLLM::Worker` spin on as orphans when their parent is killed hard.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class PushError(RuntimeError):
+    """The engine did not take the weights it was sent. It has been given the ones before them again."""
+
+
+# ---- in vLLM's worker process ----
+
+
+class WeightReceiver:
+    """Methods that vLLM mixes into its worker class (`worker_extension_cls`); `self` is the worker."""
+
+    def receive_weights(self, message: bytes) -> list[str]:
+        """Load tensors sent by `push`, return the names of the engine's parameters that were NOT loaded.
+
+        Relied on: layerwise reload runs each layer's own processing again (the CPU backend re-packs every matrix)
+        and copies results into the storages that CUDA graphs hold.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.model_executor.model_loader.reload.layerwise import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
+        model = self.model_runner.get_model()
+        with set_current_vllm_config(self.vllm_config), torch.inference_mode():
+            expected = {name for name, _ in model.named_parameters()}
+            initialize_layerwise_reload(model)
+            loaded = model.load_weights(unpack(message))
+            finalize_layerwise_reload(model, self.vllm_config.model_config)
+            head = getattr(model, "lm_head", None)
+            if self.device.type == "cpu" and self.vllm_config.model_config.hf_config.tie_word_embeddings:
+                # The reload sees a tied head's matrix as the embedding's and leaves the head's own packed copy old:
+                # mean |dlogp| 4.2 against 0.03 in a fresh engine.
+                dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+        return sorted(expected - loaded)
+
+
+def unpack(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
+    """(name, tensor) pairs from what `pack` made; tensors share memory with the sender."""
+    kind, *rest = pickle.loads(message)
+    if kind == "cuda":
+        for name, (rebuild, arguments) in rest[0].items():
+            yield name, rebuild(*arguments)
+    else:
+        path, size, layout = rest
+        flat = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        for name, (start, end, dtype, shape) in layout.items():
+            yield name, flat[start:end].view(dtype).view(shape)
+
+
+# ---- in our process ----
+
+
+def pack(weights: dict[str, torch.Tensor], path: str) -> bytes:
+    """Put weights where the worker can reach them: CUDA IPC handles, or one flat file in shared memory at `path`."""
+    if next(iter(weights.values())).is_cuda:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        torch.cuda.synchronize()
+        return pickle.dumps(("cuda", {name: reduce_tensor(w.detach()) for name, w in weights.items()}))
+    layout, end = {}, 0
+    for name, w in weights.items():
+        start = -(-end // 64) * 64  # 64-byte lines, so that any dtype can be viewed in place
+        end = start + w.numel() * w.element_size()
+        layout[name] = (start, end, w.dtype, tuple(w.shape))
+    flat = torch.from_file(path, shared=True, size=end, dtype=torch.uint8)
+    for name, w in weights.items():
+        start, stop, dtype, shape = layout[name]
+        flat[start:stop].view(dtype).view(shape).copy_(w.detach())
+    return pickle.dumps(("file", path, end, layout))
+
+
+def engine_args(
+    model: str,
+    *,
+    name: str,
+    max_model_len: int,
+    device: str,
+    memory_gib: float,
+    cores: list[int],
+    seed: int,
+    tool_parser: str,
+    max_seqs: int,
+) -> Namespace:
+    """vLLM's own `vllm serve` arguments for a policy that is trained while it serves.
+
+    `memory_gib`: KV cache on the CPU; all that the engine may use on a GPU.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    flags = {
+        "model": model,
+        "served-model-name": name,
+        "dtype": "bfloat16",
+        "max-model-len": str(max_model_len),
+        "max-num-seqs": str(max_seqs),
+        "seed": str(seed),
+        # The recorded log-prob is that of the distribution sampled from, and by default that is the plain policy:
+        # a model's own generation_config would slip a top_p in.
+        "logprobs-mode": "processed_logprobs",
+        "generation-config": "vllm",
+        "worker-extension-cls": "swap.WeightReceiver",
+    }
+    if tool_parser:
+        flags |= {"tool-call-parser": tool_parser}
+    switches = ["--enable-auto-tool-choice"] if tool_parser else []
+    if device == "cpu":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        flags |= {"kv-cache-memory-bytes": str(int(memory_gib * 2**30))}
+        switches += ["--enforce-eager"]  # compiling costs 95 s at start and gains 10 % on a small model
+    else:
+        flags |= {"gpu-memory-utilization": str(memory_gib * 2**30 / torch.cuda.mem_get_info()[1])}
+    parser = make_arg_parser(FlexibleArgumentParser())
+    return parser.parse_args([part for k, v in flags.items() for part in (f"--{k}", v)] + switches)
+
+
+def start_engine(args: Namespace) -> Any:
+    """An AsyncLLM in this program (its core and its worker are child processes). Call from a running event loop."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+
+
+async def load(engine: Any, weights: dict[str, torch.Tensor], version: int) -> None:
+    """Replace the engine's weights while its requests wait; streams freeze and go on, nothing is dropped."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="nano-openclaw-rl-") as shared:
+        message = await asyncio.to_thread(pack, weights, shared.name)
+        await engine.pause_generation(mode="keep", clear_cache=False)
+        try:
+            missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
+            await engine.reset_prefix_cache()
+            await engine.update_weight_version(str(version))
+        finally:
+            await engine.resume_generation()
+    if missed:
+        raise PushError(f"the engine did not load {missed}")
+
+
+async def prompt_logps(engine: Any, ids: list[int], request_id: str) -> torch.Tensor:
+    """The engine's own log-probs of ids[1:] given what is before each. (L - 1,)"""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+    (output,) = [output async for output in engine.generate({"prompt_token_ids": ids}, params, request_id)]
+    return torch.tensor([p[i].logprob for p, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])
+
+
+async def push(
+    engine: Any,
+    weights: dict[str, torch.Tensor],
+    version: int,
+    probe_ids: list[int],
+    probe_logps: torch.Tensor,
+    before: dict[str, torch.Tensor],
+    bound: float,
+) -> float:
+    """Swap the engine's weights and prove it: return mean |dlogp| on the probe between the engine and the trainer.
+
+    `probe_logps` (L - 1,): the trainer's log-probs of probe_ids[1:] under `weights`. Where a tensor was not taken or
+    the probe disagrees by more than `bound`, the engine gets `before` (the weights of version - 1) back and PushError
+    is raised. Running requests may have had a few tokens from the bad weights; their turns carry its version.
+    """
+    if weights.keys() != before.keys():  # the engine merges q, k and v, and would not miss one of them by name
+        raise PushError(f"missing or unknown tensors: {sorted(weights.keys() ^ before.keys())}")
+    try:
+        await load(engine, weights, version)
+        got = await prompt_logps(engine, probe_ids, f"probe-{version}")
+        gap = (got - probe_logps).abs().mean().item()
+        if not gap <= bound:  # also for NaN
+            raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {bound}")
+    except Exception:
+        await load(engine, before, version - 1)
+        raise
+    return gap

@@ -1,0 +1,152 @@
+"""A tiny random model made on the spot, and the real program serving it: nothing that must work is mocked."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+# ChatML with tools as Qwen and Hermes models write them.
+CHAT_TEMPLATE = """{%- if tools %}<|im_start|>system
+# Tools
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content or '' }}{% for call in m.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def make_tiny_model(folder: Path, tied: bool = True, scale: float = 0.05) -> Path:
+    """A random Llama of 0.4 M parameters with a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=tied,
+        initializer_range=scale,
+        bos_token_id=None,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Program:
+    """run.py as a user starts it."""
+
+    def __init__(self, model: Path, out: Path, **config) -> None:
+        self.out, self.port = out, free_port()
+        out.mkdir(parents=True, exist_ok=True)
+        values = {"model": model, "out": out, "port": self.port, "max_model_len": 2048, "engine_memory": 0.5} | config
+        self.url = f"http://127.0.0.1:{self.port}"
+        with open(out / "run.log", "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "run.py"), *[f"--{k}={v}" for k, v in values.items()]],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def log(self) -> str:
+        return (self.out / "run.log").read_text()
+
+    def wait_ready(self, timeout: float = 240) -> "Program":
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log()[-4000:]
+            try:
+                httpx.get(f"{self.url}/health", timeout=2).raise_for_status()
+                return self
+            except httpx.TransportError:
+                time.sleep(0.5)
+        raise TimeoutError(self.log()[-4000:])
+
+    def status(self) -> dict:
+        return httpx.get(f"{self.url}/status", timeout=30).json()
+
+    def metrics(self) -> list[dict]:
+        path = self.out / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def engine_processes(self) -> list[int]:
+        """Pids of this program's VLLM:: children and grandchildren, alive now."""
+        return [pid for pid, parent in descendants(self.process.pid)]
+
+    def stop(self) -> float:
+        """SIGTERM; seconds until it ended."""
+        started = time.monotonic()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(60)
+        return time.monotonic() - started
+
+
+def descendants(root: int) -> list[tuple[int, int]]:
+    """(pid, parent) of all processes below `root`."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
+    found, front = [], {root}
+    while front:
+        below = [(pid, parent) for pid, parent in parents.items() if parent in front]
+        found += below
+        front = {pid for pid, _ in below}
+    return found
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.fixture(scope="session")
+def program(tiny_model, tmp_path_factory):
+    """The real server with a small batch, shared by the tests that only talk to it."""
+    program = Program(tiny_model, tmp_path_factory.mktemp("out"), batch_size=4, key="alice:key-a,bob:key-b", lr=1e-4)
+    yield program.wait_ready()
+    program.stop()

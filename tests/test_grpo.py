@@ -1,0 +1,189 @@
+"""The math of grpo.py against slow, obvious references: values and gradients."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import grpo
+
+LOW, HIGH, DUAL = 0.2, 0.28, 3.0
+
+
+def ppo(logp, old, adv):
+    return grpo.ppo_clip_loss(torch.tensor([logp]), torch.tensor([old]), torch.tensor([adv]), LOW, HIGH, DUAL).item()
+
+
+@pytest.mark.parametrize(
+    "ratio, adv, expected",
+    [
+        (1.0, 1.0, -1.0),
+        (1.1, 2.0, -2.2),
+        (1.5, 1.0, -1.28),  # clipped above
+        (0.5, 1.0, -0.5),  # not clipped below where A > 0
+        (1.0, -1.0, 1.0),
+        (0.5, -1.0, 0.8),  # clipped below
+        (2.0, -1.0, 2.0),  # not clipped above where A < 0
+        (9.0, -1.0, 3.0),  # dual clip
+        (9.0, 0.0, 0.0),
+    ],
+)
+def test_ppo_by_hand(ratio, adv, expected):
+    assert ppo(math.log(ratio), 0.0, adv) == pytest.approx(expected, rel=1e-5)
+
+
+def test_ppo_gradient_at_ratio_1_is_reinforce():
+    logits = torch.randn(5, 7, requires_grad=True)
+    target, adv = torch.randint(7, (5,)), torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0])
+    logp = logits.log_softmax(-1)[range(5), target]
+    (ours,) = torch.autograd.grad(
+        grpo.ppo_clip_loss(logp, logp.detach(), adv, LOW, HIGH, DUAL).sum(), logits, retain_graph=True
+    )
+    (reinforce,) = torch.autograd.grad(-(adv * logp).sum(), logits)
+    torch.testing.assert_close(ours, reinforce)
+
+
+@pytest.mark.parametrize("ratio, adv", [(1.5, 1.0), (0.5, -1.0), (9.0, -1.0)])
+def test_ppo_gradient_stops_where_clipped(ratio, adv):
+    logp = torch.tensor([math.log(ratio)], requires_grad=True)
+    grpo.ppo_clip_loss(logp, torch.zeros(1), torch.tensor([adv]), LOW, HIGH, DUAL).sum().backward()
+    assert logp.grad.item() == 0
+
+
+def test_kl_loss_has_the_gradient_of_the_reverse_kl():
+    """In expectation over pi, summed over the whole vocabulary. k3 as a loss would not pass."""
+    logits, start = torch.randn(11, dtype=torch.double, requires_grad=True), torch.randn(11, dtype=torch.double)
+    logp, start_logp = logits.log_softmax(-1), start.log_softmax(-1)
+    (exact,) = torch.autograd.grad((logp.exp() * (logp - start_logp)).sum(), logits, retain_graph=True)
+    (ours,) = torch.autograd.grad((logp.exp().detach() * grpo.kl_loss(logp, start_logp)).sum(), logits)
+    torch.testing.assert_close(ours, exact)
+
+
+def test_kl_value_is_the_kl_in_expectation():
+    logp, start = torch.randn(2, 11, dtype=torch.double).log_softmax(-1)
+    exact = (logp.exp() * (logp - start)).sum()
+    assert (logp.exp() * grpo.kl_value(logp, start)).sum().item() == pytest.approx(exact.item())
+    assert (grpo.kl_value(logp, start) >= 0).all()
+
+
+# ---- advantages ----
+
+
+def test_running_mean_baseline():
+    advs, after = grpo.advantages([1, -1, -1, -1], ["u"] * 4, range(4), {}, "mean", decay=0.5)
+    assert advs == [1.5, -0.5, -0.5, -0.5] and after == {"u": -0.5}  # first batch: its own mean
+    advs, after = grpo.advantages([1, 1], ["u"] * 2, range(2), after, "mean", decay=0.5)
+    assert advs == [1.5, 1.5]  # the mean before this batch
+    assert after["u"] == pytest.approx(0.25 * -0.5 + 0.75 * 1.0)
+
+
+def test_baseline_is_per_user_and_neutral_is_no_evidence():
+    advs, after = grpo.advantages([1, -1, 0], ["a", "b", "a"], range(3), {"a": 0.5, "b": -1.0}, "mean", decay=0.9)
+    assert advs == [0.5, 0.0, 0.0]
+    assert after == {"a": pytest.approx(0.55), "b": -1.0}
+
+
+def test_raw_and_group_advantages():
+    assert grpo.advantages([1, -1, 0], ["u"] * 3, range(3), {"u": 0.7}, "none")[0] == [1.0, -1.0, 0.0]
+    advs, _ = grpo.advantages([1, 1, -1, -1, 1], ["u"] * 5, ["p", "p", "p", "p", "q"], {"u": 0.25}, "group")
+    assert advs == [1.0, 1.0, -1.0, -1.0, 0.75]  # q has no group: the running mean
+    assert grpo.advantages([1, 1], ["u"] * 2, ["p", "p"], {}, "group")[0] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="gropu"):
+        grpo.advantages([1], ["u"], [0], {}, "gropu")
+
+
+# ---- log-probs through a model ----
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+def batch(seed=0, temperatures=(1.0, 0.7, 1.3)):
+    """Three samples of different lengths; each response ends with the stop token (id 256)."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(0, 256, (n,), generator=g).tolist()  # noqa: E731
+    prompts, responses = [draw(5), draw(17), draw(3)], [[*draw(9), 256], [*draw(3), 256], [*draw(20), 256]]
+    old = [(torch.randn(len(r), generator=g) * 0.3 - 5.5).tolist() for r in responses]
+    return prompts, responses, old, [1.0, -0.5, 0.7], list(temperatures)
+
+
+def slow_logps(model, prompt, response, temperature):
+    """One sample alone, all logits, the textbook way. (T,)"""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1)[range(len(response)), response]
+
+
+def loss_and_gradients(model, samples, limit, chunk=256):
+    model = copy.deepcopy(model)
+    n, total = sum(map(len, samples[1])), 0.0
+    for row in grpo.collate(*samples, limit):
+        logp = grpo.token_logps(model, row, chunk)
+        loss = grpo.ppo_clip_loss(logp, row["old_logp"], row["adv"], LOW, HIGH, DUAL).sum() / n
+        loss.backward()
+        total += loss.item()
+    return total, {k: p.grad for k, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("limit", [1, 40, 1000])
+def test_logps_equal_the_textbook_ones(model, limit):
+    prompts, responses, old, advs, temperatures = samples = batch()
+    for row in grpo.collate(*samples, limit):
+        logp = grpo.token_logps(model, row, chunk=4)
+        for i in set(row["sample"].tolist()):
+            mine = row["sample"] == i
+            expected = slow_logps(model, prompts[i], responses[i], temperatures[i])
+            torch.testing.assert_close(logp[mine], expected, atol=1e-4, rtol=1e-4)
+            assert row["target"][mine].tolist() == responses[i]  # the stop token too
+            torch.testing.assert_close(row["old_logp"][mine], torch.tensor(old[i]))
+
+
+def test_loss_is_invariant_to_rows_order_and_chunks(model):
+    whole, gradients = loss_and_gradients(model, batch(), limit=1000)
+    reversed_batch = tuple(list(reversed(part)) for part in batch())
+    for samples, limit, chunk in [(batch(), 1, 256), (batch(), 40, 256), (reversed_batch, 1000, 256), (batch(), 1, 5)]:
+        loss, other = loss_and_gradients(model, samples, limit, chunk)
+        assert loss == pytest.approx(whole, abs=1e-5)
+        for name, g in gradients.items():
+            torch.testing.assert_close(other[name], g, atol=1e-5, rtol=1e-3)
+
+
+def test_gradient_equals_the_textbook_one(model):
+    prompts, responses, old, advs, temperatures = batch()
+    reference = copy.deepcopy(model)
+    loss = 0.0
+    for p, r, o, a, t in zip(prompts, responses, old, advs, temperatures, strict=True):
+        ratio = (slow_logps(reference, p, r, t) - torch.tensor(o)).exp()
+        per_token = -torch.minimum(ratio * a, ratio.clamp(1 - LOW, 1 + HIGH) * a)
+        loss += (per_token if a >= 0 else per_token.clamp(max=-DUAL * a)).sum() / sum(map(len, responses))
+    loss.backward()
+    ours, gradients = loss_and_gradients(model, batch(), limit=1000)
+    assert ours == pytest.approx(loss.item(), abs=1e-5)
+    for name, p in reference.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_the_stop_token_is_trained(model):
+    """With only the last position carrying a signal, its probability moves."""
+    prompts, responses, _, _, _ = batch()
+    row = next(grpo.collate(prompts[:1], responses[:1], [[0.0] * 10], [1.0], [1.0], 1000))
+    assert row["target"][-1] == 256
+    logp = grpo.token_logps(model, row)
+    (gradient,) = torch.autograd.grad(-logp[-1], model.get_output_embeddings().weight)
+    assert gradient[256].norm() > gradient[:256].norm(dim=-1).max()
+
+
+def test_rows_hold_what_fits_and_nothing_is_cut():
+    lengths = [50, 10, 200, 60, 30]
+    rows = grpo.pack(lengths, 100)
+    assert sorted(i for row in rows for i in row) == [0, 1, 2, 3, 4]
+    assert all(sum(lengths[i] for i in row) <= 100 or len(row) == 1 for row in rows) and len(rows) == 3
+
+
+def test_a_sample_that_does_not_join_is_an_error():
+    with pytest.raises(ValueError, match="log-probs"):
+        list(grpo.collate([[1]], [[2, 3]], [[0.0]], [1.0], [1.0], 10))

@@ -1,0 +1,299 @@
+"""Which answer does a request go on from? Two recordings of the real OpenClaw client, and what else clients do."""
+
+import itertools
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import journal
+import server
+
+CAPTURES = Path(__file__).parent / "captures"
+CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nActive exec sessions: none"
+clock = itertools.count(1)
+
+
+@pytest.fixture
+def db(tmp_path):
+    return journal.open_journal(tmp_path / "j.db")
+
+
+class Asked(NamedTuple):
+    id: str
+    session: str
+    before: str | None  # id of the turn that this request went on from
+    judged: bool  # was it the first to do so?
+
+
+def ask(db, messages, answer, user="ann"):
+    """One request and our answer to it, recorded as server.Recorder.generate does."""
+    number = next(clock)
+    before, following = server.find_continued(db, user, messages)
+    judged = before is not None and journal.record_next(db, before["id"], following)
+    session = before["session"] if before is not None else f"session {number}"
+    digest = server.fingerprints(server.conversation(messages))[-1]
+    tokens = [1], [2, 3], [-1.0, -2.0], [(0, 0, 2)]  # prompt ids, response ids, log-probs, versions
+    turn = journal.Turn(f"turn {number}", session, user, messages, digest, answer, "stop", *tokens, 1.0, number)
+    journal.record_turn(db, turn)
+    return Asked(turn.id, turn.session, before["id"] if before is not None else None, judged)
+
+
+def says(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def calling(*calls, content=None):
+    """An assistant message with tool calls, each (id, name, arguments as the text that a client sends)."""
+    functions = [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for i, n, a in calls]
+    return says("assistant", content, tool_calls=functions)
+
+
+def raw_call(name, arguments):
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+bot = partial(says, "assistant")
+HELLO = says("user", "hello")
+HI = bot("Hi! What can I do?")
+MORE = says("user", "tell me more")
+
+
+class Recorded(NamedTuple):
+    n: int
+    session: str  # as the client calls it
+    messages: list
+    reply: dict
+    before: int | None  # the true one: the request of this session whose exact reply is the last assistant message
+    following: list | None  # what came after that, without the carrier
+
+
+def load(name):
+    lines = [json.loads(line) for line in (CAPTURES / f"{name}.jsonl").read_text().splitlines()]
+    replies = {line["n"]: line["message"] for line in lines if line.get("event") == "reply"}
+    recording = []
+    for n, messages in [(line["n"], line["messages"]) for line in lines if "messages" in line]:
+        session = re.search(r"\bsessionId=(\S+)", json.dumps(messages)).group(1)
+        at = max([k for k, m in enumerate(messages) if m["role"] == "assistant"], default=None)
+        before = following = None
+        if at is not None:
+            calls = [[c["function"]["name"], c["function"]["arguments"]] for c in messages[at].get("tool_calls", [])]
+            same = [r for r in recording if r.session == session and r.reply["content"] == messages[at]["content"]]
+            (before,) = [r.n for r in same if [c[1:] for c in r.reply["tool_calls"] or []] == calls]
+            following = [m for m in messages[at + 1 :] if "OPENCLAW_INTERNAL_CONTEXT" not in str(m["content"])]
+        recording.append(Recorded(n, session, messages, replies[n], before, following))
+    return recording
+
+
+def raw_answer(reply):
+    """What the model wrote, before any parser, for this reply of the recording."""
+    thinking = f"<think>\n{reply['reasoning_content']}\n</think>\n\n" if reply["reasoning_content"] else ""
+    calls = [raw_call(name, json.dumps(json.loads(text))) for _, name, text in reply["tool_calls"] or []]
+    return "\n".join([thinking + (reply["content"] or ""), *calls])
+
+
+def replay(db, recording):
+    """Ask it all again, in order; count the sessions and the links."""
+    asked = {r.n: ask(db, r.messages, raw_answer(r.reply)) for r in recording}
+    links = [(asked[r.n], asked[r.before], r.following) for r in recording if r.before is not None]
+    for later, earlier, following in links:
+        assert (later.before, later.judged) == (earlier.id, True)
+        assert journal.load_turn(db, earlier.id)[1] == following
+    assert [asked[r.n].before for r in recording if r.before is None] == [None] * (len(recording) - len(links))
+    pairs = {(r.session, asked[r.n].session) for r in recording}
+    assert len(pairs) == len({theirs for theirs, _ in pairs}) == len({ours for _, ours in pairs})
+    return len(pairs), len(links)
+
+
+@pytest.mark.parametrize(("names", "found"), [("default", (2, 4)), ("strict", (4, 13)), ("default strict", (6, 17))])
+def test_recording(db, names, found):
+    interleaved = itertools.zip_longest(*(load(name) for name in names.split()))
+    assert replay(db, [r for at_once in interleaved for r in at_once if r]) == found
+
+
+def test_recording_without_session_ids(db):
+    """Two sessions of it begin alike but for the Runtime tail: without that, only the answers tell them apart."""
+    recording = load("strict")
+    for message in (m for r in recording for m in r.messages if m["role"] == "user"):
+        message["content"] = message["content"].split("\n\nRuntime: ")[0]
+    assert recording[0].messages == recording[1].messages and recording[0].session != recording[1].session
+    assert replay(db, recording) == (4, 13)
+
+
+def test_users_are_never_linked(db):
+    ann = ask(db, [HELLO], HI["content"], user="ann")
+    bob = ask(db, [HELLO, HI, MORE], "Sure.", user="bob")
+    assert bob.before is None and bob.session != ann.session
+    assert ask(db, [HELLO, HI, MORE], "Sure.", user="ann").before == ann.id
+
+
+def test_same_first_message_different_answers(db):
+    one, two = ask(db, [HELLO], "Hi!"), ask(db, [HELLO], "Good morning.")
+    next_one = ask(db, [HELLO, bot("Hi!"), MORE], "x")
+    next_two = ask(db, [HELLO, bot("Good morning."), MORE], "y")
+    assert (next_one.before, next_two.before) == (one.id, two.id) and next_one.judged and next_two.judged
+    assert next_one.session == one.session != two.session == next_two.session
+
+
+def test_same_first_message_same_answer(db):
+    """Nobody can tell them apart: the newest wins, and it is judged once."""
+    ask(db, [HELLO], HI["content"])
+    newest = ask(db, [HELLO], HI["content"])
+    first, second = ask(db, [HELLO, HI, MORE], "x"), ask(db, [HELLO, HI, says("user", "bye")], "y")
+    assert first.before == newest.id and first.judged
+    assert second.before is not None and journal.load_turn(db, newest.id)[1] == [MORE]
+
+
+def test_yes_and_yes_but_no(db):
+    for answers in (["Yes", "Yes, but no"], ["Yes, but no", "Yes"]):
+        opening = says("user", f"{answers}?")
+        for asked, answer in [(ask(db, [opening], answer), answer) for answer in answers]:
+            assert ask(db, [opening, bot(answer), MORE], "x").before == asked.id
+
+
+def test_regenerate(db):
+    red, blue = ask(db, [HELLO], "Red"), ask(db, [HELLO], "Blue")
+    assert blue.before is None
+    assert ask(db, [HELLO, bot("Red"), MORE], "x").before == red.id
+    assert journal.in_state(db, "judging") == [red.id] and blue.id in journal.in_state(db, "waiting")
+
+
+def test_edit_of_an_earlier_message(db):
+    first = ask(db, [HELLO], HI["content"])
+    ask(db, [HELLO, HI, MORE], "Of course.")
+    edited = [HELLO, HI, says("user", "tell me less")]
+    branch, after = ask(db, edited, "All right."), ask(db, [*edited, bot("All right."), MORE], "x")
+    assert branch[1:] == (first.session, first.id, False) and after[1:] == (first.session, branch.id, True)
+    assert ask(db, [says("user", "good evening"), HI, MORE], "x").before is None
+
+
+def test_retry_is_judged_once(db):
+    first = ask(db, [HELLO], HI["content"])
+    once, again = ask(db, [HELLO, HI, MORE], "Sure."), ask(db, [HELLO, HI, MORE], "Of course.")
+    assert (once.before, once.judged) == (first.id, True)
+    assert (again.before, again.judged, again.session) == (first.id, False, first.session)
+
+
+def test_the_longest_history_wins(db):
+    """The same words again: the first turn fits too, but the request goes on from the last."""
+    ask(db, [HELLO], HI["content"])
+    last = ask(db, [HELLO, HI, HELLO], HI["content"])
+    assert ask(db, [HELLO, HI, HELLO, HI, MORE], "x").before == last.id
+    assert journal.load_turn(db, last.id)[1] == [MORE]
+
+
+def test_system_prompt_with_the_date(db):
+    first = ask(db, [says("system", "Today is Sunday."), HELLO], HI["content"])
+    second = ask(db, [says("system", "Today is Monday."), HELLO, HI, MORE], "Sure.")
+    third = [says("developer", "Tuesday"), HELLO, HI, MORE, bot("Sure."), HELLO]
+    assert second.before == first.id and ask(db, third, "x").before == second.id
+
+
+@pytest.mark.parametrize("carrier", [CARRIER, [{"type": "text", "text": CARRIER}]])
+def test_carrier_is_dropped(db, carrier):
+    first = ask(db, [HELLO, says("user", carrier)], HI["content"])
+    assert ask(db, [HELLO, HI, MORE, says("user", carrier)], "x").before == first.id
+    assert journal.load_turn(db, first.id)[1] == [MORE]
+    ask(db, [MORE], "Sure.")
+    assert ask(db, [MORE, bot("Sure."), says("user", carrier)], "x").before is None
+
+
+def test_content_in_parts(db):
+    parts = [{"type": "text", "text": "Hi!"}, {"type": "text", "text": "What can I do?"}]
+    first = ask(db, [says("user", [{"type": "text", "text": "hello"}])], HI["content"])
+    second = ask(db, [HELLO, bot(parts), MORE], "Sure.")
+    assert second.before == first.id
+    assert ask(db, [HELLO, HI, MORE, bot("Sure."), HELLO], "x").before == second.id
+    assert ask(db, [says("user", [{"type": "text", "text": "bye"}]), HI, MORE], "x").before is None
+
+
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ('{"path": "a.txt", "limit": 5, "all": true, "to": null}', '{"to":null,"all":true,"limit":5,"path":"a.txt"}'),
+        ('{"path": "caf\\u00E9.txt"}', '{"path":"café.txt"}'),
+        ('{"path": "café.txt"}', '{"path": "caf\\u00e9.txt"}'),
+        (r'{"text": "print(\"a\")\n\tb\n"}', r'{"text":"print(\u0022a\u0022)\n\tb\u000a"}'),
+        ('{"edits": [{"old": "x", "new": "y z"}]}', '{"edits":[{"new":"y z","old":"x"}]}'),
+        ("{}", "{ }"),
+    ],
+)
+def test_tool_call_rewritten(db, written, sent):
+    """Ids are cut to letters and digits and arguments re-serialised; again differently in the request after that."""
+    first = ask(db, [HELLO], "<think>\nlet me look\n</think>\n\n" + raw_call("read", written))
+    result = says("tool", "3 files", tool_call_id="call1")
+    second = ask(db, [HELLO, calling(("call1", "read", sent)), result], "Three.")
+    assert second.before == first.id and journal.load_turn(db, first.id)[1] == [result]
+    again = [HELLO, calling(("call_1", "read", written), content=""), {**result, "tool_call_id": "call_1"}]
+    assert ask(db, [*again, bot("Three."), MORE], "x").before == second.id
+
+
+def test_text_beside_two_tool_calls(db):
+    calls = [("read", '{"path": "a"}'), ("exec", '{"command": "ls -l"}')]
+    first = ask(db, [HELLO], "\n".join(["One moment.", *(raw_call(*c) for c in calls)]))
+    message = calling(*((f"id{k}", *c) for k, c in enumerate(calls)), content="One moment.")
+    results = [says("tool", "text", tool_call_id="id0"), says("tool", "total 0", tool_call_id="id1"), MORE]
+    assert ask(db, [HELLO, message, *results], "x").before == first.id
+    assert journal.load_turn(db, first.id)[1] == results
+
+
+@pytest.mark.parametrize("other", [("write", '{"path": "a"}'), ("read", '{"path": "b"}'), ("read", '{"file": "a"}')])
+def test_another_tool_call_is_not_ours(db, other):
+    ask(db, [HELLO], raw_call("read", '{"path": "a"}'))
+    assert ask(db, [HELLO, calling(("id", *other)), says("tool", "ok")], "x").before is None
+
+
+def test_tool_call_of_another_history(db):
+    """It differs in a call's arguments, or in the result, or in who says it."""
+    call, result = calling(("i", "read", '{"path": "a"}')), says("tool", "text of a")
+    ask(db, [HELLO, call, result], "Done.")
+    done = [bot("Done."), MORE]
+    assert ask(db, [HELLO, calling(("i", "read", '{"path": "b"}')), result, *done], "x").before is None
+    for other in (says("tool", "text of b"), says("user", "text of a")):
+        assert ask(db, [HELLO, call, other, *done], "x").before is None
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", ""])  # some templates open the block in the prompt
+@pytest.mark.parametrize("sent", ["Hi! What can I do?", "\n\n  Hi! What can I do? ", "<think>\nhm\n</think>\n\n{}"])
+def test_thinking_stripped_by_the_client(db, opened, sent):
+    first = ask(db, [HELLO], f"{opened}hm\n</think>\n\n{HI['content']}")
+    second = ask(db, [HELLO, bot(sent.format(HI["content"])), MORE], "<think>\nhm\n</think>\n\nSure.")
+    assert second.before == first.id
+    assert ask(db, [HELLO, HI, MORE, bot("Sure."), HELLO], "x").before == second.id
+
+
+@pytest.mark.parametrize("edited", ["Hi! What can you do?", "Hi! What can I do? I am an edit.", "Something else", ""])
+def test_edited_answer_is_not_ours(db, edited):
+    first = ask(db, [HELLO], HI["content"])
+    assert ask(db, [HELLO, bot(edited), MORE], "x").before is None
+    assert first.id in journal.in_state(db, "waiting")
+    second = ask(db, [HELLO, HI, MORE], "Sure.")
+    third = ask(db, [HELLO, HI, MORE, bot(edited), MORE], "x")  # what came before the edit is ours: the session goes on
+    assert (third.before, third.judged, third.session) == (first.id, False, second.session)
+
+
+def test_answers_of_another_model_between(db):
+    first = ask(db, [HELLO], HI["content"])
+    assert ask(db, [HELLO, bot("Yo."), MORE, HI, MORE], "x").before is None  # our words, but not after our request
+    assert ask(db, [HELLO, HI, MORE, bot("Yo."), HELLO], "x").before == first.id
+    assert journal.load_turn(db, first.id)[1] == [MORE]
+
+
+def test_prefill_is_no_next_message(db):
+    first = ask(db, [HELLO], HI["content"])
+    assert ask(db, [HELLO, HI], "x").before is None
+    assert ask(db, [HELLO, HI, bot("Well,")], "x").before is None
+    assert first.id in journal.in_state(db, "waiting")
+    second = ask(db, [HELLO, HI, MORE], "Sure.")
+    assert ask(db, [HELLO, HI, MORE, bot("Sure.")], "x").before == first.id != second.id
+
+
+def test_nothing_said(db):
+    assert [ask(db, m, "Hm?").before for m in ([], [says("system", "be brief")], [HI])] == [None] * 3
+    first = ask(db, [HELLO], "nothing to say\n</think>\n\n")
+    assert ask(db, [HELLO, bot(""), MORE], "x").before == first.id
+    ask(db, [MORE], raw_call("read", "{}"))
+    assert ask(db, [MORE, bot(None), HELLO], "x").before is None

@@ -1,0 +1,106 @@
+"""New weights in a running engine: exact, verified, refused when wrong. A real vLLM engine, tied and untied heads."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import policy
+import swap
+from tests.conftest import make_tiny_model
+
+BOUND = 0.05
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+async def served(request, tmp_path_factory):
+    """An engine, and the trainer's copy of its weights."""
+    folder = make_tiny_model(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
+    args = swap.engine_args(
+        str(folder),
+        name="policy",
+        max_model_len=512,
+        device="cpu",
+        memory_gib=0.2,
+        cores=[0],
+        seed=0,
+        tool_parser="",
+        max_seqs=8,
+    )
+    engine = swap.start_engine(args)
+    await engine.update_weight_version("0")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    yield SimpleNamespace(engine=engine, model=model, ids=ids)
+    engine.shutdown(timeout=2)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def change(model, seed):
+    """Clearly different weights: mean |dlogp| to the ones before is above 0.3 (asserted by the test)."""
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.add_(torch.randn(p.shape, generator=g).to(p) * 0.05)
+
+
+async def test_after_a_push_the_engine_agrees_with_the_trainer(served):
+    for version in (1, 2, 3):
+        before, old = weights(served.model), policy.probe_logps(served.model, served.ids)
+        change(served.model, version)
+        new = policy.probe_logps(served.model, served.ids)
+        assert (new - old).abs().mean() > 0.3
+        gap = await swap.push(served.engine, weights(served.model), version, served.ids, new, before, BOUND)
+        assert gap < BOUND
+        print(f"mean |dlogp| after push {version}: {gap:.4f}; to the weights before: {(new - old).abs().mean():.2f}")
+        assert await served.engine.get_weight_version() == str(version)
+
+
+async def test_a_push_of_other_names_is_refused(served):
+    before, old = weights(served.model), policy.probe_logps(served.model, served.ids)
+    lacking = {k: w for k, w in before.items() if k != "model.layers.1.self_attn.q_proj.weight"}
+    for wrong, name in [(lacking, "q_proj"), (before | {"model.extra": torch.ones(3)}, "model.extra")]:
+        with pytest.raises(swap.PushError, match=name):
+            await swap.push(served.engine, wrong, 9, served.ids, old, before, BOUND)
+    lacking = {k: w for k, w in before.items() if k != "model.layers.1.mlp.down_proj.weight"}
+    with pytest.raises(swap.PushError, match="layers.1.mlp.down_proj"):  # the engine's own count
+        await swap.load(served.engine, lacking, 9)
+    await swap.load(served.engine, before, 3)
+    got = await swap.prompt_logps(served.engine, served.ids, "after-partial")
+    assert (got - old).abs().mean() < BOUND
+
+
+async def test_a_push_that_disagrees_is_refused_and_the_old_weights_serve(served):
+    before, old = weights(served.model), policy.probe_logps(served.model, served.ids)
+    other = AutoModelForCausalLM.from_config(served.model.config).to(torch.bfloat16)
+    with pytest.raises(swap.PushError, match="disagree"):
+        await swap.push(served.engine, weights(other), 9, served.ids, old, before, BOUND)
+    got = await swap.prompt_logps(served.engine, served.ids, "after-disagreement")
+    assert (got - old).abs().mean() < BOUND
+
+
+async def test_a_running_answer_goes_on_across_a_swap(served):
+    """Frozen for the swap, then complete, with the token spans of both versions."""
+    from vllm import SamplingParams
+
+    before = weights(served.model)
+    version = int(await served.engine.get_weight_version())
+    params = SamplingParams(max_tokens=300, ignore_eos=True, temperature=1.0, logprobs=0)
+
+    async def generate():
+        return [o async for o in served.engine.generate({"prompt_token_ids": served.ids}, params, f"run-{version}")][-1]
+
+    running = asyncio.create_task(generate())
+    await asyncio.sleep(0.3)
+    change(served.model, 11)
+    new = policy.probe_logps(served.model, served.ids)
+    await swap.push(served.engine, weights(served.model), version + 1, served.ids, new, before, BOUND)
+    answer = (await running).outputs[0]
+    assert len(answer.token_ids) == 300 and answer.finish_reason == "length"
+    assert [s.version for s in answer.weight_versions] == [str(version), str(version + 1)]
+    assert answer.weight_versions[-1].end == 300
