@@ -1,7 +1,8 @@
 """The judge: what the next message says about the answer before it, as votes good / bad / neutral.
 
-evidence -> judge_messages -> one request for m votes -> majority. Everything but `judge` is a pure function.
-`python reward.py --url=http://127.0.0.1:8000/v1 --model=NAME` measures a judge on tests/replies.jsonl.
+evidence -> prompt -> one request for m votes -> majority. Two styles: "chat" for a judge that follows instructions,
+"text" for a small one (SmolLM2-135M on the labelled set: 82 %; chat prompts like ours got 38 to 60 %).
+`python reward.py --url=http://127.0.0.1:8000/v1 --model=NAME --style=text` measures a judge on tests/replies.jsonl.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ import openai
 
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sampler can only say one of the three
-CHARS = 200  # budget of the next state; the request and the answer get less, see `evidence`
+CHARS = 200  # budget of the next state, a quarter of it for request and answer each: give a big judge 10 times more
 REPLIES = Path(__file__).parent / "tests" / "replies.jsonl"
 
 RULES = """You grade an assistant's answer by what happened next. Reply with one word.
@@ -95,7 +96,7 @@ def evidence(request: str, answer: str, next_messages: list[dict], chars: int = 
 def judge_messages(request: str, answer: str, next_messages: list[dict], chars: int = CHARS) -> list[dict]:
     """The chat: rules, examples (the same for all turns, so the engine caches their prefill), then the evidence."""
     turns = [{"role": "system", "content": RULES}]
-    for asked, said, role, then, vote in EXAMPLES:
+    for asked, said, role, then, vote in EXAMPLES[:12]:  # four of each vote; more would be prefill for little
         turns.append({"role": "user", "content": evidence(asked, said, [{"role": role, "content": then}], chars)})
         turns.append({"role": "assistant", "content": vote})
     return [*turns, {"role": "user", "content": evidence(request, answer, next_messages, chars)}]
@@ -111,10 +112,10 @@ def judge_prompt(next_messages: list[dict], chars: int = CHARS) -> str:
     return "\n\n".join([QUESTION, *blocks, evidence("", "", next_messages, chars, bare=True) + "\nFeedback:"])
 
 
-def draw(seen: dict[str, float], blank: list[dict[str, float]], votes: int, temperature: float) -> list[int]:
-    """`votes` draws from the label log-probs after taking off what the blanks got (contextual calibration, Zhao et al.
-    2021, arXiv 2102.09690): uncorrected, a 135M model answers "negative" to most things."""
-    logits = [(seen[word] - sum(b[word] for b in blank) / len(blank)) / temperature for word in WORDS.values()]
+def draw(seen: dict[str, float], bias: dict[str, float], votes: int, temperature: float) -> list[int]:
+    """`votes` draws from the label log-probs after taking off what empty next states got (contextual calibration, Zhao
+    et al. 2021, arXiv 2102.09690): uncorrected, a 135M model answers "negative" to most things."""
+    logits = [(seen[word] - bias[word]) / temperature for word in WORDS.values()]
     weights = [math.exp(x - max(logits)) for x in logits]
     return random.choices(list(VOTES.values()), weights, k=votes)
 
@@ -151,19 +152,26 @@ async def votes_by_chat(
     return cast[:votes]
 
 
-async def votes_by_text(
-    client: openai.AsyncOpenAI, model: str, next_messages: list[dict], votes: int, temperature: float, chars: int
-) -> list[int]:
-    """One request: the turn and the blanks, one token each. The blanks come along each time: the judge may be the very
-    model that is in training, so its bias moves. Only their few last tokens are computed, the rest is cached."""
-    blanks = [[{"role": next_messages[-1]["role"], "content": blank}] for blank in BLANKS]
-    prompts = [judge_prompt(messages, chars) for messages in (next_messages, *blanks)]
+async def label_logps(client: openai.AsyncOpenAI, model: str, prompts: list[str]) -> list[dict[str, float]]:
+    """Per prompt, the log-prob of each of the WORDS as its next token."""
     reply = await client.completions.create(model=model, prompt=prompts, max_tokens=1, temperature=1, logprobs=20)
     tops = [choice.logprobs and choice.logprobs.top_logprobs for choice in getattr(reply, "choices", None) or []]
     if len(tops) != len(prompts) or not all(tops):
         raise ValueError("the judge's reply has no log-probs for each prompt")
-    seen = [{word: top[0].get(" " + word, min(top[0].values())) for word in WORDS.values()} for top in tops]
-    return draw(seen[0], seen[1:], votes, temperature)
+    return [{word: top[0].get(" " + word, min(top[0].values())) for word in WORDS.values()} for top in tops]
+
+
+async def calibrate(client: openai.AsyncOpenAI, model: str, chars: int = CHARS) -> dict[str, dict[str, float]]:
+    """A small judge's bias: role of the next message -> mean log-prob of each of the WORDS after one that says nothing.
+
+    To be measured anew whenever the judge is the model in training and got new weights.
+    """
+    bias = {}
+    for role in ("user", "tool"):
+        prompts = [judge_prompt([{"role": role, "content": blank}], chars) for blank in BLANKS]
+        seen = await label_logps(client, model, prompts)
+        bias[role] = {word: sum(s[word] for s in seen) / len(seen) for word in WORDS.values()}
+    return bias
 
 
 async def judge(
@@ -179,12 +187,13 @@ async def judge(
     backoff_s: float = 1,
     temperature: float = 0.1,
     chars: int = CHARS,
-    style: str = "chat",
+    bias: dict[str, dict[str, float]] | None = None,
 ) -> tuple[int, list[int]]:
     """The score of an answer in {+1, 0, -1} and the single votes; JudgeError when there are none to be had.
 
     The votes are samples of one request: the prompt is computed once. The temperature is above 0, or they would all be
-    the same vote. style "chat" suits a judge that follows instructions; "text" is for a small one served by vLLM.
+    the same vote. A judge that follows instructions is asked in chat; with `bias` (of `calibrate`) it is a small one,
+    which completes text and sees the next state alone.
     """
     client = client.with_options(max_retries=0)  # the retries are ours: they also cover nonsense and slowness
     extra: dict = STRUCTURED
@@ -192,8 +201,10 @@ async def judge(
     while True:
         try:
             async with asyncio.timeout(timeout_s):  # the whole vote, where the client's own timeout is per read
-                if style == "text":
-                    cast = await votes_by_text(client, model, next_messages, votes, temperature, chars)
+                if bias is not None:
+                    (seen,) = await label_logps(client, model, [judge_prompt(next_messages, chars)])
+                    role = "tool" if next_messages[-1]["role"] == "tool" else "user"
+                    cast = draw(seen, bias[role], votes, temperature)
                 else:
                     messages = judge_messages(request, answer, next_messages, chars)
                     cast = await votes_by_chat(client, model, messages, votes, temperature, extra)
@@ -213,10 +224,11 @@ async def measure(client: openai.AsyncOpenAI, model: str, votes: int, style: str
     """Judge the labelled set and print how often, and where, the judge agrees with the person who labelled it."""
     rows = [json.loads(line) for line in REPLIES.read_text(encoding="utf-8").splitlines()]
     gate, start = asyncio.Semaphore(at_once), time.perf_counter()
+    bias = await calibrate(client, model) if style == "text" else None
 
     async def one(row: dict) -> int:
         async with gate:
-            return (await judge(client, model, row["request"], row["answer"], row["next"], votes=votes, style=style))[0]
+            return (await judge(client, model, row["request"], row["answer"], row["next"], votes=votes, bias=bias))[0]
 
     scores = await asyncio.gather(*map(one, rows))
     right = [score == VOTES[row["label"]] for row, score in zip(rows, scores, strict=True)]

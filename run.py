@@ -62,12 +62,13 @@ class Config:
     kl: float = 0.01  # weight of the KL to the starting weights; 0: off, and no second copy of the model
     baseline: str = "mean"  # of the reward: mean (running, per user), none (upstream's) or group (same prompt)
     max_staleness: int = 8  # samples from weights older than this many steps are dropped
-    row_tokens: int = 320  # tokens per packed row, a micro-batch; a longer sample has a row of its own
+    row_tokens: int = 384  # tokens per packed row, a micro-batch; a longer sample has a row of its own
     max_train_tokens: int = 4096  # longer samples are served, not trained on
     steps: int = 0  # stop training after so many steps and go on serving; 0: never
     save_every: int = 50  # steps between checkpoints; one is always written at a clean stop
     judge_url: str = ""  # OpenAI-compatible endpoint of the judge; empty: the served model itself
     judge_model: str = ""  # its model name (the key is read from JUDGE_API_KEY)
+    judge_style: str = "auto"  # chat; text, for a model too small to follow instructions; auto: text below 1 GiB
     votes: int = 3  # judge votes per turn
     expire: float = 3600.0  # seconds after which an answer that nobody went on from is dropped
     push_bound: float = 0.15  # largest mean |dlogp| between engine and trainer after a push
@@ -95,6 +96,8 @@ def parse(argv: list[str]) -> Config:
     config = Config(**values)
     if config.baseline not in ("mean", "none", "group"):
         sys.exit(f"--baseline={config.baseline}: expected mean, none or group")
+    if config.judge_style not in ("auto", "chat", "text"):
+        sys.exit(f"--judge_style={config.judge_style}: expected auto, chat or text")
     if config.host not in ("127.0.0.1", "::1", "localhost") and not config.key:
         sys.exit(f"--host={config.host} is not loopback, so a key is needed: --key=...")
     return config
@@ -106,8 +109,9 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
     cores = sorted(os.sched_getaffinity(0))
     n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**30  # GiB in bf16
-    # bf16 policy, its frozen start and the last good copy; fp32 masters, their gradients and Adam's two moments
-    trainer = weights * ((2 if config.kl else 1) + 1 + 2 * 4) + 1.0
+    # policy and its frozen start, the pushed and the last good copy; fp32 masters, gradients and Adam's two moments
+    width = policy.compute_dtype(device).itemsize / 2
+    trainer = weights * ((2 if config.kl else 1) * width + 2 + 2 * 4) + 1.0
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0] / 2**30
         engine = config.engine_memory or 0.9 * free - trainer
@@ -118,8 +122,15 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
         needed = trainer + engine + 2 * weights + 2.0  # the engine's weights, and its processes
     if needed > free:
         sys.exit(f"{needed:.1f} GiB needed, {free:.1f} free on {device}: a smaller --model, or --engine_memory lower")
+    small = not config.judge_url and weights < 1
     return SimpleNamespace(
-        device=device, engine_cores=cores[:n], trainer_cores=cores[n:] or cores, engine=engine, needed=needed, free=free
+        device=device,
+        engine_cores=cores[:n],
+        trainer_cores=cores[n:] or cores,
+        engine=engine,
+        needed=needed,
+        free=free,
+        judge_style=config.judge_style if config.judge_style != "auto" else "text" if small else "chat",
     )
 
 
@@ -130,7 +141,12 @@ def users_of(key: str) -> dict[str, str]:
 
 
 async def judge_turns(
-    waiting: "asyncio.Queue[str]", samples: "asyncio.Queue[Sample]", db: sqlite3.Connection, config: Config, client: Any
+    waiting: "asyncio.Queue[str]",
+    samples: "asyncio.Queue[Sample]",
+    db: sqlite3.Connection,
+    config: Config,
+    client: AsyncOpenAI,
+    state: policy.State,
 ) -> None:
     """One of several that judge side by side. A turn whose judge fails keeps waiting: never a score by accident."""
     while True:
@@ -145,6 +161,7 @@ async def judge_turns(
                 turn.text,
                 following,
                 votes=config.votes,
+                bias=state.judge_bias,
             )
         except reward.JudgeError as e:
             print(f"judge: {e}; {turn_id} is tried again in 30 s", file=sys.stderr)
@@ -159,7 +176,10 @@ async def main(config: Config) -> None:
     out = Path(config.out)
     folder = policy.latest_checkpoint(out) or policy.model_folder(config.model)
     where = plan(config, folder)
-    listener = socket.create_server((config.host, config.port))  # a taken port is known before the engine starts
+    try:  # before the engine starts, which takes a while
+        listener = socket.create_server((config.host, config.port))
+    except OSError as e:
+        sys.exit(f"--host={config.host} --port={config.port}: {e.strerror}")
     db = journal.open_journal(out / "journal.db")
     stop = asyncio.Event()
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -167,8 +187,10 @@ async def main(config: Config) -> None:
     address = f"http://{config.host}:{config.port}/v1"
     print(
         f"model     {folder}\n"
-        f"device    {where.device}; cores {where.engine_cores} engine, {where.trainer_cores} trainer\n"
+        f"device    {where.device}; training in {policy.compute_dtype(where.device)}\n"
+        f"cores     {where.engine_cores} engine, {where.trainer_cores} trainer\n"
         f"memory    {where.needed:.1f} GiB needed, {where.free:.1f} free; engine {where.engine:.1f}\n"
+        f"judge     {config.judge_url or 'the model itself'}, {where.judge_style} style, {config.votes} votes\n"
         f"address   {address}  model {config.name!r}  key {'needed' if config.key else 'any'}\n"
         f"out       {out.resolve()}",
         flush=True,
@@ -230,11 +252,15 @@ async def main(config: Config) -> None:
             base_url=config.judge_url or address,
             api_key=os.environ.get("JUDGE_API_KEY", "none") if config.judge_url else judge_key,
         )
-        tasks = [
-            asyncio.create_task(web.serve(sockets=[listener]), name="server"),
-            *[asyncio.create_task(judge_turns(waiting, samples, db, config, client)) for _ in range(8)],
+        tasks = [asyncio.create_task(web.serve(sockets=[listener]), name="server")]
+        while not web.started and not tasks[0].done():
+            await asyncio.sleep(0.05)
+        if where.judge_style == "text":
+            state.judge_bias = await reward.calibrate(client, config.judge_model or config.name)
+        tasks += [
+            *[asyncio.create_task(judge_turns(waiting, samples, db, config, client, state)) for _ in range(8)],
             asyncio.create_task(expire_turns(db, config.expire)),
-            asyncio.create_task(train(config, where, engine, state, samples, db, on_trainer), name="trainer"),
+            asyncio.create_task(train(config, where, engine, state, samples, db, client, on_trainer), name="trainer"),
             asyncio.create_task(stop.wait(), name="stop"),
         ]
         print(f"ready     after {time.monotonic() - STARTED:.0f} s", flush=True)
@@ -274,6 +300,7 @@ async def train(
     state: policy.State,
     samples: "asyncio.Queue[Sample]",
     db: sqlite3.Connection,
+    client: AsyncOpenAI,
     on_trainer: Any,
 ) -> None:
     """The loop. `state` has the policy (the very weights that are served), its fp32 masters, Adam and the step."""
@@ -325,8 +352,9 @@ async def train(
                     sums["kl"] += grpo.kl_value(logp.detach(), start_logp).sum().item()
                 (loss.sum() / n).backward()
                 for p, master in zip(state.policy.parameters(), state.masters, strict=True):
-                    master.grad.add_(p.grad)  # in fp32: bf16 sums over many rows would lose the small ones
-                    p.grad = None
+                    if p.grad is not master.grad:  # sums over many rows need fp32
+                        master.grad.add_(p.grad)
+                        p.grad = None
                 gap = (logp.detach() - old_logp).abs()
                 ratio = (logp.detach() - old_logp).exp()
                 sums["loss"] += loss.sum().item()
@@ -336,7 +364,7 @@ async def train(
             norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
             state.adam.step()
             state.adam.zero_grad(set_to_none=False)
-            policy.copy_weights(state.masters, state.policy.parameters())
+            policy.publish(state.masters, state.policy)
             metrics = {"tokens": n, "grad_norm": norm, **{k: v / n for k, v in sums.items()}}
             return metrics, policy.probe_logps(state.policy, state.probe_ids)
 
@@ -344,13 +372,15 @@ async def train(
         trained = time.monotonic()
 
         # 6. swap: the engine gets the new weights while its answers go on
-        weights = dict(state.policy.named_parameters())
+        weights = await on_trainer(policy.served_weights, state.policy)
         gap = await swap.push(
             engine, weights, state.step + 1, state.probe_ids, probe_logps, state.good, config.push_bound
         )
-        await on_trainer(policy.copy_weights, weights.values(), state.good.values())
+        state.good = {name: w.cpu() for name, w in weights.items()}
         state.step += 1
         journal.mark_trained(db, [t.id for t in turns], state.step)
+        if state.judge_bias and not config.judge_url:  # the judge is this model, and it has just changed
+            state.judge_bias = await reward.calibrate(client, config.name)
 
         row = {
             "step": state.step,

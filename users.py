@@ -1,6 +1,6 @@
 """Scripted people who talk to the server as strangers would, and the measure of what it learned from them.
 
-    python users.py                     start run.py, measure, talk until it has trained 20 steps, measure, draw
+    python users.py                     start run.py, measure, talk until it has trained 15 steps, measure, draw
     python users.py --seed=1 --out=b    --key=value overrides the Setup below; any other --key goes to run.py
 
 Each person has a preference that code can check and that they never state up front: they ask, read, and react in
@@ -30,7 +30,7 @@ STARTED = time.monotonic()
 @dataclass(frozen=True)
 class Setup:
     person: str = "brief"  # who talks: a key of PEOPLE
-    steps: int = 20  # training steps
+    steps: int = 15  # training steps
     seed: int = 0  # of the questions, the replies and the engine's sampler
     sessions: int = 16  # conversations at once
     held_out: int = 64  # questions of the measure before and after
@@ -38,7 +38,7 @@ class Setup:
     max_tokens: int = 160  # the longest answer a person waits for
     out: str = "out"  # everything the run leaves
     port: int = 8000
-    lr: float = 2e-5
+    lr: float = 4e-5
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ PEOPLE = {
         pleased=lambda answer: 0 < len(answer.split()) <= 60,
         thanks=(
             "Perfect, thanks!",
-            "Great, that is just what I needed.",
+            "Great, thank you.",
             "Thank you, nice and clear.",
             "Good answer, thanks.",
             "Exactly what I wanted, thank you.",
@@ -63,7 +63,7 @@ PEOPLE = {
         complaints=(
             "That is too long. Please answer in one or two sentences.",
             "Too long, make it shorter please.",
-            "No, I don't want to read that much. Say it again in a sentence or two.",
+            "That answer is too long for me. Say it in a sentence or two.",
             "This is far too long. Try again, short.",
             "Too many words. Please redo it, briefly.",
         ),
@@ -195,7 +195,7 @@ async def converse(setup: Setup, url: str) -> dict[str, Any]:
                     task.result()  # an error in a session is an error of the run
                 turns = status["turns"]
                 unread = turns.get("judging", 0) + turns.get("queued", 0)
-                if status["training"] != "on":
+                if status["training"].startswith("stopped"):
                     raise RuntimeError(f"the server stopped training: {status['training']}")
                 if len(talking) < setup.sessions and unread < 2 * status["batch_size"]:
                     talking.add(asyncio.create_task(session(status["step"])))
@@ -296,6 +296,7 @@ def main(argv: list[str]) -> None:
     if setup.person not in PEOPLE:
         sys.exit(f"--person={setup.person}: expected one of {', '.join(PEOPLE)}")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the server is stopped too
     server = start_server(setup, extra)
     try:
         result = asyncio.run(converse(setup, f"http://127.0.0.1:{setup.port}"))

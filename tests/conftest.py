@@ -80,6 +80,7 @@ class Program:
         out.mkdir(parents=True, exist_ok=True)
         values = {"model": model, "out": out, "port": self.port, "max_model_len": 2048, "engine_memory": 0.5} | config
         self.url = f"http://127.0.0.1:{self.port}"
+        self.key = str(values.get("key", "")).split(",")[0].rpartition(":")[2]
         with open(out / "run.log", "a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "run.py"), *[f"--{k}={v}" for k, v in values.items()]],
@@ -102,15 +103,12 @@ class Program:
         raise TimeoutError(self.log()[-4000:])
 
     def status(self) -> dict:
-        return httpx.get(f"{self.url}/status", timeout=30).json()
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.get(f"{self.url}/status", headers=headers, timeout=30).raise_for_status().json()
 
     def metrics(self) -> list[dict]:
         path = self.out / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def engine_processes(self) -> list[int]:
-        """Pids of this program's VLLM:: children and grandchildren, alive now."""
-        return [pid for pid, parent in descendants(self.process.pid)]
 
     def stop(self) -> float:
         """SIGTERM; seconds until it ended."""

@@ -234,28 +234,37 @@ def test_nobody_there() -> None:
 
 
 def logprobs(number: int, body: dict) -> Response:
-    """A small model with a bias to "negative", which only the turn itself (the first prompt) shifts."""
-    assert body["max_tokens"] == 1 and len(body["prompt"]) == 1 + len(reward.BLANKS)
+    """A small model with a bias to "negative", which only thanks shift a little; its first reply lacks a choice."""
+    assert body["max_tokens"] == 1
     biased = {" negative": -0.5, " positive": -6.0, " neutral": -4.0}
     thanks = {" negative": -0.6, " positive": -2.0, " neutral": -4.5}
     choices = [
-        {"index": i, "text": "x", "finish_reason": "length", "logprobs": {"top_logprobs": [biased if i else thanks]}}
-        for i in range(len(body["prompt"]))
+        {
+            "index": i,
+            "text": "x",
+            "finish_reason": "length",
+            "logprobs": {"top_logprobs": [thanks if "Thanks, great!\nFeedback:" in prompt else biased]},
+        }
+        for i, prompt in enumerate(body["prompt"])
     ]
-    if number == 1:
+    if number == 3:
         choices.pop()
     return JSONResponse({"id": "c", "object": "text_completion", "created": 0, "model": "m", "choices": choices})
 
 
-def test_text_style_takes_off_the_bias_and_asks_again() -> None:
+def test_a_small_judges_bias_is_measured_and_taken_off() -> None:
     with endpoint(logprobs) as (client, seen):
-        assert ask(client, style="text", votes=3, temperature=0.1) == (1, [1, 1, 1])
-    assert len(seen) == 2 and "User reply: Thanks, great!\nFeedback:" in seen[1]["prompt"][0]
-    assert all(p.split("\n\n")[:-1] == seen[1]["prompt"][0].split("\n\n")[:-1] for p in seen[1]["prompt"])
+        bias = asyncio.run(reward.calibrate(client, "m"))  # requests 1 and 2: one a role
+        assert bias["user"] == bias["tool"] == {"negative": -0.5, "positive": -6.0, "neutral": -4.0}
+        client = openai.AsyncOpenAI(base_url=client.base_url, api_key="none")  # the first one's loop is closed
+        assert ask(client, votes=3, temperature=0.1, bias=bias) == (1, [1, 1, 1])  # 3 lacks a choice: asked again
+    assert len(seen) == 4 and len(seen[3]["prompt"]) == 1
+    shared = seen[3]["prompt"][0].split("\n\n")[:-1]
+    assert all(p.split("\n\n")[:-1] == shared for body in seen for p in body["prompt"]), "one cached prefix"
 
 
 def test_draw_is_by_the_corrected_weights() -> None:
-    seen, blank = {"positive": -2.0, "negative": -1.0, "neutral": -9.0}, {"positive": -2.0, "negative": -1.0}
-    votes = Counter(reward.draw(seen, [blank | {"neutral": -2.0}], 4000, 1.0))
+    seen, bias = {"positive": -2.0, "negative": -1.0, "neutral": -9.0}, {"positive": -2.0, "negative": -1.0}
+    votes = Counter(reward.draw(seen, bias | {"neutral": -2.0}, 4000, 1.0))
     assert abs(votes[1] - votes[-1]) < 400 and votes[0] < 40
-    assert set(reward.draw(seen, [blank | {"neutral": -12.0}], 50, 0.01)) == {0}
+    assert set(reward.draw(seen, bias | {"neutral": -12.0}, 50, 0.01)) == {0}

@@ -1,0 +1,331 @@
+"""The whole program over real HTTP: a tiny random model, vLLM's CPU engine, the openai package as the client."""
+
+import asyncio
+import json
+import os
+import signal
+import sqlite3
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from transformers import AutoTokenizer
+
+from tests.conftest import Program, alive, descendants
+
+ALICE, BOB = "key-a", "key-b"
+
+
+def client(program, key=ALICE):
+    return openai.AsyncOpenAI(base_url=f"{program.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+
+def rows(program, where="1", *values):
+    db = sqlite3.connect(program.out / "journal.db")
+    db.row_factory = sqlite3.Row
+    found = db.execute(f"SELECT * FROM turns WHERE {where} ORDER BY created", values).fetchall()
+    db.close()
+    return found
+
+
+async def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.2)
+    return value
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+async def ask(c, messages, max_tokens=12, **kwargs):
+    return await c.chat.completions.create(model="policy", messages=messages, max_tokens=max_tokens, **kwargs)
+
+
+# ---- capture ----
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_client_saw_is_what_is_recorded(program, tiny_model, stream):
+    c, question = client(program), [user(f"what is {stream}?")]
+    if stream:
+        parts = [p async for p in await ask(c, question, 30, stream=True)]
+        turn_id = parts[0].id
+        text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
+        assert len(parts) > 10, "a real stream has many parts"
+    else:
+        reply = await ask(c, question, 30)
+        turn_id, text = reply.id, reply.choices[0].message.content
+        assert reply.choices[0].logprobs is None, "recording log-probs must not show"
+    (row,) = rows(program, "id = ?", turn_id)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompt_ids, response_ids = (np.frombuffer(row[k], np.int32).tolist() for k in ("prompt_ids", "response_ids"))
+    logprobs = np.frombuffer(row["logprobs"], np.float32)
+    rendered = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    assert prompt_ids == rendered
+    assert tokenizer.decode(response_ids, skip_special_tokens=True) == text == row["text"]
+    assert len(logprobs) == len(response_ids) and (logprobs < 0).all() and (logprobs > -30).all()
+    assert row["state"] == "waiting" and row["user"] == "alice"
+
+
+async def test_recorded_logprobs_are_the_models_own_at_the_turns_temperature(program, tiny_model):
+    """Against a fresh forward in transformers; before any training, so the folder's weights are the served ones."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if program.status()["step"]:
+        pytest.skip("the shared program has trained already")
+    reply = await ask(client(program), [user("hm")], 40, temperature=0.7)
+    (row,) = rows(program, "id = ?", reply.id)
+    prompt, response = (np.frombuffer(row[k], np.int32).tolist() for k in ("prompt_ids", "response_ids"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].float() / 0.7
+    expected = logits.log_softmax(-1)[range(len(response)), response].detach().numpy()
+    assert np.abs(np.frombuffer(row["logprobs"], np.float32) - expected).mean() < 0.05
+
+
+async def test_a_continued_turn_is_judged_and_a_stranger_cannot_continue_it(program):
+    c, question = client(program), [user("a question of alice's")]
+    reply = await ask(c, question)
+    talk = [*question, {"role": "assistant", "content": reply.choices[0].message.content}, user("No, that is wrong.")]
+    await ask(client(program, BOB), talk)  # the same words under another key
+    assert rows(program, "id = ?", reply.id)[0]["state"] == "waiting"
+    second = await ask(c, talk)
+    row = await until(lambda: [r for r in rows(program, "id = ?", reply.id) if r["score"] is not None])
+    assert json.loads(row[0]["next_messages"]) == [user("No, that is wrong.")]
+    assert len(json.loads(row[0]["votes"])) == 3
+    assert rows(program, "id = ?", second.id)[0]["session"] == row[0]["session"]
+
+
+async def test_several_choices_are_several_turns(program):
+    reply = await ask(client(program), [user("three ways")], n=3)
+    found = rows(program, "id = ? OR id LIKE ?", reply.id, reply.id + "/%")
+    assert {r["text"] for r in found} == {c.message.content for c in reply.choices} and len(found) == 3
+
+
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        ({"temperature": 0}, "temperature 0"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"extra_headers": {"X-Turn-Type": "side"}}, "side request"),
+        ({"extra_headers": {"X-Session-Done": "1"}}, "session is over"),
+    ],
+)
+async def test_what_cannot_be_trained_on_is_served_and_says_why(program, extra, reason):
+    reply = await ask(client(program), [user("untrainable")], **extra)
+    (row,) = rows(program, "id = ?", reply.id)
+    assert row["state"] == "dropped" and reason in row["reason"]
+
+
+async def test_a_client_that_hangs_up_leaves_no_trainable_turn(program):
+    question = [user("hang up on me")]
+    stream = await ask(client(program), question, 1500, stream=True, extra_body={"ignore_eos": True})
+    seen = [part.choices[0].delta.content async for part, _ in first(stream, 5)]
+    await stream.close()
+    assert seen
+    row = await until(lambda: [r for r in rows(program, "messages = ?", json.dumps(question)) if r["reason"]])
+    assert row[0]["state"] == "dropped" and "cut short" in row[0]["reason"]
+    n = len(np.frombuffer(row[0]["response_ids"], np.int32))
+    assert 0 < n < 1500, "the engine stopped when the client left"
+
+
+async def first(stream, n):
+    async for part in stream:
+        yield part, n
+        n -= 1
+        if n == 0:
+            return
+
+
+async def test_the_judges_own_requests_are_not_recorded(program):
+    await test_a_continued_turn_is_judged_and_a_stranger_cannot_continue_it(program)
+    assert not rows(program, "messages LIKE '%You grade%' OR user = ''")
+
+
+async def test_explicit_feedback(program):
+    c, http = client(program), httpx.AsyncClient(base_url=program.url, headers={"Authorization": f"Bearer {ALICE}"})
+    reply = await ask(c, [user("rate me")])
+    body = {"completion_id": reply.id, "score": -1, "text": "answer in one sentence"}
+    stranger = await http.post("/v1/feedback", json=body, headers={"Authorization": f"Bearer {BOB}"})
+    assert stranger.status_code == 404
+    assert (await http.post("/v1/feedback", json=body)).status_code == 200
+    (row,) = rows(program, "id = ?", reply.id)
+    assert (row["score"], row["source"], json.loads(row["hints"])) == (-1, "feedback", ["answer in one sentence"])
+    for wrong in ({}, {"completion_id": reply.id, "score": 7}, {"completion_id": reply.id, "score": True}, []):
+        error = await http.post("/v1/feedback", json=wrong)
+        assert error.status_code == 400 and error.json()["error"]["message"]
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        ("not json", 400),
+        ("[]", 400),
+        ('{"model": "policy"}', 400),
+        ('{"model": "policy", "messages": []}', 400),
+        ('{"model": "policy", "messages": "hi"}', 400),
+        ('{"model": "policy", "messages": [1]}', 400),
+        ('{"model": "nope", "messages": [{"role": "user", "content": "x"}]}', 404),
+        ('{"model": "policy", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', 400),
+        ('{"model": "policy", "messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400),
+        (json.dumps({"model": "policy", "messages": [user("x" * 5000)]}), 400),  # longer than the context
+        ('{"model": "policy", "messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}', None),
+    ],
+)
+async def test_bad_input_gets_an_openai_error_and_the_server_goes_on(program, body, status):
+    before = len(rows(program))
+    headers = {"Authorization": f"Bearer {ALICE}", "Content-Type": "application/json"}
+    async with httpx.AsyncClient(base_url=program.url, headers=headers, timeout=60) as http:
+        reply = await http.post("/v1/chat/completions", content=body)
+    if status:
+        assert reply.status_code == status
+        assert reply.json()["error"]["message"] and reply.json()["error"]["code"] == status
+        assert len(rows(program)) == before
+    else:
+        assert reply.status_code < 500
+    assert (await ask(client(program), [user("still there?")])).choices
+
+
+@pytest.mark.parametrize("key", ["wrong", "", "key-"])
+async def test_a_wrong_key_is_refused(program, key):
+    with pytest.raises(openai.AuthenticationError) as error:
+        await ask(client(program, key or "none"), [user("x")])
+    assert error.value.body["message"] == "wrong or missing API key"
+    assert httpx.get(f"{program.url}/status").status_code == 401
+
+
+# ---- the loop ----
+
+
+async def test_it_trains_and_swaps_while_a_client_streams_on(program):
+    """Ten swaps; every answer complete, none refused; then a version later than the first has given tokens."""
+    c, stop, answers = client(program), asyncio.Event(), []
+    start = len(program.metrics())
+
+    async def stream_on():
+        while not stop.is_set():
+            parts = [
+                p
+                async for p in await ask(
+                    c,
+                    [user("go on")],
+                    200,
+                    stream=True,
+                    extra_body={"ignore_eos": True},
+                    stream_options={"include_usage": True},
+                )
+            ]
+            answers.append((parts[-1].usage.completion_tokens, parts[-2].choices[0].finish_reason))
+
+    async def converse(i):
+        question = [user(f"question {i}")]
+        reply = await ask(c, question)
+        said = {"role": "assistant", "content": reply.choices[0].message.content}
+        await ask(c, [*question, said, user("No. Wrong, do it again.")], 1)
+        headers = {"Authorization": f"Bearer {ALICE}"}
+        body = {"completion_id": reply.id, "score": 1 if i % 2 else -1}  # the random judge may well say neutral
+        async with httpx.AsyncClient(base_url=program.url, headers=headers, timeout=60) as http:
+            (await http.post("/v1/feedback", json=body)).raise_for_status()
+
+    streaming = asyncio.create_task(stream_on())
+    i = 0
+    while len(program.metrics()) < start + 10:
+        await asyncio.gather(*[converse(i + k) for k in range(8)])
+        i += 8
+        assert i < 2000 and not streaming.done()
+    stop.set()
+    await streaming
+    assert answers and all(a == (200, "length") for a in answers)
+    steps = program.metrics()[start:]
+    assert all(m["push_gap"] < 0.05 and np.isfinite(m["loss"]) and m["grad_norm"] > 0 for m in steps)
+    assert [m["step"] for m in steps] == list(range(steps[0]["step"], steps[0]["step"] + len(steps)))
+    trained = rows(program, "state = 'trained'")
+    assert len(trained) >= 40 and {r["step"] for r in trained} >= {m["step"] for m in steps}
+    spans = [json.loads(r["versions"]) for r in rows(program, "messages LIKE '%go on%'")]
+    assert any(len(s) > 1 for s in spans), "at least one answer ran across a swap"
+    assert max(v for s in spans for v, _, _ in s) >= steps[-2]["step"]
+
+
+# ---- life and death ----
+
+
+@pytest.fixture
+def fresh(tiny_model, tmp_path):
+    started = []
+
+    def start(**config):
+        started.append(Program(tiny_model, tmp_path / "out", **config))
+        return started[-1]
+
+    yield start
+    for p in started:
+        if p.process.poll() is None:
+            p.process.kill()
+
+
+async def test_sigterm_stops_cleanly_and_a_restart_goes_on(fresh):
+    program = fresh(batch_size=2).wait_ready()
+    c = client(program)
+    for i in range(2):
+        reply = await ask(c, [user(f"q{i}")])
+        body = {"completion_id": reply.id, "score": 1}
+        httpx.post(f"{program.url}/v1/feedback", json=body).raise_for_status()
+    await until(lambda: program.status()["step"] == 1)
+    children = [pid for pid, _ in descendants(program.process.pid)]
+    assert len(children) >= 2
+    assert program.stop() < 10 and program.process.returncode == 0, program.log()[-2000:]
+    assert not alive(children)
+
+    again = fresh(batch_size=2).wait_ready()
+    assert again.status()["step"] == 1
+    children = [pid for pid, _ in descendants(again.process.pid)]
+    os.kill(again.process.pid, signal.SIGKILL)  # hard: nobody is left to tell the engine
+    again.process.wait()
+    await until(lambda: not alive(children), 10)
+
+
+def test_a_taken_port_is_said_at_once(fresh, program):
+    second = fresh(port=program.port)
+    assert second.process.wait(60) == 1
+    assert str(program.port) in second.log() and "in use" in second.log().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lrr=1"], "--lrr: no such key"),
+        (["--lr=fast"], "--lr=fast: expected float"),
+        (["--batch_size=2.5"], "--batch_size=2.5: expected int"),
+        (["lr=1"], "expected --key=value"),
+        (["--host=0.0.0.0"], "a key is needed"),
+        (["--baseline=median"], "expected mean, none or group"),
+        (["--model=/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_wrong_option_is_an_error_that_names_it(arguments, message):
+    import run
+
+    with pytest.raises(SystemExit) as error:
+        config = run.parse(arguments)
+        run.policy.model_folder(config.model)
+    assert message in str(error.value)
+
+
+def test_help_names_every_key(capsys):
+    import dataclasses
+
+    import run
+
+    with pytest.raises(SystemExit):
+        run.parse(["--help"])
+    said = capsys.readouterr().out
+    for f in dataclasses.fields(run.Config):
+        assert f"--{f.name}={f.default}" in said
