@@ -38,7 +38,7 @@ class Setup:
     max_tokens: int = 160  # the longest answer a person waits for
     out: str = "out"  # everything the run leaves
     port: int = 8000
-    lr: float = 4e-5
+    lr: float = 3e-5
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Person:
 
 PEOPLE = {
     "brief": Person(
-        wants="at most 60 words",
-        pleased=lambda answer: 0 < len(answer.split()) <= 60,
+        wants="at most 80 words",
+        pleased=lambda answer: 0 < len(answer.split()) <= 80,
         thanks=(
             "Perfect, thanks!",
             "Great, thank you.",
@@ -164,7 +164,7 @@ async def measure(client: AsyncOpenAI, person: Person, held: list[str], max_toke
 
 
 async def converse(setup: Setup, url: str) -> dict[str, Any]:
-    """Measure, talk, measure. The people hold back while two batches wait for the trainer, as it is not hurried."""
+    """Measure, talk, measure. The people hold back while a batch waits for the trainer: more would only grow stale."""
     person = PEOPLE[setup.person]
     asked, held = questions()
     rng = random.Random(setup.seed)
@@ -197,7 +197,7 @@ async def converse(setup: Setup, url: str) -> dict[str, Any]:
                 unread = turns.get("judging", 0) + turns.get("queued", 0)
                 if status["training"].startswith("stopped"):
                     raise RuntimeError(f"the server stopped training: {status['training']}")
-                if len(talking) < setup.sessions and unread < 2 * status["batch_size"]:
+                if len(talking) < setup.sessions and unread < status["batch_size"]:
                     talking.add(asyncio.create_task(session(status["step"])))
                     await asyncio.sleep(0.2)
                 else:

@@ -67,7 +67,9 @@ async def test_what_the_client_saw_is_what_is_recorded(program, tiny_model, stre
     logprobs = np.frombuffer(row["logprobs"], np.float32)
     rendered = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     assert prompt_ids == rendered
-    assert tokenizer.decode(response_ids, skip_special_tokens=True) == text == row["text"]
+    # random bytes may end in half a character, which a detokenizer holds back
+    assert tokenizer.decode(response_ids, skip_special_tokens=True).rstrip("\ufffd") == text.rstrip("\ufffd")
+    assert row["text"] == text
     assert len(logprobs) == len(response_ids) and (logprobs < 0).all() and (logprobs > -30).all()
     assert row["state"] == "waiting" and row["user"] == "alice"
 
@@ -282,7 +284,7 @@ async def test_sigterm_stops_cleanly_and_a_restart_goes_on(fresh):
     children = [pid for pid, _ in descendants(program.process.pid)]
     assert len(children) >= 2
     assert program.stop() < 10 and program.process.returncode == 0, program.log()[-2000:]
-    assert not alive(children)
+    await until(lambda: not alive(children), 10)  # the resource tracker goes a moment later
 
     again = fresh(batch_size=2).wait_ready()
     assert again.status()["step"] == 1
