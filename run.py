@@ -7,7 +7,6 @@ The loop is `train`, at the end. Everything it calls is one file away: server, j
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import os
@@ -33,7 +32,7 @@ import policy
 import reward
 import server
 import swap
-from journal import Sample, Verdict
+from journal import Sample, Turn, Verdict
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def users_of(key: str) -> dict[str, str]:
 
 async def judge_turns(
     waiting: "asyncio.Queue[str]",
-    samples: "asyncio.Queue[Sample]",
+    samples: "asyncio.Queue[Sample | None]",
     db: sqlite3.Connection,
     config: Config,
     client: AsyncOpenAI,
@@ -181,9 +180,8 @@ async def main(config: Config) -> None:
     except OSError as e:
         sys.exit(f"--host={config.host} --port={config.port}: {e.strerror}")
     db = journal.open_journal(out / "journal.db")
-    stop = asyncio.Event()
-    for s in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(s, stop.set)
+    for s in (signal.SIGINT, signal.SIGTERM):  # the engine's start blocks the event loop
+        signal.signal(s, lambda *_: sys.exit("stopped while starting"))
     address = f"http://{config.host}:{config.port}/v1"
     print(
         f"model     {folder}\n"
@@ -208,6 +206,9 @@ async def main(config: Config) -> None:
         max_seqs=config.max_seqs,
     )
     engine = swap.start_engine(args)
+    stop = asyncio.Event()
+    for s in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(s, stop.set)
     trainer = ThreadPoolExecutor(1, "trainer", policy.settle_trainer_thread, (where.trainer_cores,))
     tasks: list[asyncio.Task] = []
     try:
@@ -224,7 +225,7 @@ async def main(config: Config) -> None:
         await engine.update_weight_version(str(state.step))
 
         waiting: asyncio.Queue[str] = asyncio.Queue()
-        samples: asyncio.Queue[Sample] = asyncio.Queue()
+        samples: asyncio.Queue[Sample | None] = asyncio.Queue()  # None: stop
         for turn_id in journal.in_state(db, "judging"):
             waiting.put_nowait(turn_id)
         for turn_id in journal.in_state(db, "queued"):
@@ -252,16 +253,16 @@ async def main(config: Config) -> None:
             base_url=config.judge_url or address,
             api_key=os.environ.get("JUDGE_API_KEY", "none") if config.judge_url else judge_key,
         )
-        tasks = [asyncio.create_task(web.serve(sockets=[listener]), name="server")]
+        tasks = [asyncio.create_task(web.serve(sockets=[listener]))]
         while not web.started and not tasks[0].done():
             await asyncio.sleep(0.05)
         if where.judge_style == "text":
             state.judge_bias = await reward.calibrate(client, config.judge_model or config.name)
         tasks += [
+            asyncio.create_task(train(config, where, engine, state, samples, db, client, on_trainer)),
             *[asyncio.create_task(judge_turns(waiting, samples, db, config, client, state)) for _ in range(8)],
             asyncio.create_task(expire_turns(db, config.expire)),
-            asyncio.create_task(train(config, where, engine, state, samples, db, client, on_trainer), name="trainer"),
-            asyncio.create_task(stop.wait(), name="stop"),
+            asyncio.create_task(stop.wait()),
         ]
         print(f"ready     after {time.monotonic() - STARTED:.0f} s", flush=True)
         pending = set(tasks)
@@ -276,9 +277,10 @@ async def main(config: Config) -> None:
     finally:
         print("stopping", flush=True)
         if tasks:
-            state.stopping = True  # the trainer thread looks between rows
-            web.should_exit = True
-            for task in tasks[1:]:
+            # The server and the trainer end by themselves: a step is left between two rows, a swap never half-way.
+            web.should_exit = state.stopping = True
+            samples.put_nowait(None)
+            for task in tasks[2:]:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await on_trainer(policy.save_checkpoint, state, out)
@@ -298,7 +300,7 @@ async def train(
     where: SimpleNamespace,
     engine: Any,
     state: policy.State,
-    samples: "asyncio.Queue[Sample]",
+    samples: "asyncio.Queue[Sample | None]",
     db: sqlite3.Connection,
     client: AsyncOpenAI,
     on_trainer: Any,
@@ -309,70 +311,31 @@ async def train(
         # 1. a batch of judged turns, fresh and short enough
         batch: list[Sample] = []
         while len(batch) < config.batch_size:
-            turn = (sample := await samples.get()).turn
+            if (sample := await samples.get()) is None:
+                return
+            turn = sample.turn
             if state.step - min(v for v, _, _ in turn.versions) > config.max_staleness:
                 journal.drop(db, [turn.id], f"stale: more than {config.max_staleness} steps old")
             elif len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
                 journal.drop(db, [turn.id], f"longer than {config.max_train_tokens} tokens")
             else:
                 batch.append(sample)
-        started = time.monotonic()
-        turns = [s.turn for s in batch]
+        started, turns = time.monotonic(), [s.turn for s in batch]
 
         # 2. advantages
-        rewards = [s.verdict.score for s in batch]
+        rewards, users = [s.verdict.score for s in batch], [t.user for t in turns]
         prompts = [tuple(t.prompt_ids) for t in turns]
-        advs, state.baselines = grpo.advantages(
-            rewards, [t.user for t in turns], prompts, state.baselines, config.baseline
-        )
+        advs, state.baselines = grpo.advantages(rewards, users, prompts, state.baselines, config.baseline)
 
-        # 3. gradient, row by row; 4. Adam on the fp32 masters; 5. the served copy. Off the event loop: serving goes on.
-        def step(turns: list = turns, prompts: list = prompts, advs: list = advs) -> tuple[dict, torch.Tensor]:
-            n = sum(len(t.response_ids) for t in turns)
-            sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "dlogp", "clipped"), 0.0)
-            for row in grpo.collate(
-                prompts,
-                [t.response_ids for t in turns],
-                [t.logprobs for t in turns],
-                advs,
-                [t.temperature for t in turns],
-                config.row_tokens,
-                where.device,
-            ):
-                if state.stopping:
-                    raise asyncio.CancelledError
-                logp = grpo.token_logps(state.policy, row)  # (N,)
-                old_logp, adv = row["old_logp"], row["adv"]
-                loss = grpo.ppo_clip_loss(
-                    logp, old_logp, adv, config.clip_low, config.clip_high, config.dual_clip
-                )  # (N,)
-                if config.kl:
-                    start_logp = grpo.token_logps(state.start, row, grad=False)
-                    loss = loss + config.kl * grpo.kl_loss(logp, start_logp)
-                    sums["kl"] += grpo.kl_value(logp.detach(), start_logp).sum().item()
-                (loss.sum() / n).backward()
-                for p, master in zip(state.policy.parameters(), state.masters, strict=True):
-                    if p.grad is not master.grad:  # sums over many rows need fp32
-                        master.grad.add_(p.grad)
-                        p.grad = None
-                gap = (logp.detach() - old_logp).abs()
-                ratio = (logp.detach() - old_logp).exp()
-                sums["loss"] += loss.sum().item()
-                sums["nll"] -= logp.sum().item()
-                sums["dlogp"] += gap.sum().item()
-                sums["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item()
-            norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
-            state.adam.step()
-            state.adam.zero_grad(set_to_none=False)
-            policy.publish(state.masters, state.policy)
-            metrics = {"tokens": n, "grad_norm": norm, **{k: v / n for k, v in sums.items()}}
-            return metrics, policy.probe_logps(state.policy, state.probe_ids)
-
-        metrics, probe_logps = await on_trainer(step)
+        # 3. gradient and Adam, off the event loop: serving and judging go on
+        metrics = await on_trainer(update, config, state, turns, advs)
+        if metrics is None:
+            return
         trained = time.monotonic()
 
-        # 6. swap: the engine gets the new weights while its answers go on
+        # 4. swap: the engine gets the new weights while its answers go on
         weights = await on_trainer(policy.served_weights, state.policy)
+        probe_logps = await on_trainer(policy.probe_logps, state.policy, state.probe_ids)
         gap = await swap.push(
             engine, weights, state.step + 1, state.probe_ids, probe_logps, state.good, config.push_bound
         )
@@ -382,6 +345,7 @@ async def train(
         if state.judge_bias and not config.judge_url:  # the judge is this model, and it has just changed
             state.judge_bias = await reward.calibrate(client, config.name)
 
+        # 5. one row, one line
         row = {
             "step": state.step,
             "reward": sum(rewards) / len(rewards),
@@ -399,11 +363,52 @@ async def train(
         print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
         if state.step % config.save_every == 0:
             await on_trainer(policy.save_checkpoint, state, Path(config.out))
+    state.training = "off"
+
+
+def update(config: Config, state: policy.State, turns: list[Turn], advs: list[float]) -> dict[str, float] | None:
+    """One step of Adam on a batch, row by row; None, with nothing changed, when the program is to stop."""
+    n = sum(len(t.response_ids) for t in turns)
+    sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "dlogp", "dlogp_max", "clipped"), 0.0)
+    for row in grpo.collate(
+        [t.prompt_ids for t in turns],
+        [t.response_ids for t in turns],
+        [t.logprobs for t in turns],
+        advs,
+        [t.temperature for t in turns],
+        config.row_tokens,
+        state.policy.device,
+    ):
+        if state.stopping:
+            return None
+        logp = grpo.token_logps(state.policy, row)  # (N,)
+        loss = grpo.ppo_clip_loss(
+            logp, row["old_logp"], row["adv"], config.clip_low, config.clip_high, config.dual_clip
+        )  # (N,)
+        if config.kl:
+            start_logp = grpo.token_logps(state.start, row, grad=False)  # (N,)
+            loss = loss + config.kl * grpo.kl_loss(logp, start_logp)
+            sums["kl"] += grpo.kl_value(logp.detach(), start_logp).sum().item()
+        (loss.sum() / n).backward()
+        for p, master in zip(state.policy.parameters(), state.masters, strict=True):
+            if p.grad is not master.grad:  # bf16: sums over many rows need fp32
+                master.grad.add_(p.grad)
+                p.grad = None
+        log_ratio = logp.detach() - row["old_logp"]
+        outside = (log_ratio.exp() < 1 - config.clip_low) | (log_ratio.exp() > 1 + config.clip_high)
+        sums["loss"] += loss.sum().item()
+        sums["nll"] -= logp.sum().item()
+        sums["dlogp"] += log_ratio.abs().sum().item()
+        sums["dlogp_max"] = max(sums["dlogp_max"], n * log_ratio.abs().max().item())
+        sums["clipped"] += outside.sum().item()
+    norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
+    state.adam.step()
+    state.adam.zero_grad(set_to_none=False)
+    policy.publish(state.masters, state.policy)
+    return {"tokens": n, "grad_norm": norm, **{k: v / n for k, v in sums.items()}}
 
 
 STARTED = time.monotonic()
 
 if __name__ == "__main__":
-    config = parse(sys.argv[1:])
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(main(config))
+    asyncio.run(main(parse(sys.argv[1:])))

@@ -26,6 +26,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import journal
+import swap
 from journal import Turn, Verdict
 
 CAPTURED_PATH = "/v1/chat/completions"
@@ -268,6 +269,7 @@ class Recorder:
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
         request = asked.get()
+        prompt = swap.salted(prompt)
         # aclosing: when the client hangs up, the engine must hear of it now, not when the inner generator is collected
         outputs = aclosing(self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs))
         if request is None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import journal
 import policy
+import server
 import swap
 from tests.conftest import make_tiny_model
 
@@ -104,3 +106,33 @@ async def test_a_running_answer_goes_on_across_a_swap(served):
     assert len(answer.token_ids) == 300 and answer.finish_reason == "length"
     assert [s.version for s in answer.weight_versions] == [str(version), str(version + 1)]
     assert answer.weight_versions[-1].end == 300
+
+
+async def test_a_new_answer_never_reads_the_old_weights_cache(served, tmp_path):
+    """On a busy engine `reset_prefix_cache` does nothing; the recorder's salt must keep the caches apart."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    version = int(await served.engine.get_weight_version())
+    recorder = server.Recorder(served.engine, journal.open_journal(tmp_path / "j.db"), print)
+    final = {"output_kind": RequestOutputKind.FINAL_ONLY}
+    busy = SamplingParams(max_tokens=250, ignore_eos=True, **final)
+    short = SamplingParams(max_tokens=1, temperature=1.0, logprobs=20, **final)
+
+    async def generate(params, name):
+        prompt = {"prompt_token_ids": served.ids}
+        return [o async for o in recorder.generate(prompt, params, f"{name}-{version}")][-1]
+
+    running = asyncio.create_task(generate(busy, "busy"))
+    await generate(short, "before")  # its prompt is in the prefix cache now
+    before = weights(served.model)
+    change(served.model, 13)
+    new = policy.probe_logps(served.model, served.ids)
+    await swap.push(served.engine, weights(served.model), version + 1, served.ids, new, before, BOUND)
+    version += 1
+    got = (await generate(short, "after")).outputs[0].logprobs[0]
+    with torch.no_grad():
+        expected = served.model(torch.tensor([served.ids])).logits[0, -1].float().log_softmax(-1)
+    assert not running.done(), "the engine was not busy: the test shows nothing"
+    assert sum(abs(at.logprob - expected[i].item()) for i, at in got.items()) / len(got) < BOUND
+    await running
