@@ -69,6 +69,7 @@ class State:
     step: int = 0
     baselines: dict[str, float] = field(default_factory=dict)  # running mean reward per user
     judge_bias: dict | None = None  # of a small judge, see reward.calibrate
+    pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
     training: str = "off"  # on, off, or why it stopped; for GET /status
     stopping: bool = False  # set by the event loop, read by the trainer thread between rows
 

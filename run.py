@@ -31,6 +31,7 @@ import journal
 import policy
 import reward
 import server
+import sessions
 import swap
 from journal import Sample, Turn, Verdict
 
@@ -156,7 +157,7 @@ async def judge_turns(
             score, votes = await reward.judge(
                 client,
                 config.judge_model or config.name,
-                server.text_of(requests[-1].get("content")) if requests else "",
+                sessions.text_of(requests[-1].get("content")) if requests else "",
                 turn.text,
                 following,
                 votes=config.votes,
@@ -243,6 +244,7 @@ async def main(config: Config) -> None:
                 "step": state.step,
                 "training": state.training,
                 "batch_size": config.batch_size,
+                "pause": state.pause,
                 "turns": journal.counts(db),
                 "dropped": journal.drop_reasons(db),
             }
@@ -336,7 +338,7 @@ async def train(
         # 4. swap: the engine gets the new weights while its answers go on
         weights = await on_trainer(policy.served_weights, state.policy)
         probe_logps = await on_trainer(policy.probe_logps, state.policy, state.probe_ids)
-        gap = await swap.push(
+        gap, state.pause = await swap.push(
             engine, weights, state.step + 1, state.probe_ids, probe_logps, state.good, config.push_bound
         )
         state.good = {name: w.cpu() for name, w in weights.items()}
@@ -352,6 +354,7 @@ async def train(
             "length": metrics["tokens"] / len(turns),
             **metrics,
             "push_gap": gap,
+            "pause_s": state.pause[1] - state.pause[0],
             "train_s": trained - started,
             "push_s": time.monotonic() - trained,
             "stale": sum(state.step - 1 - max(v for v, _, _ in t.versions) for t in turns) / len(turns),

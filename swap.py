@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
@@ -156,11 +157,14 @@ def start_engine(args: Namespace) -> Any:
 loads = 0  # how often this program has changed the engine's weights
 
 
-async def load(engine: Any, weights: dict[str, torch.Tensor], version: int) -> None:
-    """Replace the engine's weights while its requests wait; streams freeze and go on, nothing is dropped."""
+async def load(engine: Any, weights: dict[str, torch.Tensor], version: int) -> tuple[float, float]:
+    """Replace the engine's weights while its requests wait; streams freeze and go on, nothing is dropped.
+
+    Returns when the pause began and ended (time.time())."""
     global loads
     with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="nano-openclaw-rl-") as shared:
         message = await asyncio.to_thread(pack, weights, shared.name)
+        began = time.time()
         await engine.pause_generation(mode="keep", clear_cache=False)
         loads += 1
         try:
@@ -170,6 +174,7 @@ async def load(engine: Any, weights: dict[str, torch.Tensor], version: int) -> N
             await engine.resume_generation()
     if missed:
         raise PushError(f"the engine did not load {missed}")
+    return began, time.time()
 
 
 def salted(prompt: dict) -> dict:
@@ -199,8 +204,9 @@ async def push(
     probe_logps: torch.Tensor,
     before: dict[str, torch.Tensor],
     bound: float,
-) -> float:
-    """Swap the engine's weights and prove it: return mean |dlogp| on the probe between the engine and the trainer.
+) -> tuple[float, tuple[float, float]]:
+    """Swap the engine's weights and prove it: return mean |dlogp| on the probe between the engine and the trainer, and
+    the pause as `load` gives it.
 
     `probe_logps` (L - 1,): the trainer's log-probs of probe_ids[1:] under `weights`. Where a tensor was not taken or
     the probe disagrees by more than `bound`, the engine gets `before` (the weights of version - 1) back and PushError
@@ -209,7 +215,7 @@ async def push(
     if weights.keys() != before.keys():  # the engine merges q, k and v, and would not miss one of them by name
         raise PushError(f"missing or unknown tensors: {sorted(weights.keys() ^ before.keys())}")
     try:
-        await load(engine, weights, version)
+        pause = await load(engine, weights, version)
         got = await prompt_logps(engine, probe_ids, f"probe-{version}")
         gap = (got - probe_logps).abs().mean().item()
         if not gap <= bound:  # also for NaN
@@ -217,4 +223,4 @@ async def push(
     except Exception:
         await load(engine, before, version - 1)
         raise
-    return gap
+    return gap, pause

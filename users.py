@@ -35,7 +35,7 @@ class Setup:
     sessions: int = 16  # conversations at once
     held_out: int = 64  # questions of the measure before and after
     every: int = 5  # steps between the measures in between, on half of those questions
-    max_tokens: int = 160  # the longest answer a person waits for
+    max_tokens: int = 128  # the longest answer a person waits for
     out: str = "out"  # everything the run leaves
     port: int = 8000
     lr: float = 3e-5

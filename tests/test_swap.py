@@ -57,8 +57,8 @@ async def test_after_a_push_the_engine_agrees_with_the_trainer(served):
         change(served.model, version)
         new = policy.probe_logps(served.model, served.ids)
         assert (new - old).abs().mean() > 0.3
-        gap = await swap.push(served.engine, weights(served.model), version, served.ids, new, before, BOUND)
-        assert gap < BOUND
+        gap, pause = await swap.push(served.engine, weights(served.model), version, served.ids, new, before, BOUND)
+        assert gap < BOUND and 0 < pause[1] - pause[0] < 10
         print(f"mean |dlogp| after push {version}: {gap:.4f}; to the weights before: {(new - old).abs().mean():.2f}")
         assert await served.engine.get_weight_version() == str(version)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 import journal
-import server
+import sessions
 
 CAPTURES = Path(__file__).parent / "captures"
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nActive exec sessions: none"
@@ -32,10 +32,10 @@ class Asked(NamedTuple):
 def ask(db, messages, answer, user="ann"):
     """One request and our answer to it, recorded as server.Recorder.generate does."""
     number = next(clock)
-    before, following = server.find_continued(db, user, messages)
+    before, following = sessions.find_continued(db, user, messages)
     judged = before is not None and journal.record_next(db, before["id"], following)
     session = before["session"] if before is not None else f"session {number}"
-    digest = server.fingerprints(server.conversation(messages))[-1]
+    digest = sessions.fingerprints(sessions.conversation(messages))[-1]
     tokens = [1], [2, 3], [-1.0, -2.0], [(0, 0, 2)]  # prompt ids, response ids, log-probs, versions
     turn = journal.Turn(f"turn {number}", session, user, messages, digest, answer, "stop", *tokens, 1.0, number)
     journal.record_turn(db, turn)
