@@ -23,9 +23,10 @@ for name, value in {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 
 PR_SET_PDEATHSIG = 1
 
-if multiprocessing.parent_process() is not None:
-    # vLLM's spawned processes import this file too (as run.py's child, or for the worker extension below). Without
-    # this, `VLLM::EngineCore` and `VLLM::Worker` spin on as orphans when their parent is killed hard.
+if multiprocessing.current_process().name != "MainProcess":
+    # vLLM's spawned processes import this file too (through run.py as their main module, or for the worker extension
+    # below). Without this, `VLLM::EngineCore` and `VLLM::Worker` live on as orphans when we are killed hard.
+    # multiprocessing.parent_process() would not do: it is still None while a child imports its main module.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -294,6 +294,14 @@ async def test_sigterm_stops_cleanly_and_a_restart_goes_on(fresh):
     await until(lambda: not alive(children), 10)
 
 
+async def test_sigterm_while_starting_stops_too(fresh):
+    program = fresh()
+    await until(lambda: len(descendants(program.process.pid)) >= 2, 120)  # the engine is on its way
+    children = [pid for pid, _ in descendants(program.process.pid)]
+    assert program.stop() < 10, program.log()[-2000:]
+    await until(lambda: not alive(children), 10)
+
+
 def test_a_taken_port_is_said_at_once(fresh, program):
     second = fresh(port=program.port)
     assert second.process.wait(60) == 1
