@@ -59,7 +59,7 @@ class Config:
     clip_low: float = 0.2  # PPO clip below
     clip_high: float = 0.28  # PPO clip above
     dual_clip: float = 3.0  # bound on the loss of a bad token
-    kl: float = 0.01  # weight of the KL to the starting weights; 0: off, and no second copy of the model
+    kl: float = 0.1  # weight of the KL to the starting weights; 0: off, and no second copy of the model
     baseline: str = "mean"  # of the reward: mean (running, per user), none (upstream's) or group (same prompt)
     max_staleness: int = 8  # samples from weights older than this many steps are dropped
     row_tokens: int = 384  # tokens per packed row, a micro-batch; a longer sample has a row of its own
