@@ -144,24 +144,36 @@ def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict])
     )
 
 
-def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> Sample | None:
-    """Write the verdict down and return the sample, or None where it is not to be trained on (the row says why)."""
-    useless = None if verdict.score or verdict.hints else "neutral: the next message says nothing about the answer"
-    queued = db.execute(
-        "UPDATE turns SET score = ?, votes = ?, hints = ?, judge = ?, source = ?, state = ?, reason = ? "
-        "WHERE id = ? AND state IN ('waiting', 'judging')",
+NEUTRAL = "neutral: the next message says nothing about the answer"
+
+
+def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bool:
+    """Write the verdict down; True where the turn is queued by it, to be handed to the trainer now.
+
+    A person's feedback outranks the judge, before or after it. ValueError where it comes too late: the turn is
+    trained, or dropped for a reason that no verdict changes.
+    """
+    state, reason = db.execute("SELECT state, reason FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    open_to_all = state in ("waiting", "judging")
+    if verdict.source == "judge" and not open_to_all:
+        return False
+    if not open_to_all and state != "queued" and reason != NEUTRAL:
+        raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
+    now = "queued" if verdict.score or verdict.hints else "dropped"
+    db.execute(
+        "UPDATE turns SET score = ?, votes = ?, hints = ?, judge = ?, source = ?, state = ?, reason = ? WHERE id = ?",
         (
             verdict.score,
             json.dumps(verdict.votes),
             json.dumps(verdict.hints),
             verdict.judge,
             verdict.source,
-            "dropped" if useless else "queued",
-            useless,
+            now,
+            NEUTRAL if now == "dropped" else None,
             turn_id,
         ),
-    ).rowcount
-    return load_sample(db, turn_id) if queued and not useless else None
+    )
+    return now == "queued" and state != "queued"
 
 
 def mark_trained(db: sqlite3.Connection, turn_ids: list[str], step: int) -> None:
@@ -219,6 +231,7 @@ def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
 
 
 def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
+    """A judged turn with its verdict as it is now."""
     turn, _ = load_turn(db, turn_id)
     r = db.execute("SELECT score, votes, hints, judge, source FROM turns WHERE id = ?", (turn_id,)).fetchone()
     return Sample(turn, Verdict(r["score"], json.loads(r["votes"]), json.loads(r["hints"]), r["judge"], r["source"]))

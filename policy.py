@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import grpo
 
@@ -155,9 +155,10 @@ def save_checkpoint(state: State, out: Path) -> Path:
     half = folder.with_name(folder.name + ".part")
     if not folder.is_dir():
         shutil.rmtree(half, ignore_errors=True)
-        model = AutoModelForCausalLM.from_config(state.policy.config).to(torch.bfloat16)
-        copy_weights(state.policy.parameters(), model.parameters())
-        model.save_pretrained(half)
+        state.policy.save_pretrained(half, state_dict=served_weights(state.policy, "cpu"))
+        config = AutoConfig.from_pretrained(half)
+        config.dtype = torch.bfloat16  # of the weights in the file, not of our arithmetic
+        config.save_pretrained(half)
         AutoTokenizer.from_pretrained(state.folder).save_pretrained(half)
         saved = {"masters": state.masters, "adam": state.adam.state_dict()}
         torch.save({**saved, "step": state.step, "baselines": state.baselines}, half / "trainer.pt")

@@ -62,7 +62,7 @@ class Config:
     kl: float = 0.1  # weight of the KL to the starting weights; 0: off, and no second copy of the model
     baseline: str = "mean"  # of the reward: mean (running, per user), none (upstream's) or group (same prompt)
     max_staleness: int = 8  # samples from weights older than this many steps are dropped
-    row_tokens: int = 384  # tokens per packed row, a micro-batch; a longer sample has a row of its own
+    row_tokens: int = 256  # tokens per packed row, a micro-batch; a longer sample has a row of its own
     max_train_tokens: int = 4096  # longer samples are served, not trained on
     steps: int = 0  # stop training after so many steps and go on serving; 0: never
     save_every: int = 50  # steps between checkpoints; one is always written at a clean stop
@@ -142,7 +142,7 @@ def users_of(key: str) -> dict[str, str]:
 
 async def judge_turns(
     waiting: "asyncio.Queue[str]",
-    samples: "asyncio.Queue[Sample | None]",
+    queued: "asyncio.Queue[str | None]",
     db: sqlite3.Connection,
     config: Config,
     client: AsyncOpenAI,
@@ -168,8 +168,8 @@ async def judge_turns(
             asyncio.get_running_loop().call_later(30, waiting.put_nowait, turn_id)
             continue
         verdict = Verdict(score, votes, [], config.judge_model or config.name, "judge")
-        if sample := journal.record_verdict(db, turn_id, verdict):
-            samples.put_nowait(sample)
+        if journal.record_verdict(db, turn_id, verdict):
+            queued.put_nowait(turn_id)
 
 
 async def main(config: Config) -> None:
@@ -226,15 +226,15 @@ async def main(config: Config) -> None:
         await engine.update_weight_version(str(state.step))
 
         waiting: asyncio.Queue[str] = asyncio.Queue()
-        samples: asyncio.Queue[Sample | None] = asyncio.Queue()  # None: stop
+        queued: asyncio.Queue[str | None] = asyncio.Queue()  # judged turns, by id; None: stop
         for turn_id in journal.in_state(db, "judging"):
             waiting.put_nowait(turn_id)
         for turn_id in journal.in_state(db, "queued"):
-            samples.put_nowait(journal.load_sample(db, turn_id))
+            queued.put_nowait(turn_id)
 
         def on_feedback(turn_id: str, verdict: Verdict) -> None:
-            if sample := journal.record_verdict(db, turn_id, verdict):
-                samples.put_nowait(sample)
+            if journal.record_verdict(db, turn_id, verdict):
+                queued.put_nowait(turn_id)
 
         judge_key = secrets.token_urlsafe(24)
         keys = users_of(config.key)
@@ -261,8 +261,8 @@ async def main(config: Config) -> None:
         if where.judge_style == "text":
             state.judge_bias = await reward.calibrate(client, config.judge_model or config.name)
         tasks += [
-            asyncio.create_task(train(config, where, engine, state, samples, db, client, on_trainer)),
-            *[asyncio.create_task(judge_turns(waiting, samples, db, config, client, state)) for _ in range(8)],
+            asyncio.create_task(train(config, where, engine, state, queued, db, client, on_trainer)),
+            *[asyncio.create_task(judge_turns(waiting, queued, db, config, client, state)) for _ in range(8)],
             asyncio.create_task(expire_turns(db, config.expire)),
             asyncio.create_task(stop.wait()),
         ]
@@ -281,12 +281,13 @@ async def main(config: Config) -> None:
         if tasks:
             # The server and the trainer end by themselves: a step is left between two rows, a swap never half-way.
             web.should_exit = state.stopping = True
-            samples.put_nowait(None)
+            queued.put_nowait(None)
             for task in tasks[2:]:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await on_trainer(policy.save_checkpoint, state, out)
-        engine.shutdown(timeout=2)
+            await asyncio.gather(on_trainer(policy.save_checkpoint, state, out), asyncio.to_thread(engine.shutdown, 2))
+        else:
+            engine.shutdown(timeout=2)
         trainer.shutdown(wait=False, cancel_futures=True)
         db.close()
 
@@ -302,7 +303,7 @@ async def train(
     where: SimpleNamespace,
     engine: Any,
     state: policy.State,
-    samples: "asyncio.Queue[Sample | None]",
+    queued: "asyncio.Queue[str | None]",
     db: sqlite3.Connection,
     client: AsyncOpenAI,
     on_trainer: Any,
@@ -313,9 +314,9 @@ async def train(
         # 1. a batch of judged turns, fresh and short enough
         batch: list[Sample] = []
         while len(batch) < config.batch_size:
-            if (sample := await samples.get()) is None:
+            if (turn_id := await queued.get()) is None:
                 return
-            turn = sample.turn
+            turn = (sample := journal.load_sample(db, turn_id)).turn
             if state.step - min(v for v, _, _ in turn.versions) > config.max_staleness:
                 journal.drop(db, [turn.id], f"stale: more than {config.max_staleness} steps old")
             elif len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
@@ -358,7 +359,7 @@ async def train(
             "train_s": trained - started,
             "push_s": time.monotonic() - trained,
             "stale": sum(state.step - 1 - max(v for v, _, _ in t.versions) for t in turns) / len(turns),
-            "waiting": samples.qsize(),
+            "waiting": queued.qsize(),
             "time": time.time(),
         }
         with open(Path(config.out) / "metrics.jsonl", "a") as f:

@@ -278,7 +278,10 @@ async def build_app(
             turn = None
         if turn is None or turn.user != user:
             return openai_error(404, f"no completion {turn_id!r} of yours", "invalid_request_error")
-        on_feedback(turn.id, Verdict(score, [score], [text] if len(text) > 10 else [], user, "feedback"))
+        try:
+            on_feedback(turn.id, Verdict(score, [score], [text] if len(text) > 10 else [], user, "feedback"))
+        except ValueError as e:
+            return openai_error(409, f"too late: {e}", "invalid_request_error")
         return JSONResponse({"completion_id": turn.id, "score": score})
 
     async def show_status(request: Request) -> JSONResponse:

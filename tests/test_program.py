@@ -158,6 +158,12 @@ async def test_explicit_feedback(program):
     assert (await http.post("/v1/feedback", json=body)).status_code == 200
     (row,) = rows(program, "id = ?", reply.id)
     assert (row["score"], row["source"], json.loads(row["hints"])) == (-1, "feedback", ["answer in one sentence"])
+    body["score"] = 1  # changed her mind, and it is not trained yet
+    assert (await http.post("/v1/feedback", json=body)).status_code == 200
+    assert rows(program, "id = ?", reply.id)[0]["score"] == 1
+    side = await ask(c, [user("no use")], temperature=0)
+    late = await http.post("/v1/feedback", json=body | {"completion_id": side.id})
+    assert late.status_code == 409 and "temperature 0" in late.json()["error"]["message"]
     for wrong in ({}, {"completion_id": reply.id, "score": 7}, {"completion_id": reply.id, "score": True}, []):
         error = await http.post("/v1/feedback", json=wrong)
         assert error.status_code == 400 and error.json()["error"]["message"]

@@ -1,0 +1,97 @@
+"""The life of a row."""
+
+import stat
+
+import pytest
+
+import journal
+from journal import Turn, Verdict
+
+
+def turn(turn_id="t1", **changes):
+    values = {
+        "id": turn_id,
+        "session": "s",
+        "user": "alice",
+        "messages": [{"role": "user", "content": "hi"}],
+        "digest": "d",
+        "text": "hello",
+        "finish_reason": "stop",
+        "prompt_ids": [1, 2],
+        "response_ids": [3, 4, 5],
+        "logprobs": [-0.5, -1.0, -0.25],
+        "versions": [(0, 0, 2), (1, 2, 3)],
+        "temperature": 1.0,
+    }
+    return Turn(**values | changes)
+
+
+@pytest.fixture
+def db(tmp_path):
+    db = journal.open_journal(tmp_path / "j.db")
+    yield db
+    db.close()
+
+
+def state(db, turn_id="t1"):
+    return tuple(db.execute("SELECT state, reason, step, score FROM turns WHERE id = ?", (turn_id,)).fetchone())
+
+
+GOOD, BAD = Verdict(1, [1, 1, 0], [], "policy", "judge"), Verdict(-1, [-1], ["say less, please"], "alice", "feedback")
+
+
+def test_from_waiting_to_trained(db):
+    journal.record_turn(db, turn())
+    assert state(db) == ("waiting", None, None, None)
+    assert journal.record_next(db, "t1", [{"role": "user", "content": "thanks"}])
+    assert not journal.record_next(db, "t1", [{"role": "user", "content": "again"}]), "a branch judges nothing twice"
+    assert state(db)[0] == "judging"
+    assert journal.record_verdict(db, "t1", GOOD)
+    assert state(db) == ("queued", None, None, 1)
+    sample = journal.load_sample(db, "t1")
+    assert sample.turn == turn(created=sample.turn.created) and sample.verdict == GOOD
+    journal.mark_trained(db, ["t1"], 7)
+    assert state(db) == ("trained", None, 7, 1)
+    assert journal.counts(db) == {"trained": 1}
+
+
+def test_feedback_outranks_the_judge_before_and_after(db):
+    for first, second in ((GOOD, BAD), (BAD, GOOD)):
+        turn_id = first.source
+        journal.record_turn(db, turn(turn_id))
+        assert journal.record_verdict(db, turn_id, first)
+        assert not journal.record_verdict(db, turn_id, second), "it is in the queue already, once"
+        assert state(db, turn_id)[3] == -1
+
+
+def test_neutral_is_dropped_and_feedback_may_still_queue_it(db):
+    journal.record_turn(db, turn())
+    assert not journal.record_verdict(db, "t1", Verdict(0, [0, 0, 1], [], "policy", "judge"))
+    assert state(db)[:2] == ("dropped", journal.NEUTRAL)
+    assert journal.record_verdict(db, "t1", BAD)
+    journal.mark_trained(db, ["t1"], 1)
+    with pytest.raises(ValueError, match="t1 is trained"):
+        journal.record_verdict(db, "t1", BAD)
+
+
+def test_expiry_is_by_age_or_by_session(db):
+    journal.record_turn(db, turn("old", created=1.0))
+    journal.record_turn(db, turn("new"))
+    journal.record_turn(db, turn("other", session="s2"))
+    assert journal.expire(db, 60) == 1 and state(db, "old")[:2] == ("dropped", "nobody went on from it")
+    assert journal.expire(db, 0, "s2") == 1 and state(db, "new")[0] == "waiting"
+
+
+def test_what_does_not_join_is_refused():
+    for wrong in ({"logprobs": [-1.0]}, {"versions": [(0, 0, 2)]}, {"response_ids": [3]}):
+        with pytest.raises(ValueError, match="t1"):
+            turn(**wrong)
+
+
+def test_it_survives_and_is_private(tmp_path):
+    db = journal.open_journal(tmp_path / "j.db")
+    journal.record_turn(db, turn())
+    again = journal.open_journal(tmp_path / "j.db")  # as after kill -9: nothing was closed
+    assert journal.load_turn(again, "t1")[0].response_ids == [3, 4, 5]
+    for path in tmp_path.glob("j.db*"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
