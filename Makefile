@@ -9,7 +9,7 @@ run: .venv/ready
 	$(PY) users.py
 
 serve: .venv/ready
-	$(PY) run.py
+	$(PY) run.py --out=mine
 
 test: .venv/ready
 	$(PY) -m pytest -q

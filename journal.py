@@ -1,8 +1,8 @@
 """The durable log: every answer the server gave is one row, and the row says what became of it.
 
 State of a row: waiting (nobody has gone on from it yet) -> judging (the next message is here) -> queued (judged, on
-its way to the trainer) -> trained (at step N) or dropped (and why). Ids are the truth; text is for people and for the
-judge, and nothing here or later re-tokenizes it.
+its way to the trainer) -> training -> trained (at step N), or dropped (and why). Ids are the truth; text is for people
+and for the judge, and nothing here or later re-tokenizes it.
 
 All calls come from the event loop's thread: one connection, no locks.
 """
@@ -21,7 +21,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS turns (
   id TEXT PRIMARY KEY, session TEXT NOT NULL, user TEXT NOT NULL, created REAL NOT NULL,
   messages TEXT NOT NULL,            -- the request, as the client sent it
-  digest TEXT NOT NULL,              -- of those messages, as server.fingerprints makes it
+  digest TEXT NOT NULL,              -- of those messages, as sessions.fingerprints makes it
   text TEXT NOT NULL, finish_reason TEXT,
   prompt_ids BLOB NOT NULL, response_ids BLOB NOT NULL, logprobs BLOB NOT NULL,  -- int32, int32, float32
   versions TEXT NOT NULL,            -- [[weight version, first token, end], ...]
@@ -145,19 +145,21 @@ def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict])
 
 
 NEUTRAL = "neutral: the next message says nothing about the answer"
+ALONE = "nobody went on from it"
+LAST = "the session is over, by its header"
 
 
 def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bool:
     """Write the verdict down; True where the turn is queued by it, to be handed to the trainer now.
 
-    A person's feedback outranks the judge, before or after it. ValueError where it comes too late: the turn is
-    trained, or dropped for a reason that no verdict changes.
+    A person's feedback outranks the judge, before or after it. ValueError where it comes too late: the turn is in
+    training or trained, or dropped for a reason that no verdict changes.
     """
     state, reason = db.execute("SELECT state, reason FROM turns WHERE id = ?", (turn_id,)).fetchone()
     open_to_all = state in ("waiting", "judging")
     if verdict.source == "judge" and not open_to_all:
         return False
-    if not open_to_all and state != "queued" and reason != NEUTRAL:
+    if not open_to_all and state != "queued" and reason not in (NEUTRAL, ALONE, LAST):
         raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
     now = "queued" if verdict.score or verdict.hints else "dropped"
     db.execute(
@@ -176,6 +178,17 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bo
     return now == "queued" and state != "queued"
 
 
+def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
+    """The samples of a batch with their verdicts as they are now; from here on no feedback changes them."""
+    db.executemany("UPDATE turns SET state = 'training' WHERE id = ?", [(i,) for i in turn_ids])
+    return [load_sample(db, i) for i in turn_ids]
+
+
+def undo_step(db: sqlite3.Connection) -> None:
+    """A step that was begun and never ended: its turns are queued again."""
+    db.execute("UPDATE turns SET state = 'queued' WHERE state = 'training'")
+
+
 def mark_trained(db: sqlite3.Connection, turn_ids: list[str], step: int) -> None:
     db.executemany("UPDATE turns SET state = 'trained', step = ? WHERE id = ?", [(step, i) for i in turn_ids])
 
@@ -184,12 +197,11 @@ def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
     db.executemany("UPDATE turns SET state = 'dropped', reason = ? WHERE id = ?", [(reason, i) for i in turn_ids])
 
 
-def expire(db: sqlite3.Connection, waited_s: float, session: str | None = None) -> int:
-    """Drop waiting turns older than `waited_s` seconds (of one session, if given): side requests, or abandoned talk."""
+def expire(db: sqlite3.Connection, waited_s: float) -> int:
+    """Drop turns that have waited for longer than this many seconds: side requests, or abandoned talk."""
     return db.execute(
-        "UPDATE turns SET state = 'dropped', reason = 'nobody went on from it' "
-        "WHERE state = 'waiting' AND created <= ? AND (? IS NULL OR session = ?)",
-        (time.time() - waited_s, session, session),
+        "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'waiting' AND created <= ?",
+        (ALONE, time.time() - waited_s),
     ).rowcount
 
 

@@ -66,7 +66,9 @@ class State:
     adam: torch.optim.Adam
     good: dict[str, Tensor]  # the last weights that the engine took, bf16 on the CPU
     probe_ids: list[int]
+    start_folder: Path  # of the weights that training began from
     step: int = 0
+    whole: bool = True  # False between Adam's step and the engine's taking it: not to be saved then
     baselines: dict[str, float] = field(default_factory=dict)  # running mean reward per user
     judge_bias: dict | None = None  # of a small judge, see reward.calibrate
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
@@ -104,6 +106,7 @@ def load_state(folder: Path, start: Path, device: str, lr: float, betas: tuple[f
         adam=torch.optim.Adam(masters, lr=lr, betas=betas),
         good=served_weights(policy, "cpu"),
         probe_ids=AutoTokenizer.from_pretrained(folder)(PROBE)["input_ids"],
+        start_folder=start.resolve(),
     )
     if (folder / "trainer.pt").is_file():
         saved = torch.load(folder / "trainer.pt", map_location=device, weights_only=True)
@@ -145,8 +148,14 @@ def settle_trainer_thread(cores: list[int]) -> None:
     torch.set_num_threads(len(cores))
 
 
-def latest_checkpoint(out: Path) -> Path | None:
-    return max((out / "checkpoints").glob("step-" + "[0-9]" * 6), default=None)
+def latest_checkpoint(out: Path, start: Path) -> Path | None:
+    """The newest whole checkpoint in `out`, if any; SystemExit where it was trained from another model than `start`."""
+    folder = max((out / "checkpoints").glob("step-" + "[0-9]" * 6), default=None)
+    if folder and (begun := (folder / "start").read_text()) != str(start.resolve()):
+        sys.exit(
+            f"--out={out} has {folder.name}, trained from {begun}, not from {start}: give another --out or --model"
+        )
+    return folder
 
 
 def save_checkpoint(state: State, out: Path) -> Path:
@@ -161,6 +170,8 @@ def save_checkpoint(state: State, out: Path) -> Path:
         config.save_pretrained(half)
         AutoTokenizer.from_pretrained(state.folder).save_pretrained(half)
         saved = {"masters": state.masters, "adam": state.adam.state_dict()}
-        torch.save({**saved, "step": state.step, "baselines": state.baselines}, half / "trainer.pt")
+        saved |= {"step": state.step, "baselines": state.baselines}
+        (half / "start").write_text(str(state.start_folder))
+        torch.save(saved, half / "trainer.pt")
         half.rename(folder)
     return folder

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import openai
 
+from sessions import text_of
+
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sampler can only say one of the three
 CHARS = 200  # budget of the next state, a quarter of it for request and answer each: give a big judge 10 times more
@@ -56,13 +58,6 @@ class JudgeError(RuntimeError):
     """The judge gave no verdict. The turn goes on waiting: a failure is never a score of 0."""
 
 
-def plain(content: str | list | None) -> str:
-    """The text of a message's content, which may also be a list of parts (text, images) or missing."""
-    if isinstance(content, list):
-        return " ".join(part.get("text") or f"({part.get('type')})" for part in content)
-    return content or ""
-
-
 def cut(text: str, chars: int) -> str:
     """At most about `chars` characters: the head and the tail, where requests, errors and verdicts stand."""
     if len(text) <= chars:
@@ -89,7 +84,7 @@ def evidence(request: str, answer: str, next_messages: list[dict], chars: int = 
     each = chars // max(1, len(next_messages))
     for message in next_messages:
         name = "Tool output" if message["role"] == "tool" else "User reply"
-        parts.append((name, plain(message.get("content")), each))
+        parts.append((name, text_of(message.get("content")), each))
     return "\n".join(f"{name}: {cut(defuse(text), budget)}" for name, text, budget in parts)
 
 

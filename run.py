@@ -3,11 +3,13 @@
     python run.py                         serve and train until stopped
     python run.py --lr=2e-5 --out=mine    --key=value overrides the Config below; a wrong key is an error
 
-The loop is `train`, at the end. Everything it calls is one file away: server, journal, reward, grpo, swap.
+The loop is `train`, near the end. What it calls is one file away: journal, grpo, policy, swap; server, sessions and
+reward fill its queue.
 """
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -24,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from openai import AsyncOpenAI
+from openai import APIError, AsyncOpenAI
 
 import grpo
 import journal
@@ -33,7 +35,7 @@ import reward
 import server
 import sessions
 import swap
-from journal import Sample, Turn, Verdict
+from journal import Turn, Verdict
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def parse(argv: list[str]) -> Config:
         sys.exit(f"--baseline={config.baseline}: expected mean, none or group")
     if config.judge_style not in ("auto", "chat", "text"):
         sys.exit(f"--judge_style={config.judge_style}: expected auto, chat or text")
-    if config.host not in ("127.0.0.1", "::1", "localhost") and not config.key:
+    if config.host not in ("127.0.0.1", "localhost") and not config.key:
         sys.exit(f"--host={config.host} is not loopback, so a key is needed: --key=...")
     return config
 
@@ -137,7 +139,7 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
 def users_of(key: str) -> dict[str, str]:
     """API key -> user name, from "key,user:key"; a key without a name is a user of its own."""
     pairs = [part.rpartition(":") for part in key.split(",") if part]
-    return {k: name or f"key-{i + 1}" for i, (name, _, k) in enumerate(pairs)}
+    return {k: name or "key-" + hashlib.sha256(k.encode()).hexdigest()[:8] for name, _, k in pairs}
 
 
 async def judge_turns(
@@ -162,6 +164,7 @@ async def judge_turns(
                 following,
                 votes=config.votes,
                 bias=state.judge_bias,
+                chars=2000 if state.judge_bias is None else reward.CHARS,
             )
         except reward.JudgeError as e:
             print(f"judge: {e}; {turn_id} is tried again in 30 s", file=sys.stderr)
@@ -174,7 +177,8 @@ async def judge_turns(
 
 async def main(config: Config) -> None:
     out = Path(config.out)
-    folder = policy.latest_checkpoint(out) or policy.model_folder(config.model)
+    start = policy.model_folder(config.model)
+    folder = policy.latest_checkpoint(out, start) or start
     where = plan(config, folder)
     try:  # before the engine starts, which takes a while
         listener = socket.create_server((config.host, config.port))
@@ -217,7 +221,7 @@ async def main(config: Config) -> None:
         state = await on_trainer(
             policy.load_state,
             folder,
-            policy.model_folder(config.model),
+            start,
             where.device,
             config.lr,
             (config.beta1, config.beta2),
@@ -227,6 +231,7 @@ async def main(config: Config) -> None:
 
         waiting: asyncio.Queue[str] = asyncio.Queue()
         queued: asyncio.Queue[str | None] = asyncio.Queue()  # judged turns, by id; None: stop
+        journal.undo_step(db)
         for turn_id in journal.in_state(db, "judging"):
             waiting.put_nowait(turn_id)
         for turn_id in journal.in_state(db, "queued"):
@@ -285,9 +290,10 @@ async def main(config: Config) -> None:
             for task in tasks[2:]:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.gather(on_trainer(policy.save_checkpoint, state, out), asyncio.to_thread(engine.shutdown, 2))
-        else:
-            engine.shutdown(timeout=2)
+            if state.whole:
+                saving = on_trainer(policy.save_checkpoint, state, out)
+                await asyncio.gather(saving, asyncio.to_thread(engine.shutdown, 2))
+        engine.shutdown(timeout=2)
         trainer.shutdown(wait=False, cancel_futures=True)
         db.close()
 
@@ -312,23 +318,23 @@ async def train(
     state.training = "on"
     while not config.steps or state.step < config.steps:
         # 1. a batch of judged turns, fresh and short enough
-        batch: list[Sample] = []
-        while len(batch) < config.batch_size:
+        ids: list[str] = []
+        while len(ids) < config.batch_size:
             if (turn_id := await queued.get()) is None:
                 return
-            turn = (sample := journal.load_sample(db, turn_id)).turn
+            turn, _ = journal.load_turn(db, turn_id)
             if state.step - min(v for v, _, _ in turn.versions) > config.max_staleness:
-                journal.drop(db, [turn.id], f"stale: more than {config.max_staleness} steps old")
+                journal.drop(db, [turn_id], f"stale: more than {config.max_staleness} steps old")
             elif len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
-                journal.drop(db, [turn.id], f"longer than {config.max_train_tokens} tokens")
+                journal.drop(db, [turn_id], f"longer than {config.max_train_tokens} tokens")
             else:
-                batch.append(sample)
-        started, turns = time.monotonic(), [s.turn for s in batch]
+                ids.append(turn_id)
+        started, batch = time.monotonic(), journal.begin_step(db, ids)
 
         # 2. advantages
-        rewards, users = [s.verdict.score for s in batch], [t.user for t in turns]
-        prompts = [tuple(t.prompt_ids) for t in turns]
-        advs, state.baselines = grpo.advantages(rewards, users, prompts, state.baselines, config.baseline)
+        rewards, turns = [s.verdict.score for s in batch], [s.turn for s in batch]
+        users, prompts = [t.user for t in turns], [tuple(t.prompt_ids) for t in turns]
+        advs, baselines = grpo.advantages(rewards, users, prompts, state.baselines, config.baseline)
 
         # 3. gradient and Adam, off the event loop: serving and judging go on
         metrics = await on_trainer(update, config, state, turns, advs)
@@ -342,11 +348,9 @@ async def train(
         gap, state.pause = await swap.push(
             engine, weights, state.step + 1, state.probe_ids, probe_logps, state.good, config.push_bound
         )
-        state.good = {name: w.cpu() for name, w in weights.items()}
-        state.step += 1
-        journal.mark_trained(db, [t.id for t in turns], state.step)
-        if state.judge_bias and not config.judge_url:  # the judge is this model, and it has just changed
-            state.judge_bias = await reward.calibrate(client, config.name)
+        state.good = await on_trainer(lambda: {name: w.cpu() for name, w in weights.items()})  # noqa: B023
+        state.step, state.baselines, state.whole = state.step + 1, baselines, True
+        journal.mark_trained(db, ids, state.step)
 
         # 5. one row, one line
         row = {
@@ -367,13 +371,21 @@ async def train(
         print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
         if state.step % config.save_every == 0:
             await on_trainer(policy.save_checkpoint, state, Path(config.out))
+
+        # 6. the judge is this model too, unless told otherwise, and has just changed
+        if state.judge_bias and not config.judge_url:
+            try:
+                state.judge_bias = await reward.calibrate(client, config.name)
+            except (APIError, ValueError) as e:
+                print(f"judge: its bias stays that of step {state.step - 1}: {e}", file=sys.stderr)
     state.training = "off"
 
 
 def update(config: Config, state: policy.State, turns: list[Turn], advs: list[float]) -> dict[str, float] | None:
     """One step of Adam on a batch, row by row; None, with nothing changed, when the program is to stop."""
     n = sum(len(t.response_ids) for t in turns)
-    sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "dlogp", "dlogp_max", "clipped"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "dlogp", "clipped"), 0.0)
+    dlogp_max = 0.0
     for row in grpo.collate(
         [t.prompt_ids for t in turns],
         [t.response_ids for t in turns],
@@ -385,6 +397,11 @@ def update(config: Config, state: policy.State, turns: list[Turn], advs: list[fl
     ):
         if state.stopping:
             return None
+        # A long row doesn't keep its activations: they are made anew in the backward pass, at a third more time.
+        if row["ids"].numel() > config.row_tokens:
+            state.policy.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            state.policy.gradient_checkpointing_disable()
         logp = grpo.token_logps(state.policy, row)  # (N,)
         loss = grpo.ppo_clip_loss(
             logp, row["old_logp"], row["adv"], config.clip_low, config.clip_high, config.dual_clip
@@ -403,13 +420,14 @@ def update(config: Config, state: policy.State, turns: list[Turn], advs: list[fl
         sums["loss"] += loss.sum().item()
         sums["nll"] -= logp.sum().item()
         sums["dlogp"] += log_ratio.abs().sum().item()
-        sums["dlogp_max"] = max(sums["dlogp_max"], n * log_ratio.abs().max().item())
+        dlogp_max = max(dlogp_max, log_ratio.abs().max().item())
         sums["clipped"] += outside.sum().item()
+    state.whole = False
     norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
     state.adam.step()
     state.adam.zero_grad(set_to_none=False)
     policy.publish(state.masters, state.policy)
-    return {"tokens": n, "grad_norm": norm, **{k: v / n for k, v in sums.items()}}
+    return {"tokens": n, "grad_norm": norm, **{k: v / n for k, v in sums.items()}, "dlogp_max": dlogp_max}
 
 
 STARTED = time.monotonic()

@@ -118,8 +118,10 @@ class Capture:
         asked.set(None)
         if user and scope["path"] == CAPTURED_PATH:
             try:
-                messages = json.loads(body).get("messages")
-            except (ValueError, AttributeError):
+                asked_for = json.loads(body)
+                # beam search asks the engine for many answers of one token, none of them what the client gets
+                messages = None if asked_for.get("use_beam_search") else asked_for.get("messages")
+            except (ValueError, RecursionError, AttributeError):
                 messages = None  # vLLM's app answers this with its own 400
             if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
                 asked.set(
@@ -169,7 +171,7 @@ class Recorder:
         elif sampling_params.temperature == 0:
             dropped = "temperature 0: not a sample of the policy"
         elif request.done:
-            dropped = "the session is over, by its header"
+            dropped = journal.LAST
         elif changed:
             dropped = f"sampled with {', '.join(changed)}: its log-probs are not those of the plain policy"
 

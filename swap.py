@@ -179,7 +179,7 @@ async def load(engine: Any, weights: dict[str, torch.Tensor], version: int) -> t
 
 
 def salted(prompt: dict) -> dict:
-    """The prompt, kept apart in vLLM's prefix cache from those that older weights have read.
+    """The prompt, kept apart in vLLM's prefix cache from those that came before the last swap.
 
     `reset_prefix_cache` does nothing as long as any request runs (it logs a warning and returns False), so on a busy
     server new answers would go on reading the keys and values of old weights: mean |dlogp| 0.67 on a tiny model.

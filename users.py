@@ -206,13 +206,14 @@ async def converse(setup: Setup, url: str) -> dict[str, Any]:
                 bar.update(status["step"] - bar.n)
             await asyncio.gather(*talking)
             talking.clear()
+            status = (await http.get("/status")).json()
             await measured(setup.held_out if goal == setup.steps else setup.held_out // 2)
         bar.close()
     return {"setup": dataclasses.asdict(setup), "measures": measures, "firsts": firsts}
 
 
 def start_server(setup: Setup, extra: list[str]) -> subprocess.Popen:
-    """run.py as a user would start it, its output in out/run.log; waits until it answers."""
+    """run.py as a user would start it, its output in out/run.log."""
     out = Path(setup.out)
     if (out / "journal.db").exists():
         kept = out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -220,21 +221,24 @@ def start_server(setup: Setup, extra: list[str]) -> subprocess.Popen:
         print(f"an earlier run was in {out}/, it is now in {kept}/")
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("run.py")), f"--out={setup.out}", f"--port={setup.port}"]
-    command += [f"--seed={setup.seed}", f"--lr={setup.lr}", "--max_model_len=2048", *extra]
+    command += [f"--seed={setup.seed}", f"--lr={setup.lr}", f"--steps={setup.steps}", "--max_model_len=2048", *extra]
     print("$", " ".join(["python", "run.py", *command[2:]]), f"> {out}/run.log", flush=True)
     with open(out / "run.log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def wait_ready(server: subprocess.Popen, setup: Setup) -> None:
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            sys.exit(f"run.py ended with {server.returncode}:\n{(out / 'run.log').read_text()[-3000:]}")
+            log = (Path(setup.out) / "run.log").read_text()
+            sys.exit(f"run.py ended with {server.returncode}:\n{log[-3000:]}")
         try:
             if httpx.get(f"http://127.0.0.1:{setup.port}/health", timeout=2).status_code == 200:
-                return server
+                return
         except httpx.TransportError:
             time.sleep(1)
-    server.terminate()
-    sys.exit(f"run.py did not answer in 600 s: see {out}/run.log")
+    sys.exit(f"run.py did not answer in 600 s: see {setup.out}/run.log")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -298,14 +302,15 @@ def main(argv: list[str]) -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the server is stopped too
     server = start_server(setup, extra)
+    out = Path(setup.out)
     try:
+        wait_ready(server, setup)
         result = asyncio.run(converse(setup, f"http://127.0.0.1:{setup.port}"))
+        result["minutes"] = (time.monotonic() - STARTED) / 60
+        (out / "result.json").write_text(json.dumps(result, indent=1))
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(30)
-    result["minutes"] = (time.monotonic() - STARTED) / 60
-    out = Path(setup.out)
-    (out / "result.json").write_text(json.dumps(result, indent=1))
+        server.wait(60)
     draw(result, out / "curve.png")
     print(f"\n{setup.person}: wants {PEOPLE[setup.person].wants}; seed {setup.seed}; {result['minutes']:.1f} minutes")
     print(table(result))

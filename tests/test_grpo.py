@@ -152,6 +152,16 @@ def test_loss_is_invariant_to_rows_order_and_chunks(model):
             torch.testing.assert_close(other[name], g, atol=1e-5, rtol=1e-3)
 
 
+def test_a_long_row_makes_its_activations_anew_and_gets_the_same_gradient(model):
+    whole, gradients = loss_and_gradients(model, batch(), limit=1000)
+    model = copy.deepcopy(model).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, other = loss_and_gradients(model, batch(), limit=1000)
+    assert loss == pytest.approx(whole, abs=1e-6)
+    for name, g in gradients.items():
+        torch.testing.assert_close(other[name], g, atol=1e-6, rtol=1e-4)
+
+
 def test_gradient_equals_the_textbook_one(model):
     prompts, responses, old, advs, temperatures = batch()
     reference = copy.deepcopy(model)

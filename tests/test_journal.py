@@ -74,12 +74,23 @@ def test_neutral_is_dropped_and_feedback_may_still_queue_it(db):
         journal.record_verdict(db, "t1", BAD)
 
 
-def test_expiry_is_by_age_or_by_session(db):
+def test_expiry_and_late_feedback(db):
     journal.record_turn(db, turn("old", created=1.0))
     journal.record_turn(db, turn("new"))
-    journal.record_turn(db, turn("other", session="s2"))
-    assert journal.expire(db, 60) == 1 and state(db, "old")[:2] == ("dropped", "nobody went on from it")
-    assert journal.expire(db, 0, "s2") == 1 and state(db, "new")[0] == "waiting"
+    assert journal.expire(db, 60) == 1 and state(db, "old")[:2] == ("dropped", journal.ALONE)
+    assert state(db, "new")[0] == "waiting"
+    assert journal.record_verdict(db, "old", BAD), "a person may still rate what nobody went on from"
+
+
+def test_a_batch_in_training_is_settled_until_it_is_undone(db):
+    journal.record_turn(db, turn())
+    journal.record_verdict(db, "t1", BAD)
+    (sample,) = journal.begin_step(db, ["t1"])
+    assert sample.verdict == BAD and state(db)[0] == "training"
+    with pytest.raises(ValueError, match="t1 is training"):
+        journal.record_verdict(db, "t1", BAD)
+    journal.undo_step(db)
+    assert journal.in_state(db, "queued") == ["t1"]
 
 
 def test_what_does_not_join_is_refused():

@@ -30,7 +30,10 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
         train_a_step(state, seed)
     state.baselines = {"alice": -0.25}
     saved = policy.save_checkpoint(state, tmp_path)
-    assert policy.latest_checkpoint(tmp_path) == saved == tmp_path / "checkpoints" / "step-000003"
+    assert policy.latest_checkpoint(tmp_path, folder) == saved == tmp_path / "checkpoints" / "step-000003"
+
+    with pytest.raises(SystemExit, match="trained from"):
+        policy.latest_checkpoint(tmp_path, tmp_path / "another-model")
 
     again = load(saved, folder)
     assert (again.step, again.baselines) == (3, {"alice": -0.25})
@@ -73,6 +76,6 @@ def test_gradients_of_several_rows_add_up_in_fp32(tiny_model):
 
 
 def test_a_half_written_checkpoint_is_never_taken(tmp_path):
-    assert policy.latest_checkpoint(tmp_path) is None
+    assert policy.latest_checkpoint(tmp_path, tmp_path) is None
     (tmp_path / "checkpoints" / "step-000007.part").mkdir(parents=True)
-    assert policy.latest_checkpoint(tmp_path) is None
+    assert policy.latest_checkpoint(tmp_path, tmp_path) is None

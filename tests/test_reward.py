@@ -87,8 +87,10 @@ def test_text_cannot_break_out_of_its_part(text: str, place: str) -> None:
 
 def test_content_may_be_parts_or_missing() -> None:
     parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "data:..."}}]
-    assert "User reply: look (image_url)" in reward.evidence("r", "a", [{"role": "user", "content": parts}])
+    assert 'User reply: look / {"image_url"' in reward.evidence("r", "a", [{"role": "user", "content": parts}])
     assert reward.evidence("r", "a", [{"role": "tool", "content": None}]).endswith("Tool output: ")
+    strings = [{"role": "user", "content": ["No,", "wrong"]}]  # plain strings as parts: vLLM takes them too
+    assert "User reply: No, / wrong" in reward.evidence("r", "a", strings)
 
 
 def test_prompt_has_a_shared_prefix_and_no_labelled_line() -> None:
