@@ -161,7 +161,7 @@ async def calibrate(client: openai.AsyncOpenAI, model: str, chars: int = CHARS) 
 
     To be measured anew whenever the judge is the model in training and got new weights.
     """
-    bias = {}
+    client, bias = client.with_options(max_retries=0), {}
     for role in ("user", "tool"):
         prompts = [judge_prompt([{"role": role, "content": blank}], chars) for blank in BLANKS]
         seen = await label_logps(client, model, prompts)

@@ -283,6 +283,7 @@ async def main(config: Config) -> None:
                     raise error
     finally:
         print("stopping", flush=True)
+        ending = [asyncio.to_thread(engine.shutdown, 2)]
         if tasks:
             # The server and the trainer end by themselves: a step is left between two rows, a swap never half-way.
             web.should_exit = state.stopping = True
@@ -291,9 +292,8 @@ async def main(config: Config) -> None:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if state.whole:
-                saving = on_trainer(policy.save_checkpoint, state, out)
-                await asyncio.gather(saving, asyncio.to_thread(engine.shutdown, 2))
-        engine.shutdown(timeout=2)
+                ending.append(on_trainer(policy.save_checkpoint, state, out))
+        await asyncio.gather(*ending)
         trainer.shutdown(wait=False, cancel_futures=True)
         db.close()
 
@@ -373,7 +373,7 @@ async def train(
             await on_trainer(policy.save_checkpoint, state, Path(config.out))
 
         # 6. the judge is this model too, unless told otherwise, and has just changed
-        if state.judge_bias and not config.judge_url:
+        if state.judge_bias and not config.judge_url and not state.stopping:
             try:
                 state.judge_bias = await reward.calibrate(client, config.name)
             except (APIError, ValueError) as e:
