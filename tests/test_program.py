@@ -18,8 +18,21 @@ from tests.conftest import Program, alive, descendants
 ALICE, BOB = "key-a", "key-b"
 
 
+opened: list[openai.AsyncOpenAI] = []
+
+
 def client(program, key=ALICE):
-    return openai.AsyncOpenAI(base_url=f"{program.url}/v1", api_key=key, max_retries=0, timeout=120)
+    opened.append(openai.AsyncOpenAI(base_url=f"{program.url}/v1", api_key=key, max_retries=0, timeout=120))
+    return opened[-1]
+
+
+@pytest.fixture(autouse=True)
+async def close_clients():
+    """Left to the garbage collector, a client's sockets are closed before the event loop's watch on their numbers is
+    taken away, and that hits whoever has the numbers by then: vLLM's sockets, in test_swap, which then wait forever."""
+    yield
+    while opened:
+        await opened.pop().close()
 
 
 def rows(program, where="1", *values):
@@ -150,23 +163,24 @@ async def test_the_judges_own_requests_are_not_recorded(program):
 
 
 async def test_explicit_feedback(program):
-    c, http = client(program), httpx.AsyncClient(base_url=program.url, headers={"Authorization": f"Bearer {ALICE}"})
-    reply = await ask(c, [user("rate me")])
-    body = {"completion_id": reply.id, "score": -1, "text": "answer in one sentence"}
-    stranger = await http.post("/v1/feedback", json=body, headers={"Authorization": f"Bearer {BOB}"})
-    assert stranger.status_code == 404
-    assert (await http.post("/v1/feedback", json=body)).status_code == 200
-    (row,) = rows(program, "id = ?", reply.id)
-    assert (row["score"], row["source"], json.loads(row["hints"])) == (-1, "feedback", ["answer in one sentence"])
-    body["score"] = 1  # changed her mind, and it is not trained yet
-    assert (await http.post("/v1/feedback", json=body)).status_code == 200
-    assert rows(program, "id = ?", reply.id)[0]["score"] == 1
-    side = await ask(c, [user("no use")], temperature=0)
-    late = await http.post("/v1/feedback", json=body | {"completion_id": side.id})
-    assert late.status_code == 409 and "temperature 0" in late.json()["error"]["message"]
-    for wrong in ({}, {"completion_id": reply.id, "score": 7}, {"completion_id": reply.id, "score": True}, []):
-        error = await http.post("/v1/feedback", json=wrong)
-        assert error.status_code == 400 and error.json()["error"]["message"]
+    c, headers = client(program), {"Authorization": f"Bearer {ALICE}"}
+    async with httpx.AsyncClient(base_url=program.url, headers=headers) as http:
+        reply = await ask(c, [user("rate me")])
+        body = {"completion_id": reply.id, "score": -1, "text": "answer in one sentence"}
+        stranger = await http.post("/v1/feedback", json=body, headers={"Authorization": f"Bearer {BOB}"})
+        assert stranger.status_code == 404
+        assert (await http.post("/v1/feedback", json=body)).status_code == 200
+        (row,) = rows(program, "id = ?", reply.id)
+        assert (row["score"], row["source"], json.loads(row["hints"])) == (-1, "feedback", ["answer in one sentence"])
+        body["score"] = 1  # changed her mind, and it is not trained yet
+        assert (await http.post("/v1/feedback", json=body)).status_code == 200
+        assert rows(program, "id = ?", reply.id)[0]["score"] == 1
+        side = await ask(c, [user("no use")], temperature=0)
+        late = await http.post("/v1/feedback", json=body | {"completion_id": side.id})
+        assert late.status_code == 409 and "temperature 0" in late.json()["error"]["message"]
+        for wrong in ({}, {"completion_id": reply.id, "score": 7}, {"completion_id": reply.id, "score": True}, []):
+            error = await http.post("/v1/feedback", json=wrong)
+            assert error.status_code == 400 and error.json()["error"]["message"]
 
 
 # ---- bad input ----

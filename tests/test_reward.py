@@ -168,7 +168,12 @@ def endpoint(play: Callable[[int, dict], Response | float]) -> Iterator[tuple[op
 
 def ask(client: openai.AsyncOpenAI, **options: float | str) -> tuple[int, list[int]]:
     settings = {"timeout_s": 5, "backoff_s": 0.01} | options
-    return asyncio.run(reward.judge(client, "m", "r", "a", NEXT, **settings))
+
+    async def judged() -> tuple[int, list[int]]:
+        async with client:
+            return await reward.judge(client, "m", "r", "a", NEXT, **settings)
+
+    return asyncio.run(judged())
 
 
 def test_votes_are_samples_of_one_constrained_request() -> None:
@@ -256,9 +261,13 @@ def logprobs(number: int, body: dict) -> Response:
 
 def test_a_small_judges_bias_is_measured_and_taken_off() -> None:
     with endpoint(logprobs) as (client, seen):
-        bias = asyncio.run(reward.calibrate(client, "m"))  # requests 1 and 2: one a role
+
+        async def calibrated() -> dict[str, dict[str, float]]:
+            async with openai.AsyncOpenAI(base_url=client.base_url, api_key="none") as first:
+                return await reward.calibrate(first, "m")
+
+        bias = asyncio.run(calibrated())  # requests 1 and 2: one a role
         assert bias["user"] == bias["tool"] == {"negative": -0.5, "positive": -6.0, "neutral": -4.0}
-        client = openai.AsyncOpenAI(base_url=client.base_url, api_key="none")  # the first one's loop is closed
         assert ask(client, votes=3, temperature=0.1, bias=bias) == (1, [1, 1, 1])  # 3 lacks a choice: asked again
     assert len(seen) == 4 and len(seen[3]["prompt"]) == 1
     shared = seen[3]["prompt"][0].split("\n\n")[:-1]
