@@ -68,30 +68,41 @@ def collate(
 # ---- token log-probs ----
 
 
-def token_logps(model: torch.nn.Module, row: dict[str, Tensor], chunk: int = 256, grad: bool = True) -> Tensor:
-    """Log-probs of a row's response tokens at their temperatures. (N,) float32.
+def response_hidden(model: torch.nn.Module, row: dict[str, Tensor], grad: bool = True) -> Tensor:
+    """The last hidden states from which a row's response tokens are predicted. (N, D)
 
-    Only response positions meet the vocabulary, `chunk` of them at a time, and the backward pass makes each chunk's
-    logits anew: no (N, V) tensor ever lives. Samples in a row don't see each other: with no attention mask given,
-    transformers reads the bounds off positions that start again at 0.
+    Samples in a row don't see each other: with no attention mask given, transformers reads the bounds off positions
+    that start again at 0.
     """
     with torch.set_grad_enabled(grad):
         hidden = model.model(input_ids=row["ids"], position_ids=row["positions"], use_cache=False).last_hidden_state
-        hidden = hidden[0, row["at"]]  # (N, D)
-        weight = model.get_output_embeddings().weight  # (V, D)
-        parts = [
-            checkpoint(head_logps, h, weight, t, temp, use_reentrant=False)
-            for h, t, temp in zip(
-                hidden.split(chunk), row["target"].split(chunk), row["temperature"].split(chunk), strict=True
-            )
-        ]
+        return hidden[0, row["at"]]
+
+
+def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, chunk: int = 256) -> Tensor:
+    """Log-probs of K tokens at each of N places: (N, D), head (V, D), ids (N, K), temperature (N,) -> (N, K) float32.
+
+    `chunk` places at a time meet the vocabulary, and the backward pass makes each chunk's logits anew: no (N, V)
+    tensor ever lives.
+    """
+    parts = [
+        checkpoint(head_logps, h, head, i, t, use_reentrant=False)
+        for h, i, t in zip(hidden.split(chunk), ids.split(chunk), temperature.split(chunk), strict=True)
+    ]
     return torch.cat(parts)
 
 
-def head_logps(hidden: Tensor, weight: Tensor, target: Tensor, temperature: Tensor) -> Tensor:
-    """(C, D), (V, D), (C,), (C,) -> log-prob of each target. (C,) float32."""
-    logits = F.linear(hidden, weight).float() / temperature[:, None]  # (C, V)
-    return logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)
+def head_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
+    """`token_logps` of one chunk of C places. (C, K) float32"""
+    logits = F.linear(hidden, head).float() / temperature[:, None]  # (C, V)
+    return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+
+
+def response_logps(model: torch.nn.Module, row: dict[str, Tensor], grad: bool = True) -> Tensor:
+    """Log-probs of a row's response tokens at their temperatures. (N,) float32"""
+    with torch.set_grad_enabled(grad):
+        hidden, head = response_hidden(model, row, grad), model.get_output_embeddings().weight
+        return token_logps(hidden, head, row["target"][:, None], row["temperature"]).squeeze(-1)
 
 
 # ---- advantages ----
@@ -168,3 +179,12 @@ def kl_value(logp: Tensor, start_logp: Tensor) -> Tensor:
     """The k3 estimate of KL(pi || pi_start) per sampled token, never negative; for the log. (N,)"""
     log_ratio = start_logp - logp
     return log_ratio.exp() - 1 - log_ratio
+
+
+# ---- metrics ----
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of an answer's n-grams that came before in it: near 1 for one that goes in circles. 0 if it is short."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

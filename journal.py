@@ -10,6 +10,7 @@ All calls come from the event loop's thread: one connection, no locks.
 import json
 import os
 import sqlite3
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,17 +22,20 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS turns (
   id TEXT PRIMARY KEY, session TEXT NOT NULL, user TEXT NOT NULL, created REAL NOT NULL,
   messages TEXT NOT NULL,            -- the request, as the client sent it
+  template TEXT NOT NULL,            -- what else went into its prompt: tools, arguments of the chat template
   digest TEXT NOT NULL,              -- of those messages, as sessions.fingerprints makes it
   text TEXT NOT NULL, finish_reason TEXT,
   prompt_ids BLOB NOT NULL, response_ids BLOB NOT NULL, logprobs BLOB NOT NULL,  -- int32, int32, float32
   versions TEXT NOT NULL,            -- [[weight version, first token, end], ...]
   temperature REAL NOT NULL,
-  next_messages TEXT, score INTEGER, votes TEXT, hints TEXT, judge TEXT, source TEXT,
-  state TEXT NOT NULL, step INTEGER, reason TEXT
+  next_messages TEXT, score INTEGER, votes TEXT, hints TEXT, hinted_by TEXT, judge TEXT, source TEXT,
+  state TEXT NOT NULL, step INTEGER, reason TEXT  -- why it was dropped, or why its hint was not used
 );
 CREATE INDEX IF NOT EXISTS by_digest ON turns (user, digest);
 CREATE INDEX IF NOT EXISTS by_state ON turns (state, created);
 """
+
+FORMAT = 2  # of the table, in the file's user_version
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Turn:
     session: str
     user: str  # whose API key
     messages: list[dict]
+    template: dict
     digest: str
     text: str
     finish_reason: str | None
@@ -67,7 +72,8 @@ class Verdict:
 
     score: int  # +1 good, -1 bad, 0 neutral
     votes: list[int]
-    hints: list[str]
+    hints: list[str]  # candidates: what should have been done, as a rule
+    hinted_by: str  # "judge", "own words" (the user's, where the judge is too small to write a rule), "" without hints
     judge: str  # model name, or the user's for explicit feedback
     source: str  # "judge" | "feedback"
 
@@ -81,7 +87,10 @@ class Sample:
 
 
 def open_journal(path: Path) -> sqlite3.Connection:
-    """Open or create the log; the file and SQLite's companions are readable by their owner alone."""
+    """Open or create the log; the file and SQLite's companions are readable by their owner alone.
+
+    SystemExit where the file has another format.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # before SQLite would create it with the umask's mode
     os.chmod(path, 0o600)
@@ -90,21 +99,25 @@ def open_journal(path: Path) -> sqlite3.Connection:
     # WAL with NORMAL: a commit survives kill -9 of this process; only a power cut may cost the last ones.
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=NORMAL")
-    db.executescript(SCHEMA)
+    found = db.execute("PRAGMA user_version").fetchone()[0]
+    if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] and found != FORMAT:
+        sys.exit(f"{path} has format {found}, this version reads and writes {FORMAT}: give another --out")
+    db.executescript(SCHEMA + f"PRAGMA user_version = {FORMAT};")
     return db
 
 
 def record_turn(db: sqlite3.Connection, turn: Turn, dropped: str | None = None) -> None:
     """Write an answer down, before its last byte is sent. `dropped`: why it can't be trained on, known already now."""
     db.execute(
-        "INSERT INTO turns (id, session, user, created, messages, digest, text, finish_reason, prompt_ids, "
-        "response_ids, logprobs, versions, temperature, state, reason) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        "INSERT INTO turns (id, session, user, created, messages, template, digest, text, finish_reason, prompt_ids, "
+        "response_ids, logprobs, versions, temperature, state, reason) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             turn.id,
             turn.session,
             turn.user,
             turn.created,
             json.dumps(turn.messages),
+            json.dumps(turn.template),
             turn.digest,
             turn.text,
             turn.finish_reason,
@@ -163,11 +176,13 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bo
         raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
     now = "queued" if verdict.score or verdict.hints else "dropped"
     db.execute(
-        "UPDATE turns SET score = ?, votes = ?, hints = ?, judge = ?, source = ?, state = ?, reason = ? WHERE id = ?",
+        "UPDATE turns SET score = ?, votes = ?, hints = ?, hinted_by = ?, judge = ?, source = ?, state = ?, reason = ? "
+        "WHERE id = ?",
         (
             verdict.score,
             json.dumps(verdict.votes),
             json.dumps(verdict.hints),
+            verdict.hinted_by,
             verdict.judge,
             verdict.source,
             now,
@@ -195,6 +210,11 @@ def mark_trained(db: sqlite3.Connection, turn_ids: list[str], step: int) -> None
 
 def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
     db.executemany("UPDATE turns SET state = 'dropped', reason = ? WHERE id = ?", [(reason, i) for i in turn_ids])
+
+
+def note(db: sqlite3.Connection, turn_id: str, reason: str) -> None:
+    """Say in the row of a turn that is trained on why a part of its verdict is not used."""
+    db.execute("UPDATE turns SET reason = ? WHERE id = ?", (reason, turn_id))
 
 
 def expire(db: sqlite3.Connection, waited_s: float) -> int:
@@ -229,6 +249,7 @@ def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
         session=r["session"],
         user=r["user"],
         messages=json.loads(r["messages"]),
+        template=json.loads(r["template"]),
         digest=r["digest"],
         text=r["text"],
         finish_reason=r["finish_reason"],
@@ -245,5 +266,6 @@ def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
 def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
     """A judged turn with its verdict as it is now."""
     turn, _ = load_turn(db, turn_id)
-    r = db.execute("SELECT score, votes, hints, judge, source FROM turns WHERE id = ?", (turn_id,)).fetchone()
-    return Sample(turn, Verdict(r["score"], json.loads(r["votes"]), json.loads(r["hints"]), r["judge"], r["source"]))
+    r = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    votes, hints = json.loads(r["votes"]), json.loads(r["hints"])
+    return Sample(turn, Verdict(r["score"], votes, hints, r["hinted_by"], r["judge"], r["source"]))

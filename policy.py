@@ -138,7 +138,7 @@ def copy_weights(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
 def probe_logps(policy: PreTrainedModel, ids: list[int]) -> Tensor:
     """The trainer's log-probs of ids[1:], for comparison with the engine's. (L - 1,) on the CPU"""
     row = next(grpo.collate([ids[:1]], [ids[1:]], [[0.0] * (len(ids) - 1)], [0.0], [1.0], len(ids), policy.device))
-    return grpo.token_logps(policy, row, grad=False).cpu()
+    return grpo.response_logps(policy, row, grad=False).cpu()
 
 
 def settle_trainer_thread(cores: list[int]) -> None:

@@ -3,8 +3,8 @@
     python run.py                         serve and train until stopped
     python run.py --lr=2e-5 --out=mine    --key=value overrides the Config below; a wrong key is an error
 
-The loop is `train`, near the end. What it calls is one file away: journal, grpo, policy, swap; server, sessions and
-reward fill its queue.
+The loop is `train`, near the end. What it calls is one file away: journal, grpo, distill, policy, swap; server,
+sessions and reward fill its queue.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from openai import APIError, AsyncOpenAI
 
+import distill
 import grpo
 import journal
 import policy
@@ -62,6 +63,10 @@ class Config:
     clip_high: float = 0.28  # PPO clip above
     dual_clip: float = 3.0  # bound on the loss of a bad token
     kl: float = 0.1  # weight of the KL to the starting weights; 0: off, and no second copy of the model
+    w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints alone
+    w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores alone
+    opd_k: int = 20  # tokens at each place that teacher and student are compared on; 0: the sampled one
+    opd_clip: float = 1.0  # largest |log pi_T - log pi_old| that counts; 0: no bound
     baseline: str = "mean"  # of the reward: mean (running, per user), none (upstream's) or group (same prompt)
     max_staleness: int = 8  # samples from weights older than this many steps are dropped
     row_tokens: int = 256  # tokens per packed row, a micro-batch; a longer sample has a row of its own
@@ -96,6 +101,8 @@ def parse(argv: list[str]) -> Config:
         except ValueError:
             sys.exit(f"--{name}={text}: expected {fields[name].type.__name__}")
     config = Config(**values)
+    if config.w_rl <= 0 and config.w_opd <= 0:
+        sys.exit("--w_rl and --w_opd: at least one must be above 0")
     if config.baseline not in ("mean", "none", "group"):
         sys.exit(f"--baseline={config.baseline}: expected mean, none or group")
     if config.judge_style not in ("auto", "chat", "text"):
@@ -154,23 +161,23 @@ async def judge_turns(
     while True:
         turn_id = await waiting.get()
         turn, following = journal.load_turn(db, turn_id)
-        requests = [m for m in turn.messages if m.get("role") == "user"]
+        requests = [sessions.text_of(m.get("content")) for m in turn.messages if m.get("role") == "user"]
+        request, model, hints, hinted_by = requests[-1] if requests else "", config.judge_model or config.name, [], ""
+        small = state.judge_bias is not None
+        options = {"votes": config.votes, "chars": reward.CHARS if small else 2000}
         try:
             score, votes = await reward.judge(
-                client,
-                config.judge_model or config.name,
-                sessions.text_of(requests[-1].get("content")) if requests else "",
-                turn.text,
-                following,
-                votes=config.votes,
-                bias=state.judge_bias,
-                chars=2000 if state.judge_bias is None else reward.CHARS,
+                client, model, request, turn.text, following, bias=state.judge_bias, **options
             )
+            if config.w_opd and small and score < 0:
+                hints, hinted_by = reward.own_words(request, following), "own words"
+            elif config.w_opd and not small and score < 1:
+                hints, hinted_by = await reward.hints(client, model, request, turn.text, following, **options), "judge"
         except reward.JudgeError as e:
             print(f"judge: {e}; {turn_id} is tried again in 30 s", file=sys.stderr)
             asyncio.get_running_loop().call_later(30, waiting.put_nowait, turn_id)
             continue
-        verdict = Verdict(score, votes, [], config.judge_model or config.name, "judge")
+        verdict = Verdict(score, votes, hints, hinted_by if hints else "", model, "judge")
         if journal.record_verdict(db, turn_id, verdict):
             queued.put_nowait(turn_id)
 
@@ -256,17 +263,16 @@ async def main(config: Config) -> None:
 
         app = await server.build_app(engine, args, db, keys, judge_key, waiting.put_nowait, on_feedback, status)
         web = server.web_server(app)
-        client = AsyncOpenAI(
-            base_url=config.judge_url or address,
-            api_key=os.environ.get("JUDGE_API_KEY", "none") if config.judge_url else judge_key,
-        )
+        own = AsyncOpenAI(base_url=address, api_key=judge_key)
+        judge_api_key = os.environ.get("JUDGE_API_KEY", "none")
+        client = AsyncOpenAI(base_url=config.judge_url, api_key=judge_api_key) if config.judge_url else own
         tasks = [asyncio.create_task(web.serve(sockets=[listener]))]
         while not web.started and not tasks[0].done():
             await asyncio.sleep(0.05)
         if where.judge_style == "text":
             state.judge_bias = await reward.calibrate(client, config.judge_model or config.name)
         tasks += [
-            asyncio.create_task(train(config, where, engine, state, queued, db, client, on_trainer)),
+            asyncio.create_task(train(config, engine, state, queued, db, own, on_trainer)),
             *[asyncio.create_task(judge_turns(waiting, queued, db, config, client, state)) for _ in range(8)],
             asyncio.create_task(expire_turns(db, config.expire)),
             asyncio.create_task(stop.wait()),
@@ -306,7 +312,6 @@ async def expire_turns(db: sqlite3.Connection, after_s: float) -> None:
 
 async def train(
     config: Config,
-    where: SimpleNamespace,
     engine: Any,
     state: policy.State,
     queued: "asyncio.Queue[str | None]",
@@ -322,22 +327,35 @@ async def train(
         while len(ids) < config.batch_size:
             if (turn_id := await queued.get()) is None:
                 return
-            turn, _ = journal.load_turn(db, turn_id)
+            turn, hints = journal.load_turn(db, turn_id)[0], journal.load_sample(db, turn_id).verdict.hints
             if state.step - min(v for v, _, _ in turn.versions) > config.max_staleness:
                 journal.drop(db, [turn_id], f"stale: more than {config.max_staleness} steps old")
             elif len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
                 journal.drop(db, [turn_id], f"longer than {config.max_train_tokens} tokens")
+            elif not config.w_rl and not hints:
+                journal.drop(db, [turn_id], "no hint, and the score is not trained on (w_rl is 0)")
             else:
                 ids.append(turn_id)
         started, batch = time.monotonic(), journal.begin_step(db, ids)
 
-        # 2. advantages
+        # 2. what there is to learn from: advantages for the scores, prompts with the hint in them for the corrections
         rewards, turns = [s.verdict.score for s in batch], [s.turn for s in batch]
         users, prompts = [t.user for t in turns], [tuple(t.prompt_ids) for t in turns]
         advs, baselines = grpo.advantages(rewards, users, prompts, state.baselines, config.baseline)
+        hinted: list[list[list[int]]] = [[] for _ in batch]  # per turn, a prompt for each candidate hint
+        for i, (turn, verdict) in enumerate((s.turn, s.verdict) for s in batch):
+            if config.w_opd and verdict.hints:
+                try:
+                    prompts_of = distill.hinted_prompts(
+                        client, turn.messages, turn.template, turn.prompt_ids, verdict.hints
+                    )
+                    room = config.max_train_tokens - len(turn.response_ids)
+                    hinted[i] = [p for p in await prompts_of if len(p) <= room]
+                except distill.NoHintedPrompt as e:
+                    journal.note(db, turn.id, f"hint not used: {e}")
 
         # 3. gradient and Adam, off the event loop: serving and judging go on
-        metrics = await on_trainer(update, config, state, turns, advs)
+        metrics = await on_trainer(update, config, state, turns, advs, hinted)
         if metrics is None:
             return
         trained = time.monotonic()
@@ -381,11 +399,15 @@ async def train(
     state.training = "off"
 
 
-def update(config: Config, state: policy.State, turns: list[Turn], advs: list[float]) -> dict[str, float] | None:
+def update(
+    config: Config, state: policy.State, turns: list[Turn], advs: list[float], hinted: list[list[list[int]]]
+) -> dict[str, float] | None:
     """One step of Adam on a batch, row by row; None, with nothing changed, when the program is to stop."""
     n = sum(len(t.response_ids) for t in turns)
-    sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "dlogp", "clipped"), 0.0)
-    dlogp_max = 0.0
+    n_hinted = sum(len(t.response_ids) for t, prompts in zip(turns, hinted, strict=True) if prompts)
+    sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "start_nll", "dlogp", "clipped"), 0.0)
+    gap = dlogp_max = 0.0
+    head = state.policy.get_output_embeddings().weight  # (V, D)
     for row in grpo.collate(
         [t.prompt_ids for t in turns],
         [t.response_ids for t in turns],
@@ -402,13 +424,32 @@ def update(config: Config, state: policy.State, turns: list[Turn], advs: list[fl
             state.policy.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             state.policy.gradient_checkpointing_disable()
-        logp = grpo.token_logps(state.policy, row)  # (N,)
-        loss = grpo.ppo_clip_loss(
+        hidden, ids = grpo.response_hidden(state.policy, row), row["target"][:, None]  # (N, D), (N, 1)
+        if taught := {i: hinted[i] for i in row["sample"].unique().tolist() if hinted[i]}:
+            top_ids, student, teacher = distill.teach(
+                state.policy, row, hidden.detach(), taught, config.opd_k
+            )  # (N, K)
+            ids = torch.cat([ids, top_ids], 1)  # (N, 1 + K): the sampled token's loss and the hint's, one pass
+        logps = grpo.token_logps(hidden, head, ids, row["temperature"])  # (N, 1 or 1 + K)
+        logp = logps[:, 0]
+        loss = config.w_rl * grpo.ppo_clip_loss(
             logp, row["old_logp"], row["adv"], config.clip_low, config.clip_high, config.dual_clip
         )  # (N,)
+        if taught and config.opd_k:
+            loss = loss + config.w_opd * distill.top_k_loss(
+                logps[:, 1:], student, teacher, config.opd_clip, config.clip_low, config.clip_high
+            )
+        elif taught:  # the paper's first form: an advantage for the sampled token
+            adv = distill.advantage(student, teacher, config.opd_clip).squeeze(-1)  # (N,)
+            loss = loss + config.w_opd * grpo.ppo_clip_loss(
+                logp, row["old_logp"], adv, config.clip_low, config.clip_high, config.dual_clip
+            )
+        if taught:
+            gap += (teacher - student).abs().mean(-1).sum().item()
         if config.kl:
-            start_logp = grpo.token_logps(state.start, row, grad=False)  # (N,)
+            start_logp = grpo.response_logps(state.start, row, grad=False)  # (N,)
             loss = loss + config.kl * grpo.kl_loss(logp, start_logp)
+            sums["start_nll"] -= start_logp.sum().item()
             sums["kl"] += grpo.kl_value(logp.detach(), start_logp).sum().item()
         (loss.sum() / n).backward()
         for p, master in zip(state.policy.parameters(), state.masters, strict=True):
@@ -427,7 +468,15 @@ def update(config: Config, state: policy.State, turns: list[Turn], advs: list[fl
     state.adam.step()
     state.adam.zero_grad(set_to_none=False)
     policy.publish(state.masters, state.policy)
-    return {"tokens": n, "grad_norm": norm, **{k: v / n for k, v in sums.items()}, "dlogp_max": dlogp_max}
+    return {
+        "tokens": n,
+        "grad_norm": norm,
+        **{k: v / n for k, v in sums.items()},
+        "dlogp_max": dlogp_max,
+        "hinted": sum(map(bool, hinted)) / len(turns),
+        "teacher_gap": gap / max(1, n_hinted),
+        "repeated": sum(grpo.repetition(t.response_ids) for t in turns) / len(turns),
+    }
 
 
 STARTED = time.monotonic()

@@ -23,6 +23,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import journal
+import reward
 import swap
 from journal import Turn, Verdict
 from sessions import conversation, find_continued, fingerprints
@@ -30,6 +31,8 @@ from sessions import conversation, find_continued, fingerprints
 CAPTURED_PATH = "/v1/chat/completions"
 OPEN_PATHS = ("/health",)
 MAX_BODY_BYTES = 32 << 20
+# Fields of a chat request, beside its messages, that go into the prompt; vLLM's /tokenize takes them by the same names.
+TEMPLATE_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 
 SAMPLING_DEFAULTS = {
     "top_p": 1.0,
@@ -55,6 +58,7 @@ class Asked:
 
     user: str
     messages: list[dict]
+    template: dict  # the TEMPLATE_FIELDS that are there
     session: str | None  # X-Session-Id, where a client sends one
     side: bool  # X-Turn-Type: side
     done: bool  # X-Session-Done: nobody will go on from this answer
@@ -128,6 +132,7 @@ class Capture:
                     Asked(
                         user=user,
                         messages=messages,
+                        template={k: asked_for[k] for k in TEMPLATE_FIELDS if k in asked_for},
                         session=headers.get("x-session-id"),
                         side=headers.get("x-turn-type", "").lower() == "side",
                         done=headers.get("x-session-done", "").lower() in ("1", "true"),
@@ -191,6 +196,7 @@ class Recorder:
                 session=session,
                 user=request.user,
                 messages=request.messages,
+                template=request.template,
                 digest=digest,
                 text="".join(texts),
                 finish_reason=finish_reason,
@@ -281,7 +287,8 @@ async def build_app(
         if turn is None or turn.user != user:
             return openai_error(404, f"no completion {turn_id!r} of yours", "invalid_request_error")
         try:
-            on_feedback(turn.id, Verdict(score, [score], [text] if len(text) > 10 else [], user, "feedback"))
+            hints = [text] if len(text) >= reward.MIN_HINT else []
+            on_feedback(turn.id, Verdict(score, [score], hints, "own words" if hints else "", user, "feedback"))
         except ValueError as e:
             return openai_error(409, f"too late: {e}", "invalid_request_error")
         return JSONResponse({"completion_id": turn.id, "score": score})

@@ -1,22 +1,27 @@
-"""Scripted people who talk to the server as strangers would, and the measure of what it learned from them.
+"""Scripted people talk to the server as strangers would; the measure of what it learned from them.
 
-    python users.py                     start run.py, measure, talk until it has trained 15 steps, measure, draw
-    python users.py --seed=1 --out=b    --key=value overrides the Setup below; any other --key goes to run.py
+    python users.py                              one person, the hybrid: start run.py, measure, talk, measure, draw
+    python users.py --method=binary,opd,hybrid --person=one-sentence,ta --seed=0,1,2 --out=mine
+                                                 a run each; stopped and started again, it goes on with the next one
+    python users.py --person=student+ta+teacher  three people at once on one model
 
-Each person has a preference that code can check and that they never state up front: they ask, read, and react in
-words. Held-out questions are asked by nobody while it trains.
+--key=value overrides the Setup below; any other --key goes to run.py. What was measured is in OUT/results.json; the
+table and the picture are made from it each time, also when there is nothing left to run.
 """
 
 import asyncio
 import dataclasses
 import json
+import os
 import random
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -24,260 +29,326 @@ import httpx
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
-STARTED = time.monotonic()
+from people import PEOPLE, THANKS, UNRELATED, Person
+
+METHODS = {"binary": ["--w_opd=0"], "opd": ["--w_rl=0"], "hybrid": []}  # arguments of run.py
+STREAK = 3  # the paper's measure: sessions until this many in a row pleased with their first answer
 
 
 @dataclass(frozen=True)
 class Setup:
-    person: str = "brief"  # who talks: a key of PEOPLE
-    steps: int = 15  # training steps
-    seed: int = 0  # of the questions, the replies and the engine's sampler
-    sessions: int = 16  # conversations at once
-    held_out: int = 64  # questions of the measure before and after
-    every: int = 5  # steps between the measures in between, on half of those questions
+    person: str = "one-sentence"  # who talks; a comma: a run each; a plus: at once on one model
+    method: str = "hybrid"  # binary, opd or hybrid; a comma: a run each
+    seed: str = "0"  # of the questions, the replies and the engine's sampler; a comma: a run each
+    talks: int = 240  # sessions in a run
+    every: int = 80  # sessions between two measures
+    at_once: int = 16  # sessions at the same time
+    held_out: int = 64  # questions of the first and the last measure, half of them of those in between
     max_tokens: int = 128  # the longest answer a person waits for
-    out: str = "out"  # everything the run leaves
-    port: int = 8000
+    temperature: float = 0.7  # that they ask for; at 1 a model of 135M parameters talks nonsense from the start
     lr: float = 3e-5
+    out: str = "out"  # everything that a run leaves
+    port: int = 8000
+    user_url: str = ""  # an OpenAI-compatible endpoint that plays the people (key in USER_API_KEY); empty: scripted
+    user_model: str = ""
 
 
 @dataclass(frozen=True)
-class Person:
-    wants: str  # for the reader and the table; never sent
-    pleased: Callable[[str], bool]
-    thanks: tuple[str, ...]
-    complaints: tuple[str, ...]
+class Run:
+    """One cell of the table."""
+
+    method: str
+    person: str
+    seed: int
+    extra: tuple[str, ...]  # more arguments of run.py
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.method, *(arg.removeprefix("--") for arg in self.extra)])
+
+    @property
+    def folder(self) -> str:
+        return f"{self.label.replace(' ', ',')}-{self.person}-{self.seed}".replace("/", "_")
 
 
-PEOPLE = {
-    "brief": Person(
-        wants="at most 80 words",
-        pleased=lambda answer: 0 < len(answer.split()) <= 80,
-        thanks=(
-            "Perfect, thanks!",
-            "Great, thank you.",
-            "Thank you, nice and clear.",
-            "Good answer, thanks.",
-            "Exactly what I wanted, thank you.",
-        ),
-        complaints=(
-            "That is too long. Please answer in one or two sentences.",
-            "Too long, make it shorter please.",
-            "That answer is too long for me. Say it in a sentence or two.",
-            "This is far too long. Try again, short.",
-            "Too many words. Please redo it, briefly.",
-        ),
-    ),
-}
-
-TOPICS = """
-photosynthesis; gravity; inflation; a vaccine; the water cycle; an earthquake; a rainbow; magnetism; a black hole;
-democracy; evaporation; the stock market; an ecosystem; friction; a volcano; electricity; the immune system; a comet;
-the greenhouse effect; a computer virus; sound; natural selection; a solar eclipse; insulin; the internet; a glacier;
-supply and demand; a hurricane; the seasons; osmosis; a battery; the moon's phases; yeast; an antibiotic; a tsunami;
-recycling; a lighthouse; compound interest; the digestive system; a microscope; erosion; a telescope; plastic; steel;
-a heart attack; wind power; a desert; migration of birds; the ozone layer; a nuclear reactor; the piano; a submarine;
-fermentation; a transistor; an iceberg; the printing press; a thermometer; coral reefs; a satellite; bread; cheese;
-the Roman Empire; the Renaissance; the Silk Road; a mortgage; a tax; a budget; an election; a constitution; jazz;
-a sonnet; a novel; chess; a marathon; yoga; sleep; a dream; memory; stress; a habit; friendship; honesty; courage
-""".replace("\n", " ").split(";")
-FORMS = (
-    "What is {}?",
-    "Can you explain {} to me?",
-    "Tell me about {}.",
-    "Why does {} matter?",
-    "I keep hearing about {}. What should I know?",
-    "Could you describe {}?",
-)
-
-# Fixed texts on other matters: their log-likelihood shows what the training cost the model elsewhere.
-UNRELATED = (
-    "The train to the coast leaves at seven in the morning and arrives shortly before noon, with a change at the "
-    "junction, where passengers may buy tea and sandwiches.",
-    "def mean(values):\n    total = 0\n    for v in values:\n        total += v\n    return total / len(values)",
-    "To make the soup, fry the onions in butter until they are soft, add the potatoes and the stock, and let it "
-    "simmer for half an hour before you blend it.",
-    "The committee met on Tuesday to discuss the repair of the bridge. Two members asked for a second estimate, and "
-    "the decision was postponed until the end of the month.",
-    "Three children share twelve apples equally. Each child gets four apples. If one more child joins them, each of "
-    "the four children gets three apples.",
-    "She opened the letter slowly, afraid of what it might say. Her brother had written only two lines, but they "
-    "were enough to make her sit down.",
-    "Water boils at one hundred degrees Celsius at sea level, but at lower temperatures in the mountains, because "
-    "the pressure of the air is lower there.",
-    "Dear Sir or Madam, I am writing to complain about the washing machine that I bought in your shop last week. It "
-    "makes a loud noise and does not spin.",
-)
+# ---- talking ----
 
 
-def questions() -> tuple[list[str], list[str]]:
-    """(asked while it trains, held out): no topic is in both."""
-    topics = [t.strip() for t in TOPICS]
-    random.Random(0).shuffle(topics)
-    cut = len(topics) * 2 // 3
-    asked, held = ([form.format(t) for t in part for form in FORMS] for part in (topics[:cut], topics[cut:]))
-    random.Random(1).shuffle(held)
-    return asked, held
+async def ask(client: AsyncOpenAI, messages: list[dict], max_tokens: int, temperature: float) -> tuple[str, bool]:
+    """The answer, and whether it was cut off."""
+    reply = await client.chat.completions.create(
+        model="policy", messages=messages, max_tokens=max_tokens, temperature=temperature
+    )
+    return reply.choices[0].message.content or "", reply.choices[0].finish_reason == "length"
 
 
-async def ask(client: AsyncOpenAI, messages: list[dict], max_tokens: int) -> str:
-    reply = await client.chat.completions.create(model="policy", messages=messages, max_tokens=max_tokens)
+async def react(setup: Setup, person: Person, question: str, answer: str, rng: random.Random) -> str:
+    """What the person says to an answer: by script, or by a model that plays them."""
+    if not setup.user_url:
+        return rng.choice(THANKS if person.pleased(answer) else person.complaints)
+    role = (
+        f"You asked an assistant a question. You like {person.wants}. Read the answer and reply to the assistant in "
+        "one or two short sentences: thank it where the answer is as you like it, else complain and say what you want."
+    )
+    said = f"Your question: {question}\n\nThe answer: {answer}\n\nYour reply:"
+    async with AsyncOpenAI(base_url=setup.user_url, api_key=os.environ.get("USER_API_KEY", "none")) as player:
+        reply = await player.chat.completions.create(
+            model=setup.user_model,
+            messages=[{"role": "system", "content": role}, {"role": "user", "content": said}],
+            max_tokens=80,
+        )
     return reply.choices[0].message.content or ""
 
 
-async def talk(client: AsyncOpenAI, person: Person, question: str, rng: random.Random, max_tokens: int) -> str:
+async def talk(client: AsyncOpenAI, setup: Setup, person: Person, question: str, rng: random.Random) -> str:
     """One session: ask, read, react in words; the answer to the reaction is hardly read. Returns the first answer."""
-    first = await ask(client, [{"role": "user", "content": question}], max_tokens)
-    reaction = rng.choice(person.thanks if person.pleased(first) else person.complaints)
+    first, _ = await ask(client, [{"role": "user", "content": question}], setup.max_tokens, setup.temperature)
     talked = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": first},
-        {"role": "user", "content": reaction},
+        {"role": "user", "content": await react(setup, person, question, first, rng)},
     ]
-    await ask(client, talked, 24)
+    await ask(client, talked, 24, setup.temperature)
     return first
 
 
-async def measure(client: AsyncOpenAI, person: Person, held: list[str], max_tokens: int) -> dict[str, float]:
-    """First replies to held-out questions (share that pleases, in percent; mean words), and what was paid for it:
-    mean log-likelihood per token of unrelated texts, in nats."""
-    limit = asyncio.Semaphore(32)
+# ---- measuring ----
 
-    async def first(question: str) -> str:
+
+async def measure(client: AsyncOpenAI, setup: Setup, person: Person, n: int) -> dict[str, float]:
+    """First replies to the same n held-out questions each time: shares that please and are cut off, mean words."""
+    rng, limit = random.Random(0), asyncio.Semaphore(32)
+
+    async def first(question: str) -> tuple[str, bool]:
         async with limit:
-            return await ask(client, [{"role": "user", "content": question}], max_tokens)
+            return await ask(client, [{"role": "user", "content": question}], setup.max_tokens, setup.temperature)
 
-    answers = await asyncio.gather(*map(first, held))
-    logps = []
-    for text in UNRELATED:
-        scored = await client.completions.create(
-            model="policy", prompt=text, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
-        )
-        logps += [next(iter(at.values()))["logprob"] for at in scored.choices[0].prompt_logprobs[1:]]
+    answers = await asyncio.gather(*[first(person.asks(rng, True)) for _ in range(n)])
     return {
-        "satisfied": 100 * sum(map(person.pleased, answers)) / len(answers),
-        "words": sum(len(a.split()) for a in answers) / len(answers),
-        "unrelated": sum(logps) / len(logps),
-        "questions": len(held),
-        "example": answers[0],
+        "satisfied": sum(person.pleased(a) for a, _ in answers) / n,
+        "words": sum(len(a.split()) for a, _ in answers) / n,
+        "truncated": sum(cut for _, cut in answers) / n,
+        "questions": n,
+        "example": answers[0][0],
     }
 
 
-async def converse(setup: Setup, url: str) -> dict[str, Any]:
+async def unrelated(client: AsyncOpenAI) -> float:
+    """Mean log-likelihood per token, in nats, of fixed answers to questions that nobody asked here."""
+    total = tokens = 0
+
+    async def score(messages: list[dict]) -> tuple[float, int]:
+        whole = messages[-1]["role"] == "assistant"
+        options = {"prompt_logprobs": 0, "add_generation_prompt": not whole}
+        scored = await client.chat.completions.create(
+            model="policy", messages=messages, max_tokens=1, temperature=0, extra_body=options
+        )
+        logps = [next(iter(at.values()))["logprob"] for at in scored.prompt_logprobs[1:]]
+        return sum(logps), len(logps)
+
+    for question, answer in UNRELATED:
+        asked = [{"role": "user", "content": question}]
+        before, all_of_it = await score(asked), await score([*asked, {"role": "assistant", "content": answer}])
+        total, tokens = total + all_of_it[0] - before[0], tokens + all_of_it[1] - before[1]
+    return total / tokens
+
+
+def sessions_to_effect(pleased: list[bool]) -> int | None:
+    """Sessions until STREAK in a row were satisfied with their first answer (the streak included); None: never."""
+    for i in range(STREAK, len(pleased) + 1):
+        if all(pleased[i - STREAK : i]):
+            return i
+    return None
+
+
+# ---- a run ----
+
+
+async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
     """Measure, talk, measure. The people hold back while a batch waits for the trainer: more would only grow stale."""
-    person = PEOPLE[setup.person]
-    asked, held = questions()
-    rng = random.Random(setup.seed)
+    names = run.person.split("+")
+    clients = {name: AsyncOpenAI(base_url=f"{url}/v1", api_key=f"{name}-key", timeout=600) for name in names}
+    rng = random.Random(run.seed)
     measures: list[dict] = []
-    firsts: list[tuple[int, bool, int]] = []  # (step when asked, pleased, words)
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
-    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-        status = (await http.get("/status")).json()
-        bar = tqdm(total=setup.steps, unit="step", dynamic_ncols=True)
+    firsts: list[dict] = []  # in the order in which they were begun
+    async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {names[0]}-key"}, timeout=60) as http:
+        bar = tqdm(total=setup.talks, unit="session", desc="measuring", dynamic_ncols=True)
+
+        async def now() -> tuple[dict, int]:
+            """The server's status, and how many turns are on their way to the trainer."""
+            status = (await http.get("/status")).raise_for_status().json()
+            if status["training"].startswith("stopped"):
+                raise RuntimeError(f"the server stopped training: {status['training']}")
+            bar.set_postfix_str(f"step {status['step']}")
+            return status, status["turns"].get("judging", 0) + status["turns"].get("queued", 0)
 
         async def measured(n: int) -> None:
             bar.set_description("measuring")
-            measures.append({"step": status["step"]} | await measure(client, person, held[:n], setup.max_tokens))
+            step, lost = (await now())[0]["step"], await unrelated(clients[names[0]])
+            for name in names:
+                found = await measure(clients[name], setup, PEOPLE[name], n)
+                measures.append({"talks": len(firsts), "step": step, "person": name, "unrelated": lost} | found)
+                bar.write(f"after {len(firsts)} sessions, step {step}: {name} {100 * found['satisfied']:.0f} %")
             bar.set_description("talking")
-            bar.set_postfix_str(f"held-out satisfied {measures[-1]['satisfied']:.0f} %")
 
-        async def session(step: int) -> None:
-            first = await talk(client, person, rng.choice(asked), rng, setup.max_tokens)
-            firsts.append((step, person.pleased(first), len(first.split())))
+        async def session(first: dict) -> None:
+            person = PEOPLE[first["person"]]
+            answer = await talk(clients[first["person"]], setup, person, person.asks(rng, False), rng)
+            first |= {"pleased": person.pleased(answer), "words": len(answer.split())}
+            bar.update()
 
         await measured(setup.held_out)
-        talking: set[asyncio.Task] = set()
-        while status["step"] < setup.steps:
-            goal = min(setup.steps, (status["step"] // setup.every + 1) * setup.every)
-            while status["step"] < goal:
+        while len(firsts) < setup.talks:
+            talking: set[asyncio.Task] = set()
+            goal = min(setup.talks, len(firsts) + setup.every)
+            while len(firsts) < goal or talking:
                 for task in [t for t in talking if t.done()]:
                     talking.remove(task)
                     task.result()  # an error in a session is an error of the run
-                turns = status["turns"]
-                unread = turns.get("judging", 0) + turns.get("queued", 0)
-                if status["training"].startswith("stopped"):
-                    raise RuntimeError(f"the server stopped training: {status['training']}")
-                if len(talking) < setup.sessions and unread < status["batch_size"]:
-                    talking.add(asyncio.create_task(session(status["step"])))
+                status, unread = await now()
+                if len(firsts) < goal and len(talking) < setup.at_once and unread < status["batch_size"]:
+                    firsts.append({"person": names[len(firsts) % len(names)], "step": status["step"]})
+                    talking.add(asyncio.create_task(session(firsts[-1])))
                     await asyncio.sleep(0.2)
                 else:
                     await asyncio.sleep(1)
-                status = (await http.get("/status")).json()
-                bar.update(status["step"] - bar.n)
-            await asyncio.gather(*talking)
-            talking.clear()
-            status = (await http.get("/status")).json()
-            await measured(setup.held_out if goal == setup.steps else setup.held_out // 2)
+            status, unread = await now()
+            while status["turns"].get("judging") or status["turns"].get("training") or unread >= status["batch_size"]:
+                await asyncio.sleep(1)
+                status, unread = await now()
+            await measured(setup.held_out if goal == setup.talks else setup.held_out // 2)
         bar.close()
-    return {"setup": dataclasses.asdict(setup), "measures": measures, "firsts": firsts}
+    for client in clients.values():
+        await client.close()
+    return {"measures": measures, "firsts": firsts}
 
 
-def start_server(setup: Setup, extra: list[str]) -> subprocess.Popen:
+def start_server(setup: Setup, run: Run, out: Path) -> subprocess.Popen:
     """run.py as a user would start it, its output in out/run.log."""
-    out = Path(setup.out)
-    if (out / "journal.db").exists():
-        kept = out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        out.rename(kept)
-        print(f"an earlier run was in {out}/, it is now in {kept}/")
-    out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(__file__).with_name("run.py")), f"--out={setup.out}", f"--port={setup.port}"]
-    command += [f"--seed={setup.seed}", f"--lr={setup.lr}", f"--steps={setup.steps}", "--max_model_len=2048", *extra]
-    print("$", " ".join(["python", "run.py", *command[2:]]), f"> {out}/run.log", flush=True)
+    keys = ",".join(f"{name}:{name}-key" for name in run.person.split("+"))
+    command = [sys.executable, str(Path(__file__).with_name("run.py")), f"--out={out}", f"--port={setup.port}"]
+    command += [f"--key={keys}", f"--seed={run.seed}", f"--lr={setup.lr}", "--max_model_len=2048"]
+    command += [*METHODS[run.method], *run.extra]
+    print("\n$", " ".join(["python", "run.py", *command[2:]]), f"> {out}/run.log", flush=True)
     with open(out / "run.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def wait_ready(server: subprocess.Popen, setup: Setup) -> None:
+def wait_ready(server: subprocess.Popen, url: str, log: Path) -> None:
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            log = (Path(setup.out) / "run.log").read_text()
-            sys.exit(f"run.py ended with {server.returncode}:\n{log[-3000:]}")
+            sys.exit(f"run.py ended with {server.returncode}:\n{log.read_text()[-3000:]}")
         try:
-            if httpx.get(f"http://127.0.0.1:{setup.port}/health", timeout=2).status_code == 200:
+            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
                 return
         except httpx.TransportError:
             time.sleep(1)
-    sys.exit(f"run.py did not answer in 600 s: see {setup.out}/run.log")
+    sys.exit(f"run.py did not answer in 600 s: see {log}")
 
 
-def table(result: dict[str, Any]) -> str:
-    rows = ["step  questions  satisfied  mean words  log-likelihood of unrelated texts"]
-    for m in result["measures"]:
-        rows.append(
-            f"{m['step']:4}  {m['questions']:9}  {m['satisfied']:7.1f} %  {m['words']:10.1f}  {m['unrelated']:.3f}"
-        )
-    return "\n".join(rows)
+def perform(setup: Setup, run: Run) -> dict[str, Any]:
+    """One run from its start to its last measure."""
+    started, out, url = time.monotonic(), Path(setup.out) / run.folder, f"http://127.0.0.1:{setup.port}"
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off
+    out.mkdir(parents=True)
+    server = start_server(setup, run, out)
+    try:
+        wait_ready(server, url, out / "run.log")
+        result = asyncio.run(converse(setup, run, url))
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    minutes = (time.monotonic() - started) / 60
+    return dataclasses.asdict(run) | {"label": run.label, "minutes": minutes, "steps": steps} | result
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+# ---- showing ----
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half the 95 % interval by Student's t."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values))
+    if t is None:
+        return f"{statistics.mean(values):.1f}"
+    return f"{statistics.mean(values):.1f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, a row for each method and person over the seeds."""
+    lines = [
+        "| method | person | seeds | sessions to effect | held-out before, % | after, % | log-lik. unrelated, change | "
+        "KL to start | words | cut off, % | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    key = lambda r: (r["person"], r["label"])  # noqa: E731
+    percent = lambda ms, what: interval([100 * m[what] for m in ms])  # noqa: E731
+    words = lambda ms: f"{statistics.mean(m['words'] for m in ms):.0f}"  # noqa: E731
+    for (people, label), group in groupby(sorted(results, key=key), key):
+        runs = list(group)
+        for name in people.split("+"):
+            first = [[m for m in r["measures"] if m["person"] == name][0] for r in runs]
+            last = [[m for m in r["measures"] if m["person"] == name][-1] for r in runs]
+            effect = [sessions_to_effect([f["pleased"] for f in r["firsts"] if f["person"] == name]) for r in runs]
+            talks = max(sum(f["person"] == name for f in r["firsts"]) for r in runs)
+            reached = interval([e for e in effect if e]) if all(effect) else f"{effect.count(None)}x over {talks}"
+            kl = [statistics.mean(s["kl"] for s in r["steps"][-3:]) for r in runs if r["steps"]]
+            lost = [b["unrelated"] - a["unrelated"] for a, b in zip(first, last, strict=True)]
+            lines.append(
+                f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {reached} | "
+                f"{percent(first, 'satisfied')} | {percent(last, 'satisfied')} | "
+                f"{statistics.mean(lost):+.3f} | {f'{statistics.mean(kl):.3f}' if kl else '-'} | "
+                f"{words(first)} to {words(last)} | {percent(last, 'truncated')} | "
+                f"{statistics.mean(r['minutes'] for r in runs):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Held-out satisfaction of each run over its sessions, and below it what the steps did."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    measures, firsts = result["measures"], result["firsts"]
-    person = PEOPLE[result["setup"]["person"]]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1))
-    steps = sorted({s for s, _, _ in firsts})
-    share = [[p for s, p, _ in firsts if s == step] for step in steps]
-    top.plot(steps, [100 * sum(p) / len(p) for p in share], color="tab:gray", alpha=0.6, label="in conversation")
-    xs = [m["step"] for m in measures]
-    top.plot(xs, [m["satisfied"] for m in measures], "o-", color="tab:blue", label="held-out questions")
-    top.set(ylabel="first reply satisfies (%)", ylim=(0, 100))
-    top.set_title(f"one person, who wants {person.wants} and never says so up front")
-    top.legend(loc="lower right")
-    bottom.plot(xs, [m["words"] for m in measures], "o-", color="tab:green")
-    bottom.set(ylabel="mean words", xlabel="training steps (each 16 judged turns, then new weights)", ylim=(0, None))
-    right = bottom.twinx()
-    right.plot(xs, [m["unrelated"] for m in measures], "s--", color="tab:red")
-    right.set_ylabel("log-likelihood of\nunrelated texts", color="tab:red")
-    right.set_ylim(min(m["unrelated"] for m in measures) - 0.5, max(m["unrelated"] for m in measures) + 0.5)
+    curves = {
+        "kl": "KL to start",
+        "nll": "entropy (nats)",
+        "length": "tokens",
+        "repeated": "repeated",
+        "dlogp": "|Δlogp|",
+    }
+    people = sorted({m["person"] for r in results for m in r["measures"]})
+    labels = sorted({r["label"] for r in results})
+    figure = plt.figure(figsize=(max(7, 4 * len(people)), 7))
+    top, bottom = figure.add_gridspec(2, 1, height_ratios=(2, 1))
+    axes = top.subgridspec(1, len(people)).subplots(squeeze=False)[0]
+    for axis, name in zip(axes, people, strict=True):
+        for r in results:
+            mine = [m for m in r["measures"] if m["person"] == name]
+            shown = dict(color=f"C{labels.index(r['label'])}", alpha=0.8, label=r["label"])
+            axis.plot([m["talks"] for m in mine], [100 * m["satisfied"] for m in mine], "o-", **shown)
+        axis.set(title=f"wants {PEOPLE[name].wants}", ylim=(0, 100), xlabel="sessions")
+    axes[0].set_ylabel("held-out first answers\nthat satisfy (%)")
+    handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
+    axes[0].legend(handles.values(), handles.keys(), loc="upper left", fontsize=8)
+    for axis, (name, title) in zip(
+        bottom.subgridspec(1, len(curves), wspace=0.5).subplots(), curves.items(), strict=True
+    ):
+        for r in results:
+            ys = [s[name] for s in r["steps"]]
+            axis.plot(range(1, len(ys) + 1), ys, color=f"C{labels.index(r['label'])}", alpha=0.6)
+        axis.set_title(title, fontsize=8)
+        axis.set_ylim(0)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> tuple[Setup, list[Run]]:
+    """SystemExit names what is wrong."""
     fields = {f.name: f for f in dataclasses.fields(Setup)}
     values, extra = {}, []
     for arg in argv:
@@ -286,7 +357,7 @@ def main(argv: list[str]) -> None:
             print(__doc__)
             for f in fields.values():
                 print(f"  --{f.name}={f.default}")
-            return
+            sys.exit(0)
         if not arg.startswith("--") or not given:
             sys.exit(f"{arg!r}: expected --key=value; python users.py --help lists the keys")
         if name not in fields:
@@ -297,24 +368,43 @@ def main(argv: list[str]) -> None:
         except ValueError:
             sys.exit(f"--{name}={text}: expected {fields[name].type.__name__}")
     setup = Setup(**values)
-    if setup.person not in PEOPLE:
-        sys.exit(f"--person={setup.person}: expected one of {', '.join(PEOPLE)}")
+    for name, known in (("person", PEOPLE), ("method", METHODS)):
+        for part in getattr(setup, name).replace("+" if name == "person" else ",", ",").split(","):
+            if part not in known:
+                sys.exit(f"--{name}={getattr(setup, name)}: {part!r} is not one of {', '.join(known)}")
+    if not all(s.isdigit() for s in setup.seed.split(",")):
+        sys.exit(f"--seed={setup.seed}: expected whole numbers, comma-separated")
+    cells = product(setup.seed.split(","), setup.person.split(","), setup.method.split(","))
+    return setup, [Run(m, p, int(s), tuple(extra)) for s, p, m in cells]
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the server is stopped too
-    server = start_server(setup, extra)
+
+def main(argv: list[str]) -> None:
+    setup, runs = parse(argv)
     out = Path(setup.out)
-    try:
-        wait_ready(server, setup)
-        result = asyncio.run(converse(setup, f"http://127.0.0.1:{setup.port}"))
-        result["minutes"] = (time.monotonic() - STARTED) / 60
-        (out / "result.json").write_text(json.dumps(result, indent=1))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
-    draw(result, out / "curve.png")
-    print(f"\n{setup.person}: wants {PEOPLE[setup.person].wants}; seed {setup.seed}; {result['minutes']:.1f} minutes")
-    print(table(result))
-    print(f"\ndrawn in {out}/curve.png; every turn's row is in {out}/journal.db, every step's in {out}/metrics.jsonl")
+    file = out / "results.json"
+    settings = {
+        k: v for k, v in dataclasses.asdict(setup).items() if k not in ("person", "method", "seed", "out", "port")
+    }
+    results = json.loads(file.read_text()) if file.exists() else []
+    if any(r["settings"] != settings for r in results):
+        sys.exit(f"{file} was measured with other settings, {results[0]['settings']}: give another --out")
+    done = {(r["label"], r["person"], r["seed"]) for r in results}
+    left = [run for run in runs if (run.label, run.person, run.seed) not in done]
+    if len(left) < len(runs):
+        print(
+            f"{len(runs) - len(left)} of {len(runs)} runs are in {file} already; give another --out to run them again"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the server is stopped too
+    minutes: list[float] = []
+    for i, run in enumerate(left):
+        estimate = f", about {statistics.mean(minutes) * (len(left) - i):.0f} minutes left" if minutes else ""
+        print(f"run {i + 1} of {len(left)}: {run.label}, {run.person}, seed {run.seed}{estimate}", flush=True)
+        results.append(perform(setup, run) | {"settings": settings})
+        minutes.append(results[-1]["minutes"])
+        file.with_suffix(".part").write_text(json.dumps(results, indent=1))
+        file.with_suffix(".part").replace(file)
+    draw(results, out / "curve.png")
+    print(f"\n{table(results)}\n\ndrawn in {out}/curve.png; beside it, in a folder each, the runs' journals and logs")
 
 
 if __name__ == "__main__":

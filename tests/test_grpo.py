@@ -118,11 +118,17 @@ def slow_logps(model, prompt, response, temperature):
     return logits.log_softmax(-1)[range(len(response)), response]
 
 
+def response_logps(model, row, chunk):
+    """`grpo.response_logps` in chunks of another size."""
+    hidden, head = grpo.response_hidden(model, row), model.get_output_embeddings().weight
+    return grpo.token_logps(hidden, head, row["target"][:, None], row["temperature"], chunk).squeeze(-1)
+
+
 def loss_and_gradients(model, samples, limit, chunk=256):
     model = copy.deepcopy(model)
     n, total = sum(map(len, samples[1])), 0.0
     for row in grpo.collate(*samples, limit):
-        logp = grpo.token_logps(model, row, chunk)
+        logp = response_logps(model, row, chunk)
         loss = grpo.ppo_clip_loss(logp, row["old_logp"], row["adv"], LOW, HIGH, DUAL).sum() / n
         loss.backward()
         total += loss.item()
@@ -133,7 +139,7 @@ def loss_and_gradients(model, samples, limit, chunk=256):
 def test_logps_equal_the_textbook_ones(model, limit):
     prompts, responses, old, advs, temperatures = samples = batch()
     for row in grpo.collate(*samples, limit):
-        logp = grpo.token_logps(model, row, chunk=4)
+        logp = response_logps(model, row, chunk=4)
         for i in set(row["sample"].tolist()):
             mine = row["sample"] == i
             expected = slow_logps(model, prompts[i], responses[i], temperatures[i])
@@ -182,7 +188,7 @@ def test_the_stop_token_is_trained(model):
     prompts, responses, _, _, _ = batch()
     row = next(grpo.collate(prompts[:1], responses[:1], [[0.0] * 10], [1.0], [1.0], 1000))
     assert row["target"][-1] == 256
-    logp = grpo.token_logps(model, row)
+    logp = grpo.response_logps(model, row)
     (gradient,) = torch.autograd.grad(-logp[-1], model.get_output_embeddings().weight)
     assert gradient[256].norm() > gradient[:256].norm(dim=-1).max()
 

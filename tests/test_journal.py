@@ -14,6 +14,7 @@ def turn(turn_id="t1", **changes):
         "session": "s",
         "user": "alice",
         "messages": [{"role": "user", "content": "hi"}],
+        "template": {"tools": [{"type": "function"}]},
         "digest": "d",
         "text": "hello",
         "finish_reason": "stop",
@@ -37,7 +38,8 @@ def state(db, turn_id="t1"):
     return tuple(db.execute("SELECT state, reason, step, score FROM turns WHERE id = ?", (turn_id,)).fetchone())
 
 
-GOOD, BAD = Verdict(1, [1, 1, 0], [], "policy", "judge"), Verdict(-1, [-1], ["say less, please"], "alice", "feedback")
+GOOD = Verdict(1, [1, 1, 0], [], "", "policy", "judge")
+BAD = Verdict(-1, [-1], ["say less, please"], "own words", "alice", "feedback")
 
 
 def test_from_waiting_to_trained(db):
@@ -66,7 +68,7 @@ def test_feedback_outranks_the_judge_before_and_after(db):
 
 def test_neutral_is_dropped_and_feedback_may_still_queue_it(db):
     journal.record_turn(db, turn())
-    assert not journal.record_verdict(db, "t1", Verdict(0, [0, 0, 1], [], "policy", "judge"))
+    assert not journal.record_verdict(db, "t1", Verdict(0, [0, 0, 1], [], "", "policy", "judge"))
     assert state(db)[:2] == ("dropped", journal.NEUTRAL)
     assert journal.record_verdict(db, "t1", BAD)
     journal.mark_trained(db, ["t1"], 1)

@@ -13,6 +13,8 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
+import distill
+import reward
 from tests.conftest import Program, alive, descendants
 
 ALICE, BOB = "key-a", "key-b"
@@ -183,6 +185,30 @@ async def test_explicit_feedback(program):
             assert error.status_code == 400 and error.json()["error"]["message"]
 
 
+async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    reply = await ask(client(program), talk := [user("first"), {"role": "assistant", "content": "a"}, user("then")])
+    (row,) = rows(program, "id = ?", reply.id)
+    prompt_ids = np.frombuffer(row["prompt_ids"], np.int32).tolist()
+    arguments = (client(program), talk, json.loads(row["template"]))
+    plain, hinted = prompt_ids, await distill.hinted_prompts(*arguments, prompt_ids, ["Be brief.", "Be kind."])
+    for hint, ids in zip(["Be brief.", "Be kind."], hinted, strict=True):
+        seen = f"then\n\n[user's hint / instruction]\n{hint}<|im_end|>"
+        assert tokenizer.decode(ids) == tokenizer.decode(plain).replace("then<|im_end|>", seen)
+    with pytest.raises(distill.NoHintedPrompt, match="the same"):
+        await distill.hinted_prompts(*arguments, prompt_ids[1:], ["Be brief."])
+    with pytest.raises(distill.NoHintedPrompt, match="no user message"):
+        said = {"role": "assistant", "content": "hm"}
+        ids = (await distill.hinted_prompts(client(program), [user("x"), said], {}, [], []))[0:0]
+        await distill.hinted_prompts(client(program), [said], {}, ids, ["Be brief."])
+
+
+async def test_a_judge_that_writes_hints_keeps_to_the_form(program):
+    """The random model under the judge's constraint: NONE, or a line long enough."""
+    written = await reward.hints(client(program, BOB), "policy", "q", "a", [user("No, too long.")], votes=8)
+    assert len(written) <= 3 and all(len(h) >= 11 and "\n" not in h for h in written)
+
+
 # ---- bad input ----
 
 
@@ -247,13 +273,16 @@ async def test_it_trains_and_swaps_while_a_client_streams_on(program):
             ]
             answers.append((parts[-1].usage.completion_tokens, parts[-2].choices[0].finish_reason))
 
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
     async def converse(i):
         question = [user(f"question {i}")]
-        reply = await ask(c, question)
+        reply = await ask(c, question, **({"tools": [tool], "tool_choice": "none"} if i % 4 == 0 else {}))
         said = {"role": "assistant", "content": reply.choices[0].message.content}
         await ask(c, [*question, said, user("No. Wrong, do it again.")], 1)
         headers = {"Authorization": f"Bearer {ALICE}"}
         body = {"completion_id": reply.id, "score": 1 if i % 2 else -1}  # the random judge may well say neutral
+        body |= {} if i % 2 else {"text": "Answer in one word, please."}
         async with httpx.AsyncClient(base_url=program.url, headers=headers, timeout=60) as http:
             assert (await http.post("/v1/feedback", json=body)).status_code in (200, 409)  # 409: in training already
 
@@ -269,6 +298,10 @@ async def test_it_trains_and_swaps_while_a_client_streams_on(program):
     steps = program.metrics()[start:]
     assert all(m["push_gap"] < 0.05 and np.isfinite(m["loss"]) and m["grad_norm"] > 0 for m in steps)
     assert [m["step"] for m in steps] == list(range(steps[0]["step"], steps[0]["step"] + len(steps)))
+    assert any(m["hinted"] and m["teacher_gap"] > 0 for m in steps)
+    hinted = rows(program, "state = 'trained' AND hints != '[]'")
+    assert {"tools" in json.loads(r["template"]) for r in hinted} == {True, False}
+    assert all(r["hinted_by"] == "own words" and r["reason"] is None for r in hinted), "no hint was left unused"
     trained = rows(program, "state = 'trained'")
     assert len(trained) >= 40 and {r["step"] for r in trained} >= {m["step"] for m in steps}
     spans = [json.loads(r["versions"]) for r in rows(program, "messages LIKE '%go on%'")]

@@ -37,7 +37,7 @@ def ask(db, messages, answer, user="ann"):
     session = before["session"] if before is not None else f"session {number}"
     digest = sessions.fingerprints(sessions.conversation(messages))[-1]
     tokens = [1], [2, 3], [-1.0, -2.0], [(0, 0, 2)]  # prompt ids, response ids, log-probs, versions
-    turn = journal.Turn(f"turn {number}", session, user, messages, digest, answer, "stop", *tokens, 1.0, number)
+    turn = journal.Turn(f"turn {number}", session, user, messages, {}, digest, answer, "stop", *tokens, 1.0, number)
     journal.record_turn(db, turn)
     return Asked(turn.id, turn.session, before["id"] if before is not None else None, judged)
 

@@ -1,43 +1,100 @@
-"""The scripted person and the measure."""
+"""The scripted people and the measure."""
+
+import random
 
 import pytest
 
 import users
+from people import NAMES, PEOPLE, THANKS, THINGS, TOPICS, parts
 
 
-def test_no_topic_is_both_asked_and_held_out():
-    asked, held = users.questions()
-    topics = {t.strip() for t in users.TOPICS}
-    in_asked = {t for t in topics for q in asked if any(q == form.format(t) for form in users.FORMS)}
-    in_held = {t for t in topics for q in held if any(q == form.format(t) for form in users.FORMS)}
-    assert in_asked | in_held == topics and not in_asked & in_held
-    assert len(held) >= 64 and (asked, held) == users.questions()
+@pytest.mark.parametrize("listed", [TOPICS, NAMES, THINGS])
+def test_nothing_is_both_asked_and_held_out(listed):
+    asked, held = parts(listed, False), parts(listed, True)
+    assert len(asked) + len(held) == listed.count(";") + 1 and not set(asked) & set(held)
+    assert (asked, held) == (parts(listed, False), parts(listed, True))
 
 
-@pytest.mark.parametrize("words, pleased", [(0, False), (1, True), (80, True), (81, False)])
-def test_the_brief_person_counts_words(words, pleased):
-    assert users.PEOPLE["brief"].pleased("word " * words) is pleased
+@pytest.mark.parametrize(
+    "name, answer, pleased",
+    [
+        ("brief", "", False),
+        ("brief", "word " * 80, True),
+        ("brief", "word " * 81, False),
+        ("one-sentence", "It is a plant.", True),
+        ("one-sentence", "It is a plant", False),  # cut off, or without its end
+        ("one-sentence", "Pi is 3.14 or so!", True),
+        ("one-sentence", "It is a plant. It grows.", False),
+        ("student", "Take 3 from 5, then add 1. That gives 3.", True),
+        ("student", "1. Take 3.\n2. Add 1.", False),
+        ("student", "The answer is **3**.", False),
+        ("student", "\\boxed{3}", False),
+        ("ta", "word " * 80, True),
+        ("ta", "word " * 79, False),
+        ("teacher", "Well done, I am proud of you.", True),
+        ("teacher", "Well done.", False),
+        ("teacher", "He is ungrateful; gloves.", False),
+    ],
+)
+def test_what_pleases_whom(name, answer, pleased):
+    assert PEOPLE[name].pleased(answer) is pleased
 
 
-def test_nobody_states_the_preference_up_front_or_says_a_number():
-    asked, held = users.questions()
-    for person in users.PEOPLE.values():
-        assert not any(w in q.lower() for q in asked + held for w in ("short", "brief", "words", "sentence"))
-        assert not any(c.isdigit() for said in person.thanks + person.complaints for c in said)
+def test_nobody_states_the_preference_up_front_or_gives_a_number_as_a_grade():
+    telling = ("short", "brief", "words", "sentence", "bold", "plain", "detail", "warm", "praise", "kind")
+    for person in PEOPLE.values():
+        rng = random.Random(0)
+        asked = [person.asks(rng, held) for held in (False, True) for _ in range(100)]
+        assert not [q for q in asked if any(f" {word}" in q.lower() for word in telling)]
+        assert not any(c.isdigit() for said in THANKS + person.complaints for c in said)
 
 
-def test_wrong_options_are_errors(capsys):
-    for wrong in (["--person=nobody"], ["--steps=many"], ["steps=3"]):
-        with pytest.raises(SystemExit) as error:
-            users.main(wrong)
-        assert wrong[0].removeprefix("--").split("=")[0] in str(error.value)
+@pytest.mark.parametrize(
+    "wrong", ["--person=nobody", "--person=ta+nobody", "--method=magic", "--talks=many", "--seed=a", "talks=3"]
+)
+def test_wrong_options_are_errors(wrong):
+    with pytest.raises(SystemExit) as error:
+        users.parse([wrong])
+    assert wrong.removeprefix("--").split("=")[0] in str(error.value)
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_the_table_is_methods_times_people_times_seeds():
+    _, runs = users.parse(["--method=binary,opd", "--person=ta,student+teacher", "--seed=0,1", "--opd_k=4"])
+    assert len(runs) == len({r.folder for r in runs}) == 8
+    assert {r.label for r in runs} == {"binary opd_k=4", "opd opd_k=4"} and runs[0].extra == ("--opd_k=4",)
+
+
+@pytest.mark.parametrize(
+    "pleased, sessions",
+    [([True] * 3, 3), ([False, True, True, True, False], 4), ([True, True, False, True], None), ([], None)],
+)
+def test_sessions_to_effect_are_three_pleased_in_a_row(pleased, sessions):
+    assert users.sessions_to_effect(pleased) == sessions
+
+
+def test_the_interval_is_students():
+    assert users.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.30 * 1 / sqrt(3)
+    assert users.interval([5.0]) == "5.0"
+
+
+def result(label, person, seed, last):
     measures = [
-        {"step": s, "satisfied": 20.0 + s, "words": 90.0 - s, "unrelated": -3.0, "questions": 8} for s in (0, 5)
+        {"talks": t, "person": p, "satisfied": s, "words": 90.0, "truncated": 0.5, "unrelated": -3.0 - t / 1000}
+        for t, s in ((0, 0.25), (80, last))
+        for p in person.split("+")
     ]
-    result = {"setup": {"person": "brief"}, "measures": measures, "firsts": [(0, False, 99), (1, True, 50)]}
-    users.draw(result, tmp_path / "curve.png")
+    firsts = [{"person": p, "pleased": i > 1} for i in range(6) for p in person.split("+")]
+    steps = [{"kl": 0.1, "nll": 2.0, "length": 50.0, "repeated": 0.1, "dlogp": 0.03}]
+    return dict(label=label, person=person, seed=seed, minutes=9, measures=measures, firsts=firsts, steps=steps)
+
+
+def test_the_table_and_the_picture_are_made_from_the_results(tmp_path):
+    results = [result("opd", "ta", 0, 0.5), result("opd", "ta", 1, 0.75), result("hybrid", "student+teacher", 0, 1.0)]
+    rows = users.table(results).splitlines()
+    assert len(rows) == 5 and "| hybrid | student (jointly) | 1 | 5.0 | 25.0 | 100.0 |" in rows[2]
+    assert (
+        "| opd | ta | 2 | 5.0 ± 0.0 | 25.0 ± 0.0 | 62.5 ± 158.9 | -0.080 | 0.100 | 90 to 90 | 50.0 ± 0.0 | 9 |"
+        in rows[4]
+    )
+    users.draw(results, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
-    assert "25.0 %" in users.table(result)

@@ -1,0 +1,117 @@
+"""On-policy distillation: a correction in words becomes a signal for every token of the answer that it corrects.
+
+The teacher is the policy itself, at the weights of this step's start, with the correction in its prompt as a hint. At
+each place of the recorded answer it says what it would rather have said, and the policy without the hint is moved
+towards that. (OpenClaw-RL v2, arXiv 2603.10165, its section on on-policy distillation; design and notation: README.)
+"""
+
+from collections.abc import Sequence
+
+import openai
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import grpo
+
+HINT = "\n\n[user's hint / instruction]\n"
+
+# ---- the hinted prompt ----
+
+
+class NoHintedPrompt(ValueError):
+    """The hint can't be put into this prompt; the turn is trained on without it."""
+
+
+def with_hint(messages: Sequence[dict], hint: str) -> list[dict]:
+    """The messages with the hint at the end of the last user message; NoHintedPrompt where there is none."""
+    last = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=None)
+    if last is None:
+        raise NoHintedPrompt("no user message")
+    content = messages[last].get("content")
+    added = [*content, {"type": "text", "text": HINT + hint}] if isinstance(content, list) else f"{content}{HINT}{hint}"
+    return [*messages[:last], {**messages[last], "content": added}, *messages[last + 1 :]]
+
+
+async def hinted_prompts(
+    client: openai.AsyncOpenAI, messages: Sequence[dict], template: dict, prompt_ids: Sequence[int], hints: list[str]
+) -> list[list[int]]:
+    """A prompt for each hint, token ids as the server's own chat template makes them.
+
+    `template`: what else went into the prompt, tools for one. The server (vLLM's /tokenize) first renders the prompt
+    without a hint: where that isn't `prompt_ids`, NoHintedPrompt, for then nobody knows what a hint would do to it.
+    """
+    root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
+
+    async def render(messages: Sequence[dict]) -> list[int]:
+        try:
+            return (await root.post("/tokenize", cast_to=object, body={**template, "messages": messages}))["tokens"]
+        except openai.BadRequestError as e:
+            raise NoHintedPrompt(e.message) from e
+
+    if await render(messages) != list(prompt_ids):
+        raise NoHintedPrompt("the prompt doesn't come out the same when it is rendered again")
+    return [await render(with_hint(messages, hint)) for hint in hints]
+
+
+# ---- the teacher ----
+
+
+def top_k(hidden: Tensor, head: Tensor, k: int, chunk: int = 256) -> Tensor:
+    """The k likeliest tokens at each place, likeliest first: (N, D), (V, D) -> ids (N, k)."""
+    return torch.cat([F.linear(h, head).topk(k).indices for h in hidden.split(chunk)])
+
+
+def shared(student: Tensor, teacher: Tensor) -> int:
+    """How many of the student's top-k the teacher has too, over all places. (T, k), (T, k)"""
+    return int((student[:, :, None] == teacher[:, None, :]).sum())
+
+
+@torch.no_grad()
+def teach(
+    model: torch.nn.Module, row: dict[str, Tensor], hidden: Tensor, hinted: dict[int, list[list[int]]], k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What to compare at each of a row's N places: ids (N, K), the student's log-probs (N, K), the teacher's (N, K).
+
+    `hidden` (N, D): the student's, of `grpo.response_hidden` before any update of this step. `hinted`: sample in the
+    row -> its hinted prompts, of which the one is taken whose top-k overlap most with the student's. The ids are the
+    student's top-k (K = k), or for k = 0 the sampled token (K = 1). Where there is no hint, the teacher agrees.
+    """
+    head, device = model.get_output_embeddings().weight, hidden.device
+    ids = top_k(hidden, head, k) if k else row["target"][:, None]
+    student = grpo.token_logps(hidden, head, ids, row["temperature"])
+    teacher = student.clone()
+    for sample, prompts in hinted.items():
+        here = row["sample"] == sample  # (N,), true at T places
+        answer, blank = row["target"][here].tolist(), [0.0] * int(here.sum())
+        views = []
+        for prompt in prompts:
+            alone = next(grpo.collate([prompt], [answer], [blank], [0.0], [1.0], len(prompt) + len(answer), device))
+            views.append(grpo.response_hidden(model, alone, grad=False))  # (T, D)
+        if len(views) > 1:
+            mine = top_k(hidden[here], head, k or 1)
+            views.sort(key=lambda view: -shared(mine, top_k(view, head, k or 1)))
+        teacher[here] = grpo.token_logps(views[0], head, ids[here], row["temperature"][here])
+    return ids, student, teacher
+
+
+# ---- losses, per token ----
+
+
+def advantage(student: Tensor, teacher: Tensor, clip: float) -> Tensor:
+    """log pi_T - log pi_old, within [-clip, clip] unless clip is 0. Any shape."""
+    gap = teacher - student
+    return gap.clamp(-clip, clip) if clip else gap
+
+
+def top_k_loss(
+    logp: Tensor, student: Tensor, teacher: Tensor, clip: float, clip_low: float, clip_high: float
+) -> Tensor:
+    """Sum over the k tokens v of max(-A_v rho_v, -A_v clip(rho_v, 1 - low, 1 + high)). (N, k) each -> (N,)
+
+    A_v = w_v advantage_v, w the student's own probabilities made to sum to 1 over the k, rho_v = exp(log pi - log
+    pi_old). With k = V and no clip its gradient at rho = 1 is exactly that of KL(pi || pi_T).
+    """
+    adv = advantage(student, teacher, clip) * student.softmax(-1)
+    ratio = (logp - student).exp()
+    return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)).sum(-1)

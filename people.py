@@ -1,0 +1,214 @@
+"""The scripted people: what each of them asks, likes, and says. Plain tables; users.py has them talk to the server.
+
+A person's preference can be checked by code and is never stated up front: they ask, read, and react in words. Three
+of them are the paper's (OpenClaw-RL, arXiv 2603.10165 section 5.1): a student who doesn't want homework to look
+machine-made, a teaching assistant who wants comments to be specific, and a teacher who wants them to be warm.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# ---- what they ask: a generator a person, and no topic, number or name of the held-out part in the other ----
+
+TOPICS = """
+photosynthesis; gravity; inflation; a vaccine; the water cycle; an earthquake; a rainbow; magnetism; a black hole;
+democracy; evaporation; the stock market; an ecosystem; friction; a volcano; electricity; the immune system; a comet;
+the greenhouse effect; a computer virus; sound; natural selection; a solar eclipse; insulin; the internet; a glacier;
+supply and demand; a hurricane; the seasons; osmosis; a battery; the moon's phases; yeast; an antibiotic; a tsunami;
+recycling; a lighthouse; compound interest; the digestive system; a microscope; erosion; a telescope; plastic; steel;
+a heart attack; wind power; a desert; migration of birds; the ozone layer; a nuclear reactor; the piano; a submarine;
+fermentation; a transistor; an iceberg; the printing press; a thermometer; coral reefs; a satellite; bread; cheese;
+the Roman Empire; the Renaissance; the Silk Road; a mortgage; a tax; a budget; an election; a constitution; jazz;
+a sonnet; a novel; chess; a marathon; yoga; sleep; a dream; memory; stress; a habit; friendship; honesty; courage
+"""
+FORMS = """
+What is {}?; Can you explain {} to me?; Tell me about {}.; Why does {} matter?;
+I keep hearing about {}. What should I know?; Could you describe {}?
+"""
+THINGS = """
+apples; pencils; books; tickets; eggs; chairs; stamps; bottles of water; cups; flowers; oranges; shirts; coins; cards;
+candles; balls; plates; boxes of tea; notebooks; tomatoes; loaves of bread; postcards; batteries; keys
+"""
+NAMES = """
+Anna; Ben; Clara; David; Emma; Felix; Grace; Henry; Ines; Jonas; Kate; Leo; Maria; Noah; Olga; Peter; Rosa; Sam;
+Tara; Victor; Wendy; Yusuf; Zoe; Hanna
+"""
+DEEDS = """
+read a whole book this week; helped to tidy the classroom; forgot the homework twice; improved in spelling;
+gave a talk about whales; came late three times; drew a map of the town; learned the times tables;
+was very quiet in class; finished the science project; got a low mark in the test; asked good questions
+"""
+
+
+def parts(text: str, held_out: bool) -> list[str]:
+    """Two thirds of a list for asking while it trains, the last third held out."""
+    items = [item.strip() for item in text.replace("\n", " ").split(";")]
+    random.Random(0).shuffle(items)
+    cut = len(items) * 2 // 3
+    return items[cut:] if held_out else items[:cut]
+
+
+def explanation(rng: random.Random, held_out: bool) -> str:
+    forms = [f.strip() for f in FORMS.replace("\n", " ").split(";")]
+    return rng.choice(forms).format(rng.choice(parts(TOPICS, held_out)))
+
+
+def word_problem(rng: random.Random, held_out: bool) -> tuple[str, int]:
+    """The problem and its answer."""
+    name, thing = rng.choice(parts(NAMES, held_out)), rng.choice(parts(THINGS, held_out))
+    a, b, c = rng.randint(3, 20), rng.randint(2, 9), rng.randint(2, 9)
+    return rng.choice(
+        [
+            (f"{name} has {a} {thing} and buys {b} more, then gives {c} away. How many {thing} are left?", a + b - c),
+            (f"{name} packs {a} bags with {b} {thing} each. How many {thing} is that?", a * b),
+            (f"{name} buys {a} {thing} for {b} euros each and pays {c} euros for the bus. What was spent?", a * b + c),
+        ]
+    )
+
+
+def homework(rng: random.Random, held_out: bool) -> str:
+    problem, _ = word_problem(rng, held_out)
+    return f"{problem} {rng.choice(['Show the steps.', 'Go through it step by step.', 'What are the steps?'])}"
+
+
+def marking(rng: random.Random, held_out: bool) -> str:
+    problem, answer = word_problem(rng, held_out)
+    given = answer + rng.choice([0, 0, 1, -1, 10])
+    return f'I am marking homework. The problem: "{problem}" A student wrote: "{given}". What should I comment?'
+
+
+def note(rng: random.Random, held_out: bool) -> str:
+    name, deed = rng.choice(parts(NAMES, held_out)), rng.choice(parts(DEEDS, held_out))
+    return f"{name}, a pupil of mine, {deed}. " + rng.choice(
+        ["Write a note to the parents.", "What can I write in the report?", "Write a comment for the notebook."]
+    )
+
+
+# Fixed answers on other matters: their log-likelihood shows what the training cost the model elsewhere.
+UNRELATED = (
+    (
+        "When does the train to the coast leave?",
+        "The train to the coast leaves at seven in the morning and arrives shortly before noon, with a change at the "
+        "junction, where passengers may buy tea and sandwiches.",
+    ),
+    (
+        "Write a Python function for the mean of a list.",
+        "def mean(values):\n    total = 0\n    for v in values:\n        total += v\n    return total / len(values)",
+    ),
+    (
+        "How do I make potato soup?",
+        "Fry the onions in butter until they are soft, add the potatoes and the stock, and let it simmer for half an "
+        "hour before you blend it.",
+    ),
+    (
+        "Summarise the minutes of the meeting.",
+        "The committee met on Tuesday to discuss the repair of the bridge. Two members asked for a second estimate, "
+        "and the decision was postponed until the end of the month.",
+    ),
+    (
+        "Go on with the story: She opened the letter slowly.",
+        "She was afraid of what it might say. Her brother had written only two lines, but they were enough to make her "
+        "sit down.",
+    ),
+    (
+        "Complain to the shop about my washing machine.",
+        "Dear Sir or Madam, I am writing to complain about the washing machine that I bought in your shop last week. "
+        "It makes a loud noise and does not spin.",
+    ),
+    (
+        "Translate into French: The cat sleeps on the chair.",
+        "Le chat dort sur la chaise.",
+    ),
+    (
+        "Give me three words that rhyme with light.",
+        "Night, bright and kite.",
+    ),
+)
+
+# ---- who they are ----
+
+
+@dataclass(frozen=True)
+class Person:
+    wants: str  # for the reader and the table; never sent
+    asks: Callable[[random.Random, bool], str]  # (rng, held out) -> a first message
+    pleased: Callable[[str], bool]
+    complaints: tuple[str, ...]
+
+
+THANKS = (
+    "Perfect, thanks!",
+    "Great, thank you.",
+    "Thank you, nice and clear.",
+    "Good answer, thanks.",
+    "Exactly what I wanted, thank you.",
+)
+WARM = r"great|good job|well done|wonderful|proud|excellent|fantastic|amazing|happy|glad|love|lovely|thank|kind|delight"
+
+
+def sentences(text: str) -> int:
+    """How many sentences end in it."""
+    return len(re.findall(r"[.!?](?=\s|$)", text))
+
+
+PEOPLE = {
+    "one-sentence": Person(
+        wants="one sentence",
+        asks=explanation,
+        pleased=lambda answer: answer.strip()[-1:] in tuple(".!?") and sentences(answer) == 1,
+        complaints=(
+            "This is way too long! I wanted one short sentence.",
+            "No, much too long. Redo it as one short sentence.",
+            "No, that is wrong: I wanted one short sentence.",
+            "Too much text. Try again, one short sentence.",
+            "This is far too long. Try again, in one short sentence.",
+        ),
+    ),
+    "brief": Person(
+        wants="at most 80 words",
+        asks=explanation,
+        pleased=lambda answer: 0 < len(answer.split()) <= 80,
+        complaints=(
+            "That is too long. Please answer in one or two sentences.",
+            "Too long, make it shorter please.",
+            "That answer is too long for me. Say it in a sentence or two.",
+            "This is far too long. Try again, short.",
+            "Too many words. Please redo it, briefly.",
+        ),
+    ),
+    "student": Person(
+        wants="no bold, no numbered lists, no boxed answers",
+        asks=homework,
+        pleased=lambda answer: bool(answer.strip()) and not re.search(r"\*\*|^\s*\d+[.)]\s|\\boxed", answer, re.M),
+        complaints=(
+            "No, that's a machine's list. Plain sentences without lists, please.",
+            "No, that is wrong: I wanted plain sentences, without lists or bold.",
+            "No, this is a list. Redo it as plain sentences.",
+            "This is way too much like a list! I wanted plain sentences.",
+        ),
+    ),
+    "ta": Person(
+        wants="at least 80 words",
+        asks=marking,
+        pleased=lambda answer: len(answer.split()) >= 80,
+        complaints=(
+            "This is way too short! I wanted every step explained in detail.",
+            "No, much too short. Redo it as a long, detailed explanation.",
+            "No, that is wrong: I wanted a long and detailed explanation.",
+            "This is way too vague! I wanted a detailed explanation of every step.",
+        ),
+    ),
+    "teacher": Person(
+        wants="two warm words or more",
+        asks=note,
+        pleased=lambda answer: len(re.findall(rf"(?i)\b(?:{WARM})", answer)) >= 2,
+        complaints=(
+            "This is way too cold! I wanted warm words of praise.",
+            "No, that is wrong: I wanted a warm and friendly note with praise.",
+            "No, this is wrong: it is cold, and I wanted praise.",
+            "This is way too dry! I wanted kind words and praise.",
+        ),
+    ),
+}

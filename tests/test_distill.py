@@ -1,0 +1,175 @@
+"""The distillation loss against slow, obvious references; and that a hint teaches."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import distill
+import grpo
+import policy
+import run
+
+LOW, HIGH = 0.2, 0.28
+
+
+def logits(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+# ---- the loss ----
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_loss_is_the_formula(clip):
+    """Token by token, with ratios on both sides of the clip."""
+    student, teacher, now = (logits(6, 3, seed=s).log_softmax(-1) for s in (1, 2, 3))
+    now.requires_grad_()
+    expected = []
+    for i in range(6):
+        total = 0.0
+        norm = sum(student[i, v].exp() for v in range(3))
+        for v in range(3):
+            delta = teacher[i, v] - student[i, v]
+            if clip:
+                delta = max(-clip, min(clip, delta.item()))
+            a, rho = delta * student[i, v].exp() / norm, (now[i, v] - student[i, v]).exp()
+            total = total + max(-a * rho, -a * rho.clamp(1 - LOW, 1 + HIGH))
+        expected.append(total)
+    loss = distill.top_k_loss(now, student, teacher, clip, LOW, HIGH)
+    assert loss.shape == (6,)
+    torch.testing.assert_close(loss, torch.stack(expected))
+    (ours,), (theirs,) = (torch.autograd.grad(x.sum(), now, retain_graph=True) for x in (loss, torch.stack(expected)))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_over_the_whole_vocabulary_it_is_the_gradient_of_the_kl_to_the_teacher():
+    x, teacher = logits(4, 9).requires_grad_(), logits(4, 9, seed=1).log_softmax(-1)
+    now = x.log_softmax(-1)
+    loss = distill.top_k_loss(now, now.detach(), teacher, 0.0, LOW, HIGH)
+    (ours,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+    (exact,) = torch.autograd.grad((now.exp() * (now - teacher)).sum(), x)
+    torch.testing.assert_close(ours, exact)
+
+
+def test_the_advantage_is_bounded_or_not():
+    student, teacher = torch.tensor([0.0, -5.0, -1.0]), torch.tensor([-3.0, -1.0, -0.5])
+    assert distill.advantage(student, teacher, 1.0).tolist() == [-1.0, 1.0, 0.5]
+    assert distill.advantage(student, teacher, 0.0).tolist() == [-3.0, 4.0, 0.5]
+
+
+# ---- the teacher ----
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+def samples():
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(0, 256, (n,), generator=g).tolist()  # noqa: E731
+    return [draw(5), draw(17), draw(3)], [draw(9), draw(4), draw(20)], draw
+
+
+def slow_logps(model, prompt, response, temperature=1.0):
+    """(T, V), one sample alone."""
+    out = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
+    return (out / temperature).log_softmax(-1)
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 320])
+@torch.no_grad()
+def test_student_and_teacher_are_what_separate_passes_say(model, k):
+    prompts, responses, draw = samples()
+    temperatures = [1.0, 0.7, 1.3]
+    hinted = {0: [draw(12)], 2: [draw(30)]}
+    zeros = [[0.0] * len(r) for r in responses]
+    row = next(grpo.collate(prompts, responses, zeros, [0.0] * 3, temperatures, 1000))
+    hidden = grpo.response_hidden(model, row)
+    ids, student, teacher = distill.teach(model, row, hidden, hinted, k)
+    assert ids.shape == student.shape == teacher.shape == (33, k or 1)
+    for i in range(3):
+        here = row["sample"] == i
+        plain = slow_logps(model, prompts[i], responses[i], temperatures[i])
+        expected = plain.topk(k).indices if k else torch.tensor(responses[i])[:, None]
+        assert torch.equal(ids[here].sort().values, expected.sort().values)
+        torch.testing.assert_close(student[here], plain.gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
+        other = slow_logps(model, hinted[i][0], responses[i], temperatures[i]) if i in hinted else plain
+        torch.testing.assert_close(teacher[here], other.gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
+
+
+def test_of_several_hints_the_one_that_overlaps_most_is_taken(model):
+    prompts, responses, draw = samples()
+    zeros = [[0.0] * len(r) for r in responses]
+    row = next(grpo.collate(prompts, responses, zeros, [0.0] * 3, [1.0] * 3, 1000))
+    hidden = grpo.response_hidden(model, row).detach()
+    same = prompts[2]  # its top-k are the student's own
+    for candidates in ([draw(30), same, draw(8)], [same, draw(30)], [draw(30), same]):
+        _, student, teacher = distill.teach(model, row, hidden, {2: candidates}, 4)
+        torch.testing.assert_close(teacher, student, atol=1e-4, rtol=1e-4)
+
+
+def test_shared_counts_tokens_whatever_their_order():
+    a, b = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[3, 1, 9], [7, 8, 6]])
+    assert distill.shared(a, b) == 3 and distill.shared(a, a) == 6
+
+
+# ---- the hinted prompt (the rendering itself: test_program.py) ----
+
+
+def test_the_hint_ends_the_last_user_message_and_nothing_else_changes():
+    said, hint = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "c"
+    tool = [*said, {"role": "user", "content": "d"}, {"role": "tool", "content": "e"}]
+    before = copy.deepcopy(tool)
+    got = distill.with_hint(tool, hint)
+    assert got[2] == {"role": "user", "content": "d\n\n[user's hint / instruction]\nc"}
+    assert got[:2] + got[3:] == before[:2] + before[3:] and tool == before
+    listed = distill.with_hint([{"role": "user", "content": [{"type": "text", "text": "a"}], "name": "n"}], hint)
+    assert [p["text"] for p in listed[0]["content"]] == ["a", distill.HINT + "c"] and listed[0]["name"] == "n"
+    with pytest.raises(distill.NoHintedPrompt):
+        distill.with_hint(said[1:], hint)
+
+
+# ---- the whole step, on the real small model ----
+
+
+@pytest.fixture(scope="module")
+def real():
+    folder = policy.model_folder("")
+    return folder, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("k", [0, 20])
+def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
+    """One step on "... is Max" with the hint "say Luna": at its place Luna goes up, without a hint in the prompt."""
+    folder, tokenizer = real
+    question = "What is a good name for my dog?"
+
+    def prompt(text):
+        talk = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+
+    answer = tokenizer("A good name for your dog is Max.<|im_end|>")["input_ids"]
+    (word,), (said,) = (tokenizer(w)["input_ids"] for w in (" Luna", " Max"))
+    at = answer.index(said)
+    config = run.Config(lr=1e-4, opd_k=k, w_rl=0.0, kl=0.0)
+    state = policy.load_state(folder, folder, "cpu", config.lr, (config.beta1, config.beta2), config.kl)
+
+    @torch.no_grad()
+    def probabilities():
+        return slow_logps(state.policy, prompt(question), answer)[at].exp()
+
+    before, logps = probabilities(), slow_logps(state.policy, prompt(question), answer).detach()
+    old = logps.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1).tolist()
+    turn = SimpleNamespace(prompt_ids=prompt(question), response_ids=answer, logprobs=old, temperature=1.0)
+    hinted = [[prompt(question + distill.HINT + "I want the name Luna. Say Luna.")]]
+    metrics = run.update(config, state, [turn], [0.0], hinted)
+    after = probabilities()
+    assert metrics["hinted"] == 1 and metrics["teacher_gap"] > 0.1 and metrics["kl"] == 0
+    if k:
+        assert after[word] > 1.2 * before[word]
+    else:  # the sampled token alone has a signal
+        assert after[said] < before[said]
