@@ -205,10 +205,10 @@ PEOPLE = {
         asks=note,
         pleased=lambda answer: len(re.findall(rf"(?i)\b(?:{WARM})", answer)) >= 2,
         complaints=(
-            "This is way too cold! I wanted warm words of praise.",
-            "No, that is wrong: I wanted a warm and friendly note with praise.",
-            "No, this is wrong: it is cold, and I wanted praise.",
-            "This is way too dry! I wanted kind words and praise.",
+            "No, much too cold. Say things like great, well done and wonderful.",
+            "This is way too dry! I wanted it friendly, with words like wonderful and happy.",
+            "No, that is cold. Write something kind that makes the parents happy and proud.",
+            "No, this is too dry. Write how great and wonderful the child is.",
         ),
     ),
 }

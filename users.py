@@ -40,7 +40,7 @@ class Setup:
     person: str = "one-sentence"  # who talks; a comma: a run each; a plus: at once on one model
     method: str = "hybrid"  # binary, opd or hybrid; a comma: a run each
     seed: str = "0"  # of the questions, the replies and the engine's sampler; a comma: a run each
-    talks: int = 240  # sessions in a run
+    talks: int = 160  # sessions in a run
     every: int = 80  # sessions between two measures
     at_once: int = 16  # sessions at the same time
     held_out: int = 64  # questions of the first and the last measure, half of them of those in between
