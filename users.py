@@ -259,7 +259,8 @@ def perform(setup: Setup, run: Run) -> dict[str, Any]:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = out / "metrics.jsonl"  # not there where nothing was learned from
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     minutes = (time.monotonic() - started) / 60
     return dataclasses.asdict(run) | {"label": run.label, "minutes": minutes, "steps": steps} | result
 

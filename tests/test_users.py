@@ -1,11 +1,17 @@
 """The scripted people and the measure."""
 
+import itertools
+import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 
 import users
 from people import NAMES, PEOPLE, THANKS, THINGS, TOPICS, parts
+from tests.conftest import ROOT, free_port
 
 
 @pytest.mark.parametrize("listed", [TOPICS, NAMES, THINGS])
@@ -98,3 +104,33 @@ def test_the_table_and_the_picture_are_made_from_the_results(tmp_path):
     )
     users.draw(results, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_from_its_start_to_the_picture(tiny_model, tmp_path):
+    """The command as a user gives it, on the tiny model; then once more, when there is nothing left to run."""
+    command = [sys.executable, str(ROOT / "users.py"), f"--out={tmp_path}", f"--port={free_port()}"]
+    command += ["--person=brief+teacher", "--talks=6", "--every=3", "--held_out=4", "--max_tokens=20"]
+    command += [f"--model={tiny_model}", "--engine_memory=0.5", "--batch_size=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert [(m["talks"], m["person"]) for m in result["measures"]] == list(
+        itertools.product((0, 3, 6), ("brief", "teacher"))
+    )
+    assert [f["person"] for f in result["firsts"]] == ["brief", "teacher"] * 3
+    assert all(f.keys() == {"person", "step", "pleased", "words"} for f in result["firsts"])
+    assert done.stdout.count("(jointly)") == 2 and (tmp_path / "curve.png").stat().st_size > 10_000
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and "1 of 1 runs are in" in again.stdout and again.stdout.count("(jointly)") == 2
+    other = subprocess.run([*command, "--talks=7"], capture_output=True, text=True, timeout=60)
+    assert other.returncode != 0 and "other settings" in other.stderr
+
+
+async def test_a_model_can_play_the_person(program):
+    """Any OpenAI-compatible endpoint; here our own, with the tiny model, which says something at least."""
+    setup = users.Setup(user_url=f"{program.url}/v1", user_model="policy")
+    os.environ["USER_API_KEY"] = program.key
+    try:
+        assert await users.react(setup, PEOPLE["brief"], "What is yeast?", "A fungus.", random.Random(0))
+    finally:
+        del os.environ["USER_API_KEY"]
