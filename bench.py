@@ -2,8 +2,9 @@
 
     python bench.py --url=http://127.0.0.1:8000 --swaps=10 [--key=KEY]
 
-Run it beside `make run` (with --key=one-sentence-key) or beside your own agent: it asks, streams, asks again until so many swaps have happened, and
-prints how many answers came whole and the longest gap between two of their tokens, with and without a swap in it.
+Run it beside `make run` (with --key=one-sentence-key) or beside your own agent: it asks, streams, asks again until so
+many swaps have happened, and prints how many answers came whole and the longest gap between two of their tokens, with
+and without a swap in it.
 """
 
 import asyncio

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import grpo
+from sessions import last_request
 
 HINT = "\n\n[user's hint / instruction]\n"
 
@@ -23,9 +24,9 @@ class NoHintedPrompt(ValueError):
     """The hint can't be put into this prompt; the turn is trained on without it."""
 
 
-def with_hint(messages: Sequence[dict], hint: str) -> list[dict]:
+def with_hint(messages: list[dict], hint: str) -> list[dict]:
     """The messages with the hint at the end of the last user message; NoHintedPrompt where there is none."""
-    last = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=None)
+    last = last_request(messages)
     if last is None:
         raise NoHintedPrompt("no user message")
     content = messages[last].get("content")
@@ -34,7 +35,7 @@ def with_hint(messages: Sequence[dict], hint: str) -> list[dict]:
 
 
 async def hinted_prompts(
-    client: openai.AsyncOpenAI, messages: Sequence[dict], template: dict, prompt_ids: Sequence[int], hints: list[str]
+    client: openai.AsyncOpenAI, messages: list[dict], template: dict, prompt_ids: Sequence[int], hints: list[str]
 ) -> list[list[int]]:
     """A prompt for each hint, token ids as the server's own chat template makes them.
 
@@ -43,11 +44,11 @@ async def hinted_prompts(
     """
     root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
 
-    async def render(messages: Sequence[dict]) -> list[int]:
+    async def render(messages: list[dict]) -> list[int]:
         try:
             return (await root.post("/tokenize", cast_to=object, body={**template, "messages": messages}))["tokens"]
-        except openai.BadRequestError as e:
-            raise NoHintedPrompt(e.message) from e
+        except (openai.APIError, UnicodeError) as e:  # half a surrogate pair is valid JSON and goes into no request
+            raise NoHintedPrompt(f"{type(e).__name__}: {e}") from e
 
     if await render(messages) != list(prompt_ids):
         raise NoHintedPrompt("the prompt doesn't come out the same when it is rendered again")
@@ -71,16 +72,16 @@ def shared(student: Tensor, teacher: Tensor) -> int:
 def teach(
     model: torch.nn.Module, row: dict[str, Tensor], hidden: Tensor, hinted: dict[int, list[list[int]]], k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What to compare at each of a row's N places: ids (N, K), the student's log-probs (N, K), the teacher's (N, K).
+    """What to compare at each of a row's N places: ids (N, K), the teacher's log-probs (N, K), and where it says
+    anything (N,), 1.0 in the answers that have a hint.
 
     `hidden` (N, D): the student's, of `grpo.response_hidden` before any update of this step. `hinted`: sample in the
     row -> its hinted prompts, of which the one is taken whose top-k overlap most with the student's. The ids are the
-    student's top-k (K = k), or for k = 0 the sampled token (K = 1). Where there is no hint, the teacher agrees.
+    student's top-k (K = k), or for k = 0 the sampled token (K = 1).
     """
     head, device = model.get_output_embeddings().weight, hidden.device
     ids = top_k(hidden, head, k) if k else row["target"][:, None]
-    student = grpo.token_logps(hidden, head, ids, row["temperature"])
-    teacher = student.clone()
+    teacher, taught = torch.zeros(ids.shape, device=device), torch.zeros(len(ids), device=device)
     for sample, prompts in hinted.items():
         here = row["sample"] == sample  # (N,), true at T places
         answer, blank = row["target"][here].tolist(), [0.0] * int(here.sum())
@@ -92,14 +93,15 @@ def teach(
             mine = top_k(hidden[here], head, k or 1)
             views.sort(key=lambda view: -shared(mine, top_k(view, head, k or 1)))
         teacher[here] = grpo.token_logps(views[0], head, ids[here], row["temperature"][here])
-    return ids, student, teacher
+        taught[here] = 1.0
+    return ids, teacher, taught
 
 
 # ---- losses, per token ----
 
 
 def advantage(student: Tensor, teacher: Tensor, clip: float) -> Tensor:
-    """log pi_T - log pi_old, within [-clip, clip] unless clip is 0. Any shape."""
+    """log pi_T - log pi_old (the student's at this step's start), within [-clip, clip] unless clip is 0. Any shape."""
     gap = teacher - student
     return gap.clamp(-clip, clip) if clip else gap
 
@@ -110,7 +112,8 @@ def top_k_loss(
     """Sum over the k tokens v of max(-A_v rho_v, -A_v clip(rho_v, 1 - low, 1 + high)). (N, k) each -> (N,)
 
     A_v = w_v advantage_v, w the student's own probabilities made to sum to 1 over the k, rho_v = exp(log pi - log
-    pi_old). With k = V and no clip its gradient at rho = 1 is exactly that of KL(pi || pi_T).
+    pi_old). With k = V and no clip its gradient at rho = 1 is exactly that of KL(pi || pi_T). One step of Adam per
+    batch, as here, has rho = 1: the clip binds only for those who take several.
     """
     adv = advantage(student, teacher, clip) * student.softmax(-1)
     ratio = (logp - student).exp()

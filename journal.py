@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -165,15 +165,19 @@ LAST = "the session is over, by its header"
 def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bool:
     """Write the verdict down; True where the turn is queued by it, to be handed to the trainer now.
 
-    A person's feedback outranks the judge, before or after it. ValueError where it comes too late: the turn is in
+    A person's feedback outranks the judge, before or after it; what the judge wrote down as a hint stays where a bad
+    score comes without words. ValueError where it comes too late: the turn is in
     training or trained, or dropped for a reason that no verdict changes.
     """
-    state, reason = db.execute("SELECT state, reason FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    known = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    state, reason = known["state"], known["reason"]
     open_to_all = state in ("waiting", "judging")
     if verdict.source == "judge" and not open_to_all:
         return False
     if not open_to_all and state != "queued" and reason not in (NEUTRAL, ALONE, LAST):
         raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
+    if verdict.source == "feedback" and verdict.score < 0 and not verdict.hints and known["hints"]:
+        verdict = replace(verdict, hints=json.loads(known["hints"]), hinted_by=known["hinted_by"])
     now = "queued" if verdict.score or verdict.hints else "dropped"
     db.execute(
         "UPDATE turns SET score = ?, votes = ?, hints = ?, hinted_by = ?, judge = ?, source = ?, state = ?, reason = ? "

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# ---- what they ask: a generator a person, and no topic, number or name of the held-out part in the other ----
+# ---- what they ask: a generator for each, and no topic, thing, name or deed of the held-out part in the other ----
 
 TOPICS = """
 photosynthesis; gravity; inflation; a vaccine; the water cycle; an earthquake; a rainbow; magnetism; a black hole;

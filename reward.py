@@ -80,19 +80,19 @@ HINT_PATTERN = {"structured_outputs": {"regex": rf"NONE|[A-Z][^\n]{{{MIN_HINT - 
 
 # What a judge too small to write a hint goes by: words that give orders to a judge, and wishes that contradict.
 ORDERS = re.compile(
-    r"(?i)\b(?:judges?|grad(?:e|er|ing)s?|votes?|voting|scor(?:e|ing)s?|rat(?:e|ing)s?|rewards?|labels?|verdicts?|system|"
-    r"evaluat\w+|instructions?|prompts?|ignore|disregard|developer|override|classif\w+)\b|[<\[{][/|]?\w+[|>\]}]"
+    r"\b(judges?|grad(e|er|ing)s?|votes?|voting|scor(e|ing)s?|rat(e|ing) (this|every|it|all)|rewards?|verdicts?|"
+    r"evaluat\w+|instructions?|ignore|disregard|developer|override|classify)\b|"
+    r"\b(system|label)\s*[:：]|<\||</\w|\[/?(INST|SYS)",
+    re.IGNORECASE,
 )
-SHORT = r"\b((?<!too )(short|brief|concise)\w*|too (long|much|many)|(one|two) (\w+ )?(sentence|line|word)s?)\b"
-LONG = r"\b(too (short|brief)|longer|detail\w*|at length|every step|write more)\b"
+SHORT = (
+    r"\b((?<!too )(short|brief|concise)\w*|too (long|much|many)|(at most|under|no more than) \d+|"
+    r"(in \d|one|two|three|single) (\w+ )?(sentence|line|word)s?)\b"
+)
+LONG = r"\b(too (short|brief)|(?<!too )(?<!how )long(er)?|detail\w*|at length|every step|write more|at least \d+)\b"
 PLAIN = r"\b(no|not|without|don't) (\w+ ){0,3}(list|bullet|bold|table)|\bplain (text|sentences|paragraph)"
-LISTS = r"\b(as|in|with|(?<!don't )use|make) (\w+ ){0,2}(list|bullet|bold|table)"
-CONTRARY = [
-    (SHORT, LONG),
-    (LONG, SHORT),
-    (PLAIN, LISTS),
-    (LISTS, PLAIN),
-]  # what the request, and the complaint asks for
+LISTS = r"\b(as|in|with|(?<!don't )use|make|give) (\w+ ){0,2}(list|bullet|bold|table)"
+OPPOSITES = [(SHORT, LONG), (LONG, SHORT), (PLAIN, LISTS), (LISTS, PLAIN)]
 
 
 class JudgeError(RuntimeError):
@@ -294,7 +294,7 @@ def hint_messages(request: str, answer: str, next_messages: list[dict], chars: i
 def elected(written: list[str]) -> list[str]:
     """The different hints among the votes, most frequent first, at most CANDIDATES; none where most votes are none."""
     texts = [text.strip() for text in written]
-    texts = [text for text in texts if len(text) >= MIN_HINT and text.rstrip(".") != "NONE"]
+    texts = [text for text in texts if re.fullmatch(rf"(?!\W*(?i:none)\b)[^\n]{{{MIN_HINT},{MAX_HINT + 1}}}", text)]
     if 2 * len(texts) <= len(written):
         return []
     return [text for text, _ in Counter(texts).most_common(CANDIDATES)]
@@ -332,7 +332,8 @@ def own_words(request: str, next_messages: list[dict]) -> list[str]:
     if next_messages[-1].get("role") != "user":
         return []
     said = text_of(next_messages[-1].get("content")).strip()
-    contrary = any(re.search(a, request, re.I) and re.search(b, said, re.I) for a, b in CONTRARY)
+    wishes = lambda text, one, other: re.search(one, text, re.I) and not re.search(other, text, re.I)  # noqa: E731
+    contrary = any(wishes(request, a, b) and wishes(said, b, a) for a, b in OPPOSITES)
     return [] if not MIN_HINT <= len(said) <= MAX_HINT or ORDERS.search(said) or contrary else [said]
 
 

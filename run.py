@@ -161,8 +161,9 @@ async def judge_turns(
     while True:
         turn_id = await waiting.get()
         turn, following = journal.load_turn(db, turn_id)
-        requests = [sessions.text_of(m.get("content")) for m in turn.messages if m.get("role") == "user"]
-        request, model, hints, hinted_by = requests[-1] if requests else "", config.judge_model or config.name, [], ""
+        asked = sessions.last_request(turn.messages)
+        request = "" if asked is None else sessions.text_of(turn.messages[asked].get("content"))
+        model, hints, hinted_by = config.judge_model or config.name, [], ""
         small = state.judge_bias is not None
         options = {"votes": config.votes, "chars": reward.CHARS if small else 2000}
         try:
@@ -327,12 +328,13 @@ async def train(
         while len(ids) < config.batch_size:
             if (turn_id := await queued.get()) is None:
                 return
-            turn, hints = journal.load_turn(db, turn_id)[0], journal.load_sample(db, turn_id).verdict.hints
+            sample = journal.load_sample(db, turn_id)
+            turn = sample.turn
             if state.step - min(v for v, _, _ in turn.versions) > config.max_staleness:
                 journal.drop(db, [turn_id], f"stale: more than {config.max_staleness} steps old")
             elif len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
                 journal.drop(db, [turn_id], f"longer than {config.max_train_tokens} tokens")
-            elif not config.w_rl and not hints:
+            elif not config.w_rl and not sample.verdict.hints:
                 journal.drop(db, [turn_id], "no hint, and the score is not trained on (w_rl is 0)")
             else:
                 ids.append(turn_id)
@@ -351,6 +353,8 @@ async def train(
                     )
                     room = config.max_train_tokens - len(turn.response_ids)
                     hinted[i] = [p for p in await prompts_of if len(p) <= room]
+                    if not hinted[i]:
+                        raise distill.NoHintedPrompt(f"longer than {config.max_train_tokens} tokens with it")
                 except distill.NoHintedPrompt as e:
                     journal.note(db, turn.id, f"hint not used: {e}")
 
@@ -425,27 +429,28 @@ def update(
         else:
             state.policy.gradient_checkpointing_disable()
         hidden, ids = grpo.response_hidden(state.policy, row), row["target"][:, None]  # (N, D), (N, 1)
-        if taught := {i: hinted[i] for i in row["sample"].unique().tolist() if hinted[i]}:
-            top_ids, student, teacher = distill.teach(
-                state.policy, row, hidden.detach(), taught, config.opd_k
-            )  # (N, K)
+        corrected = {i: hinted[i] for i in row["sample"].unique().tolist() if hinted[i]}
+        if corrected:
+            top_ids, teacher, taught = distill.teach(state.policy, row, hidden.detach(), corrected, config.opd_k)
             ids = torch.cat([ids, top_ids], 1)  # (N, 1 + K): the sampled token's loss and the hint's, one pass
         logps = grpo.token_logps(hidden, head, ids, row["temperature"])  # (N, 1 or 1 + K)
         logp = logps[:, 0]
         loss = config.w_rl * grpo.ppo_clip_loss(
             logp, row["old_logp"], row["adv"], config.clip_low, config.clip_high, config.dual_clip
         )  # (N,)
-        if taught and config.opd_k:
-            loss = loss + config.w_opd * distill.top_k_loss(
-                logps[:, 1:], student, teacher, config.opd_clip, config.clip_low, config.clip_high
-            )
-        elif taught:  # the paper's first form: an advantage for the sampled token
-            adv = distill.advantage(student, teacher, config.opd_clip).squeeze(-1)  # (N,)
-            loss = loss + config.w_opd * grpo.ppo_clip_loss(
-                logp, row["old_logp"], adv, config.clip_low, config.clip_high, config.dual_clip
-            )
-        if taught:
-            gap += (teacher - student).abs().mean(-1).sum().item()
+        if corrected:
+            student = logps[:, 1:].detach()  # (N, K)
+            if config.opd_k:
+                opd = distill.top_k_loss(
+                    logps[:, 1:], student, teacher, config.opd_clip, config.clip_low, config.clip_high
+                )  # (N,)
+            else:  # the paper's first form: an advantage for the sampled token
+                adv = distill.advantage(student, teacher, config.opd_clip).squeeze(-1)  # (N,)
+                opd = grpo.ppo_clip_loss(
+                    logp, row["old_logp"], adv, config.clip_low, config.clip_high, config.dual_clip
+                )  # (N,)
+            loss = loss + config.w_opd * taught * opd
+            gap += (taught * (teacher - student).abs().mean(-1)).sum().item()
         if config.kl:
             start_logp = grpo.response_logps(state.start, row, grad=False)  # (N,)
             loss = loss + config.kl * grpo.kl_loss(logp, start_logp)

@@ -26,7 +26,7 @@ import journal
 import reward
 import swap
 from journal import Turn, Verdict
-from sessions import conversation, find_continued, fingerprints
+from sessions import conversation, find_continued, fingerprints, last_request, text_of
 
 CAPTURED_PATH = "/v1/chat/completions"
 OPEN_PATHS = ("/health",)
@@ -287,7 +287,9 @@ async def build_app(
         if turn is None or turn.user != user:
             return openai_error(404, f"no completion {turn_id!r} of yours", "invalid_request_error")
         try:
-            hints = [text] if len(text) >= reward.MIN_HINT else []
+            asked_last = last_request(turn.messages)
+            request_text = "" if asked_last is None else text_of(turn.messages[asked_last].get("content"))
+            hints = reward.own_words(request_text, [{"role": "user", "content": text}]) if score < 0 else []
             on_feedback(turn.id, Verdict(score, [score], hints, "own words" if hints else "", user, "feedback"))
         except ValueError as e:
             return openai_error(409, f"too late: {e}", "invalid_request_error")

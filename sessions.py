@@ -42,6 +42,12 @@ def conversation(messages: list[dict]) -> list[dict]:
     ]
 
 
+def last_request(messages: list[dict]) -> int | None:
+    """Index of the last message in which the person speaks."""
+    spoken = [m.get("role") == "user" and not text_of(m.get("content")).startswith(CARRIER) for m in messages]
+    return max((i for i, by_person in enumerate(spoken) if by_person), default=None)
+
+
 def calls_of(message: dict) -> list[tuple[str, Any]]:
     """(name, arguments) of a message's tool calls as they survive a client, which rewrites ids and re-serialises."""
     calls = []

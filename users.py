@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -161,6 +162,11 @@ def sessions_to_effect(pleased: list[bool]) -> int | None:
     return None
 
 
+def by_chance(p: float) -> str:
+    """The mean of `sessions_to_effect` for one who learns nothing and pleases with probability p."""
+    return f"{(1 - p**STREAK) / ((1 - p) * p**STREAK):.0f}" if 0 < p < 1 else "never" if p == 0 else f"{STREAK}"
+
+
 # ---- a run ----
 
 
@@ -168,7 +174,6 @@ async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
     """Measure, talk, measure. The people hold back while a batch waits for the trainer: more would only grow stale."""
     names = run.person.split("+")
     clients = {name: AsyncOpenAI(base_url=f"{url}/v1", api_key=f"{name}-key", timeout=600) for name in names}
-    rng = random.Random(run.seed)
     measures: list[dict] = []
     firsts: list[dict] = []  # in the order in which they were begun
     async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {names[0]}-key"}, timeout=60) as http:
@@ -177,8 +182,6 @@ async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
         async def now() -> tuple[dict, int]:
             """The server's status, and how many turns are on their way to the trainer."""
             status = (await http.get("/status")).raise_for_status().json()
-            if status["training"].startswith("stopped"):
-                raise RuntimeError(f"the server stopped training: {status['training']}")
             bar.set_postfix_str(f"step {status['step']}")
             return status, status["turns"].get("judging", 0) + status["turns"].get("queued", 0)
 
@@ -191,8 +194,9 @@ async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
                 bar.write(f"after {len(firsts)} sessions, step {step}: {name} {100 * found['satisfied']:.0f} %")
             bar.set_description("talking")
 
-        async def session(first: dict) -> None:
+        async def session(number: int, first: dict) -> None:
             person = PEOPLE[first["person"]]
+            rng = random.Random(f"{run.seed} {number}")  # the same questions whatever the timing
             answer = await talk(clients[first["person"]], setup, person, person.asks(rng, False), rng)
             first |= {"pleased": person.pleased(answer), "words": len(answer.split())}
             bar.update()
@@ -206,9 +210,11 @@ async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
                     talking.remove(task)
                     task.result()  # an error in a session is an error of the run
                 status, unread = await now()
+                if status["training"] != "on":
+                    raise RuntimeError(f"the server does not train: {status['training']}")
                 if len(firsts) < goal and len(talking) < setup.at_once and unread < status["batch_size"]:
                     firsts.append({"person": names[len(firsts) % len(names)], "step": status["step"]})
-                    talking.add(asyncio.create_task(session(firsts[-1])))
+                    talking.add(asyncio.create_task(session(len(firsts), firsts[-1])))
                     await asyncio.sleep(0.2)
                 else:
                     await asyncio.sleep(1)
@@ -250,6 +256,10 @@ def wait_ready(server: subprocess.Popen, url: str, log: Path) -> None:
 def perform(setup: Setup, run: Run) -> dict[str, Any]:
     """One run from its start to its last measure."""
     started, out, url = time.monotonic(), Path(setup.out) / run.folder, f"http://127.0.0.1:{setup.port}"
+    try:  # else we would talk to whoever is there
+        socket.create_server(("127.0.0.1", setup.port)).close()
+    except OSError as e:
+        sys.exit(f"--port={setup.port}: {e.strerror}")
     shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off
     out.mkdir(parents=True)
     server = start_server(setup, run, out)
@@ -258,7 +268,10 @@ def perform(setup: Setup, run: Run) -> dict[str, Any]:
         result = asyncio.run(converse(setup, run, url))
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
     metrics = out / "metrics.jsonl"  # not there where nothing was learned from
     steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     minutes = (time.monotonic() - started) / 60
@@ -269,19 +282,19 @@ def perform(setup: Setup, run: Run) -> dict[str, Any]:
 
 
 def interval(values: list[float]) -> str:
-    """Mean and half the 95 % interval by Student's t."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values))
-    if t is None:
-        return f"{statistics.mean(values):.1f}"
+    """Mean and half the 95 % interval by Student's t, of up to ten seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
     return f"{statistics.mean(values):.1f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, a row for each method and person over the seeds."""
     lines = [
-        "| method | person | seeds | sessions to effect | held-out before, % | after, % | log-lik. unrelated, change | "
-        "KL to start | words | cut off, % | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | person | seeds | sessions to effect | by chance | held-out before, % | after, % | "
+        "log-lik. unrelated, change | KL to start | words | cut off, % | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     key = lambda r: (r["person"], r["label"])  # noqa: E731
     percent = lambda ms, what: interval([100 * m[what] for m in ms])  # noqa: E731
@@ -298,6 +311,7 @@ def table(results: list[dict[str, Any]]) -> str:
             lost = [b["unrelated"] - a["unrelated"] for a, b in zip(first, last, strict=True)]
             lines.append(
                 f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {reached} | "
+                f"{by_chance(statistics.mean(m['satisfied'] for m in first))} | "
                 f"{percent(first, 'satisfied')} | {percent(last, 'satisfied')} | "
                 f"{statistics.mean(lost):+.3f} | {f'{statistics.mean(kl):.3f}' if kl else '-'} | "
                 f"{words(first)} to {words(last)} | {percent(last, 'truncated')} | "

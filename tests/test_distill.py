@@ -11,6 +11,7 @@ import distill
 import grpo
 import policy
 import run
+from sessions import CARRIER
 
 LOW, HIGH = 0.2, 0.28
 
@@ -82,23 +83,24 @@ def slow_logps(model, prompt, response, temperature=1.0):
 
 @pytest.mark.parametrize("k", [0, 1, 5, 320])
 @torch.no_grad()
-def test_student_and_teacher_are_what_separate_passes_say(model, k):
+def test_ids_and_teacher_are_what_separate_passes_say(model, k):
     prompts, responses, draw = samples()
     temperatures = [1.0, 0.7, 1.3]
     hinted = {0: [draw(12)], 2: [draw(30)]}
     zeros = [[0.0] * len(r) for r in responses]
     row = next(grpo.collate(prompts, responses, zeros, [0.0] * 3, temperatures, 1000))
     hidden = grpo.response_hidden(model, row)
-    ids, student, teacher = distill.teach(model, row, hidden, hinted, k)
-    assert ids.shape == student.shape == teacher.shape == (33, k or 1)
+    ids, teacher, taught = distill.teach(model, row, hidden, hinted, k)
+    assert ids.shape == teacher.shape == (33, k or 1) and taught.shape == (33,)
     for i in range(3):
         here = row["sample"] == i
         plain = slow_logps(model, prompts[i], responses[i], temperatures[i])
         expected = plain.topk(k).indices if k else torch.tensor(responses[i])[:, None]
         assert torch.equal(ids[here].sort().values, expected.sort().values)
-        torch.testing.assert_close(student[here], plain.gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
-        other = slow_logps(model, hinted[i][0], responses[i], temperatures[i]) if i in hinted else plain
-        torch.testing.assert_close(teacher[here], other.gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
+        assert taught[here].tolist() == [float(i in hinted)] * len(responses[i])
+        if i in hinted:
+            other = slow_logps(model, hinted[i][0], responses[i], temperatures[i])
+            torch.testing.assert_close(teacher[here], other.gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
 
 
 def test_of_several_hints_the_one_that_overlaps_most_is_taken(model):
@@ -108,8 +110,9 @@ def test_of_several_hints_the_one_that_overlaps_most_is_taken(model):
     hidden = grpo.response_hidden(model, row).detach()
     same = prompts[2]  # its top-k are the student's own
     for candidates in ([draw(30), same, draw(8)], [same, draw(30)], [draw(30), same]):
-        _, student, teacher = distill.teach(model, row, hidden, {2: candidates}, 4)
-        torch.testing.assert_close(teacher, student, atol=1e-4, rtol=1e-4)
+        ids, teacher, taught = distill.teach(model, row, hidden, {2: candidates}, 4)
+        student = grpo.token_logps(hidden, model.get_output_embeddings().weight, ids, row["temperature"])
+        torch.testing.assert_close(teacher[taught == 1], student[taught == 1], atol=1e-4, rtol=1e-4)
 
 
 def test_shared_counts_tokens_whatever_their_order():
@@ -129,6 +132,8 @@ def test_the_hint_ends_the_last_user_message_and_nothing_else_changes():
     assert got[:2] + got[3:] == before[:2] + before[3:] and tool == before
     listed = distill.with_hint([{"role": "user", "content": [{"type": "text", "text": "a"}], "name": "n"}], hint)
     assert [p["text"] for p in listed[0]["content"]] == ["a", distill.HINT + "c"] and listed[0]["name"] == "n"
+    carrier = [*said[:1], {"role": "user", "content": CARRIER + " the time"}]  # OpenClaw's own, not the person's
+    assert distill.with_hint(carrier, hint) == [{"role": "user", "content": "a" + distill.HINT + "c"}, carrier[1]]
     with pytest.raises(distill.NoHintedPrompt):
         distill.with_hint(said[1:], hint)
 

@@ -66,6 +66,25 @@ def test_feedback_outranks_the_judge_before_and_after(db):
         assert state(db, turn_id)[3] == -1
 
 
+def test_a_bad_score_without_words_keeps_the_judges_hint(db):
+    journal.record_turn(db, turn())
+    journal.record_next(db, "t1", [{"role": "user", "content": "no"}])
+    assert journal.record_verdict(db, "t1", Verdict(-1, [-1], ["Be brief, please."], "judge", "policy", "judge"))
+    assert not journal.record_verdict(db, "t1", Verdict(-1, [-1], [], "", "alice", "feedback"))
+    verdict = journal.load_sample(db, "t1").verdict
+    assert (verdict.source, verdict.hints, verdict.hinted_by) == ("feedback", ["Be brief, please."], "judge")
+    journal.record_verdict(db, "t1", Verdict(1, [1], [], "", "alice", "feedback"))
+    assert journal.load_sample(db, "t1").verdict.hints == []
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    db = journal.open_journal(tmp_path / "j.db")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    with pytest.raises(SystemExit, match="format 1"):
+        journal.open_journal(tmp_path / "j.db")
+
+
 def test_neutral_is_dropped_and_feedback_may_still_queue_it(db):
     journal.record_turn(db, turn())
     assert not journal.record_verdict(db, "t1", Verdict(0, [0, 0, 1], [], "", "policy", "judge"))

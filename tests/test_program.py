@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sqlite3
 import time
@@ -176,7 +177,8 @@ async def test_explicit_feedback(program):
         assert (row["score"], row["source"], json.loads(row["hints"])) == (-1, "feedback", ["answer in one sentence"])
         body["score"] = 1  # changed her mind, and it is not trained yet
         assert (await http.post("/v1/feedback", json=body)).status_code == 200
-        assert rows(program, "id = ?", reply.id)[0]["score"] == 1
+        (row,) = rows(program, "id = ?", reply.id)
+        assert (row["score"], row["hints"]) == (1, "[]"), "praise is no correction"
         side = await ask(c, [user("no use")], temperature=0)
         late = await http.post("/v1/feedback", json=body | {"completion_id": side.id})
         assert late.status_code == 409 and "temperature 0" in late.json()["error"]["message"]
@@ -197,16 +199,17 @@ async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_mode
         assert tokenizer.decode(ids) == tokenizer.decode(plain).replace("then<|im_end|>", seen)
     with pytest.raises(distill.NoHintedPrompt, match="the same"):
         await distill.hinted_prompts(*arguments, prompt_ids[1:], ["Be brief."])
-    with pytest.raises(distill.NoHintedPrompt, match="no user message"):
-        said = {"role": "assistant", "content": "hm"}
-        ids = (await distill.hinted_prompts(client(program), [user("x"), said], {}, [], []))[0:0]
-        await distill.hinted_prompts(client(program), [said], {}, ids, ["Be brief."])
+    with pytest.raises(distill.NoHintedPrompt, match="Unicode"):
+        await distill.hinted_prompts(*arguments, prompt_ids, ["This is wrong \ud83d"])
+    with pytest.raises(distill.NoHintedPrompt, match="BadRequest"):
+        await distill.hinted_prompts(client(program), [user("x")], {"tools": 1}, prompt_ids, ["Be brief."])
 
 
 async def test_a_judge_that_writes_hints_keeps_to_the_form(program):
     """The random model under the judge's constraint: NONE, or a line long enough."""
-    written = await reward.hints(client(program, BOB), "policy", "q", "a", [user("No, too long.")], votes=8)
-    assert len(written) <= 3 and all(len(h) >= 11 and "\n" not in h for h in written)
+    messages = reward.hint_messages("q", "a", [user("No, too long.")])
+    written = await reward.samples(client(program, BOB), "policy", messages, 8, str, 1.0, 400, reward.HINT_PATTERN)
+    assert all(re.fullmatch(r"NONE|[A-Z][^\n]{10,300}", text) for text in written)
 
 
 # ---- bad input ----

@@ -295,7 +295,8 @@ def test_draw_is_by_the_corrected_weights() -> None:
         (["Be brief, please.", "Use short words.", "Be brief, please."], ["Be brief, please.", "Use short words."]),
         ([f"Rule number {n} of mine" for n in "abcde"], [f"Rule number {n} of mine" for n in "abc"]),
         (["Be brief!!", "none", ""], []),  # 10 characters are too few
-        ([" Be brief!!!\n", "NONE."], []),
+        (["NONE, the user is satisfied.", "None is needed here.", "**NONE**: nothing"], []),
+        (["Be brief.\n\nAnd be kind.", "x" * 400], []),  # of an endpoint that ignores the constraint
         ([], []),
     ],
 )
@@ -363,6 +364,15 @@ def test_orders_to_the_judge_make_no_hint(text: str) -> None:
         ("Tell me at length about bees.", "That is too short, write more.", True),
         ("Write it as a list.", "No list please, plain sentences.", False),
         ("Write it without lists.", "I wanted it as a bullet list!", False),
+        ("Give me five bullet points.", "No bullet points, just text.", False),
+        ("Write at most 50 words.", "Too short, I wanted 500 words with detail.", False),
+        ("Answer in 3 sentences.", "This should be much longer.", False),
+        ("Write a long essay.", "Too long, shorten it.", False),
+        ("Explain in one sentence.", "Too long, no details please.", True),
+        ("Explain tides in detail, but keep it short.", "That is too long.", True),
+        ("How long do I boil an egg?", "Too long, make it shorter.", True),
+        ("Sort it.", "It should be arr[i] and List<int>, not {name}.", True),
+        ("Install it.", "The system uses apt, and the labels are wrong.", True),
         ("Write it without lists.", "No lists, I said plain sentences!", True),
     ],
 )

@@ -78,6 +78,13 @@ def test_sessions_to_effect_are_three_pleased_in_a_row(pleased, sessions):
     assert users.sessions_to_effect(pleased) == sessions
 
 
+def test_by_chance_a_streak_takes_so_many_sessions():
+    rng = random.Random(0)
+    runs = [users.sessions_to_effect([rng.random() < 0.5 for _ in range(200)]) for _ in range(4000)]
+    assert abs(sum(runs) / len(runs) - 14) < 0.5 and users.by_chance(0.5) == "14"
+    assert (users.by_chance(0), users.by_chance(1)) == ("never", "3")
+
+
 def test_the_interval_is_students():
     assert users.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.30 * 1 / sqrt(3)
     assert users.interval([5.0]) == "5.0"
@@ -97,9 +104,9 @@ def result(label, person, seed, last):
 def test_the_table_and_the_picture_are_made_from_the_results(tmp_path):
     results = [result("opd", "ta", 0, 0.5), result("opd", "ta", 1, 0.75), result("hybrid", "student+teacher", 0, 1.0)]
     rows = users.table(results).splitlines()
-    assert len(rows) == 5 and "| hybrid | student (jointly) | 1 | 5.0 | 25.0 | 100.0 |" in rows[2]
+    assert len(rows) == 5 and "| hybrid | student (jointly) | 1 | 5.0 | 84 | 25.0 | 100.0 |" in rows[2]
     assert (
-        "| opd | ta | 2 | 5.0 ± 0.0 | 25.0 ± 0.0 | 62.5 ± 158.9 | -0.080 | 0.100 | 90 to 90 | 50.0 ± 0.0 | 9 |"
+        "| opd | ta | 2 | 5.0 ± 0.0 | 84 | 25.0 ± 0.0 | 62.5 ± 158.9 | -0.080 | 0.100 | 90 to 90 | 50.0 ± 0.0 | 9 |"
         in rows[4]
     )
     users.draw(results, tmp_path / "curve.png")
