@@ -1,18 +1,15 @@
 """OpenClaw-RL in one program: serve a model, judge what people say next, train on it, swap the weights, go on serving.
 
     python run.py                         serve and train until stopped
-    python run.py --lr=2e-5 --out=mine    --key=value overrides the Config below; a wrong key is an error
+    python run.py --lr=2e-5 --out=mine    --key=value overrides config.py; a wrong key is an error
 
 The loop is `train`, near the end. What it calls is one file away: journal, grpo, distill, policy, swap; server,
 sessions and reward fill its queue.
 """
 
 import asyncio
-import dataclasses
-import hashlib
 import json
 import os
-import re
 import secrets
 import signal
 import socket
@@ -20,9 +17,7 @@ import sqlite3
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,117 +31,8 @@ import reward
 import server
 import sessions
 import swap
+from config import Config, parse, plan
 from journal import Turn, Verdict
-
-
-@dataclass(frozen=True)
-class Config:
-    model: str = ""  # folder of a Hugging Face model; empty: SmolLM2-135M-Instruct, prepared once
-    name: str = "policy"  # the model name that clients ask for
-    out: str = "out"  # journal, metrics and checkpoints
-    host: str = "127.0.0.1"  # address to listen on; any other than loopback needs a key
-    port: int = 8000  # port to listen on
-    key: str = ""  # API keys, comma-separated, each "key" or "user:key"; empty: none needed (loopback only)
-    device: str = "auto"  # cpu, cuda or auto
-    seed: int = 0  # of the sampler
-    max_model_len: int = 8192  # longest prompt plus answer, in tokens
-    max_seqs: int = 64  # answers generated at once
-    tool_parser: str = ""  # vLLM's tool-call parser for this model family; empty: none
-    engine_memory: float = 0.0  # GiB: KV cache on a CPU, all of the engine on a GPU; 0: from what is there
-    engine_cores: int = 0  # CPU cores for the engine, the rest for the trainer; 0: half
-    batch_size: int = 16  # judged turns per step
-    lr: float = 1e-5  # of Adam, constant (the paper's)
-    beta1: float = 0.9  # of Adam
-    beta2: float = 0.98  # of Adam
-    grad_clip: float = 1.0  # largest gradient norm
-    clip_low: float = 0.2  # PPO clip below
-    clip_high: float = 0.28  # PPO clip above
-    dual_clip: float = 3.0  # bound on the loss of a bad token
-    kl: float = 0.1  # weight of the KL to the starting weights; 0: off, and no second copy of the model
-    w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints alone
-    w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores alone
-    opd_k: int = 20  # tokens at each place that teacher and student are compared on; 0: the sampled one
-    opd_clip: float = 1.0  # largest |log pi_T - log pi_old| that counts; 0: no bound
-    baseline: str = "mean"  # of the reward: mean (running, per user), none (upstream's) or group (same prompt)
-    max_staleness: int = 8  # samples from weights older than this many steps are dropped
-    row_tokens: int = 256  # tokens per packed row, a micro-batch; a longer sample has a row of its own
-    max_train_tokens: int = 4096  # longer samples are served, not trained on
-    steps: int = 0  # stop training after so many steps and go on serving; 0: never
-    save_every: int = 50  # steps between checkpoints; one is always written at a clean stop
-    judge_url: str = ""  # OpenAI-compatible endpoint of the judge; empty: the served model itself
-    judge_model: str = ""  # its model name (the key is read from JUDGE_API_KEY)
-    judge_style: str = "auto"  # chat; text, for a model too small to follow instructions; auto: text below 1 GiB
-    votes: int = 3  # judge votes per turn
-    expire: float = 3600.0  # seconds after which an answer that nobody went on from is dropped
-    push_bound: float = 0.15  # largest mean |dlogp| between engine and trainer after a push
-
-
-def parse(argv: list[str]) -> Config:
-    """Config from --key=value arguments. SystemExit names a key that does not exist or a value of the wrong type."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    values: dict[str, Any] = {}
-    for arg in argv:
-        name, given, text = arg.removeprefix("--").partition("=")
-        if arg in ("--help", "-h"):
-            meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.MULTILINE))
-            for f in fields.values():
-                print(f"{f'  --{f.name}={f.default}':<28} {meaning[f.name]}")
-            sys.exit(0)
-        if not arg.startswith("--") or not given:
-            sys.exit(f"{arg!r}: expected --key=value; python run.py --help lists the keys")
-        if name not in fields:
-            sys.exit(f"--{name}: no such key; python run.py --help lists them")
-        try:
-            values[name] = fields[name].type(text)
-        except ValueError:
-            sys.exit(f"--{name}={text}: expected {fields[name].type.__name__}")
-    config = Config(**values)
-    if config.w_rl <= 0 and config.w_opd <= 0:
-        sys.exit("--w_rl and --w_opd: at least one must be above 0")
-    if config.baseline not in ("mean", "none", "group"):
-        sys.exit(f"--baseline={config.baseline}: expected mean, none or group")
-    if config.judge_style not in ("auto", "chat", "text"):
-        sys.exit(f"--judge_style={config.judge_style}: expected auto, chat or text")
-    if config.host not in ("127.0.0.1", "localhost") and not config.key:
-        sys.exit(f"--host={config.host} is not loopback, so a key is needed: --key=...")
-    return config
-
-
-def plan(config: Config, folder: Path) -> SimpleNamespace:
-    """Device, cores and memory, decided once and printed: `VLLM` and the trainer must not fight for the same core."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    cores = sorted(os.sched_getaffinity(0))
-    n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))
-    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**30  # GiB in bf16
-    # policy and its frozen start, the pushed and the last good copy; fp32 masters, gradients and Adam's two moments
-    width = policy.compute_dtype(device).itemsize / 2
-    trainer = weights * ((2 if config.kl else 1) * width + 2 + 2 * 4) + 1.0
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0] / 2**30
-        engine = config.engine_memory or 0.9 * free - trainer
-        needed = trainer + max(engine, 1.3 * weights + 1)
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        engine = config.engine_memory or min(4.0, max(0.5, (free - trainer - 2 * weights) / 4))
-        needed = trainer + engine + 2 * weights + 2.0  # the engine's weights, and its processes
-    if needed > free:
-        sys.exit(f"{needed:.1f} GiB needed, {free:.1f} free on {device}: a smaller --model, or --engine_memory lower")
-    small = not config.judge_url and weights < 1
-    return SimpleNamespace(
-        device=device,
-        engine_cores=cores[:n],
-        trainer_cores=cores[n:] or cores,
-        engine=engine,
-        needed=needed,
-        free=free,
-        judge_style=config.judge_style if config.judge_style != "auto" else "text" if small else "chat",
-    )
-
-
-def users_of(key: str) -> dict[str, str]:
-    """API key -> user name, from "key,user:key"; a key without a name is a user of its own."""
-    pairs = [part.rpartition(":") for part in key.split(",") if part]
-    return {k: name or "key-" + hashlib.sha256(k.encode()).hexdigest()[:8] for name, _, k in pairs}
 
 
 async def judge_turns(
@@ -250,7 +136,7 @@ async def main(config: Config) -> None:
                 queued.put_nowait(turn_id)
 
         judge_key = secrets.token_urlsafe(24)
-        keys = users_of(config.key)
+        keys = server.users_of(config.key)
 
         def status() -> dict:
             return {

@@ -4,6 +4,7 @@ Two pieces do it. `Capture` (ASGI) reads the body of a POST and says who asks; `
 expects the engine, passes every output through untouched, and writes the turn down before its last token leaves.
 """
 
+import hashlib
 import hmac
 import json
 import sqlite3
@@ -69,6 +70,12 @@ asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 
 def openai_error(status: int, message: str, kind: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+def users_of(key: str) -> dict[str, str]:
+    """API key -> user name, from "key,user:key"; a key without a name is a user of its own."""
+    pairs = [part.rpartition(":") for part in key.split(",") if part]
+    return {k: name or "key-" + hashlib.sha256(k.encode()).hexdigest()[:8] for name, _, k in pairs}
 
 
 class Capture:

@@ -11,6 +11,7 @@ import distill
 import grpo
 import policy
 import run
+from config import Config
 from sessions import CARRIER
 
 LOW, HIGH = 0.2, 0.28
@@ -160,7 +161,7 @@ def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
     answer = tokenizer("A good name for your dog is Max.<|im_end|>")["input_ids"]
     (word,), (said,) = (tokenizer(w)["input_ids"] for w in (" Luna", " Max"))
     at = answer.index(said)
-    config = run.Config(lr=1e-4, opd_k=k, w_rl=0.0, kl=0.0)
+    config = Config(lr=1e-4, opd_k=k, w_rl=0.0, kl=0.0)
     state = policy.load_state(folder, folder, "cpu", config.lr, (config.beta1, config.beta2), config.kl)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The whole program over real HTTP: a tiny random model, vLLM's CPU engine, the openai package as the client."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
+import config
 import distill
+import policy
 import reward
 from tests.conftest import Program, alive, descendants
 
@@ -377,21 +380,14 @@ def test_a_taken_port_is_said_at_once(fresh, program):
     ],
 )
 def test_a_wrong_option_is_an_error_that_names_it(arguments, message):
-    import run
-
     with pytest.raises(SystemExit) as error:
-        config = run.parse(arguments)
-        run.policy.model_folder(config.model)
+        policy.model_folder(config.parse(arguments).model)
     assert message in str(error.value)
 
 
 def test_help_names_every_key(capsys):
-    import dataclasses
-
-    import run
-
     with pytest.raises(SystemExit):
-        run.parse(["--help"])
+        config.parse(["--help"])
     said = capsys.readouterr().out
-    for f in dataclasses.fields(run.Config):
+    for f in dataclasses.fields(config.Config):
         assert f"--{f.name}={f.default}" in said
