@@ -50,9 +50,9 @@ def parts(text: str, held_out: bool) -> list[str]:
     return items[cut:] if held_out else items[:cut]
 
 
-def explanation(rng: random.Random, held_out: bool) -> str:
-    forms = [f.strip() for f in FORMS.replace("\n", " ").split(";")]
-    return rng.choice(forms).format(rng.choice(parts(TOPICS, held_out)))
+def explanation(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    forms, topic = [f.strip() for f in FORMS.replace("\n", " ").split(";")], rng.choice(parts(TOPICS, held_out))
+    return rng.choice(forms).format(topic), topic
 
 
 def word_problem(rng: random.Random, held_out: bool) -> tuple[str, int]:
@@ -68,22 +68,24 @@ def word_problem(rng: random.Random, held_out: bool) -> tuple[str, int]:
     )
 
 
-def homework(rng: random.Random, held_out: bool) -> str:
+def homework(rng: random.Random, held_out: bool) -> tuple[str, str]:
     problem, _ = word_problem(rng, held_out)
-    return f"{problem} {rng.choice(['Show the steps.', 'Go through it step by step.', 'What are the steps?'])}"
+    steps = rng.choice(["Show the steps.", "Go through it step by step.", "What are the steps?"])
+    return f"{problem} {steps}", problem.split()[0]
 
 
-def marking(rng: random.Random, held_out: bool) -> str:
+def marking(rng: random.Random, held_out: bool) -> tuple[str, str]:
     problem, answer = word_problem(rng, held_out)
     given = answer + rng.choice([0, 0, 1, -1, 10])
-    return f'I am marking homework. The problem: "{problem}" A student wrote: "{given}". What should I comment?'
+    return f'I am marking homework. The problem: "{problem}" A student wrote: "{given}". What should I comment?', ""
 
 
-def note(rng: random.Random, held_out: bool) -> str:
+def note(rng: random.Random, held_out: bool) -> tuple[str, str]:
     name, deed = rng.choice(parts(NAMES, held_out)), rng.choice(parts(DEEDS, held_out))
-    return f"{name}, a pupil of mine, {deed}. " + rng.choice(
+    wish = rng.choice(
         ["Write a note to the parents.", "What can I write in the report?", "Write a comment for the notebook."]
     )
+    return f"{name}, a pupil of mine, {deed}. {wish}", name
 
 
 # Fixed answers on other matters: their log-likelihood shows what the training cost the model elsewhere.
@@ -133,9 +135,18 @@ UNRELATED = (
 @dataclass(frozen=True)
 class Person:
     wants: str  # for the reader and the table; never sent
-    asks: Callable[[random.Random, bool], str]  # (rng, held out) -> a first message
-    pleased: Callable[[str], bool]
-    complaints: tuple[str, ...]
+    asks: Callable[[random.Random, bool], tuple[str, str]]  # (rng, held out) -> first message, what it is about or ""
+    likes: Callable[[str], bool]  # the way an answer is given
+    complaints: tuple[str, ...]  # where it is not given that way
+
+    def pleased(self, subject: str, answer: str) -> bool:
+        return self.likes(answer) and about(subject, answer)
+
+    def reaction(self, subject: str, answer: str, rng: random.Random) -> str:
+        """In words. An answer that is beside the question is wrong, however it is given, and no hint would mend it."""
+        if not about(subject, answer):
+            return rng.choice(WRONG)
+        return rng.choice(THANKS if self.likes(answer) else self.complaints)
 
 
 THANKS = (
@@ -145,7 +156,14 @@ THANKS = (
     "Good answer, thanks.",
     "Exactly what I wanted, thank you.",
 )
+WRONG = ("No, wrong.", "No!", "Wrong.")
 WARM = r"great|good job|well done|wonderful|proud|excellent|fantastic|amazing|happy|glad|love|lovely|thank|kind|delight"
+
+
+def about(subject: str, answer: str) -> bool:
+    """Does the answer name a word of the subject? By its first five letters, so that other forms of it count."""
+    words = [word[:5].lower() for word in subject.split() if word not in ("the", "a", "an", "of", "and")]
+    return not words or any(word in answer.lower() for word in words)
 
 
 def sentences(text: str) -> int:
@@ -157,7 +175,7 @@ PEOPLE = {
     "one-sentence": Person(
         wants="one sentence",
         asks=explanation,
-        pleased=lambda answer: answer.strip()[-1:] in tuple(".!?") and sentences(answer) == 1,
+        likes=lambda answer: answer.strip()[-1:] in tuple(".!?") and sentences(answer) == 1,
         complaints=(
             "This is way too long! I wanted one short sentence.",
             "No, much too long. Redo it as one short sentence.",
@@ -169,7 +187,7 @@ PEOPLE = {
     "brief": Person(
         wants="at most 80 words",
         asks=explanation,
-        pleased=lambda answer: 0 < len(answer.split()) <= 80,
+        likes=lambda answer: 0 < len(answer.split()) <= 80,
         complaints=(
             "That is too long. Please answer in one or two sentences.",
             "Too long, make it shorter please.",
@@ -181,7 +199,7 @@ PEOPLE = {
     "student": Person(
         wants="no bold, no numbered lists, no boxed answers",
         asks=homework,
-        pleased=lambda answer: bool(answer.strip()) and not re.search(r"\*\*|^\s*\d+[.)]\s|\\boxed", answer, re.M),
+        likes=lambda answer: bool(answer.strip()) and not re.search(r"\*\*|^\s*\d+[.)]\s|\\boxed", answer, re.M),
         complaints=(
             "No, that's a machine's list. Plain sentences without lists, please.",
             "No, that is wrong: I wanted plain sentences, without lists or bold.",
@@ -192,7 +210,7 @@ PEOPLE = {
     "ta": Person(
         wants="at least 80 words",
         asks=marking,
-        pleased=lambda answer: len(answer.split()) >= 80,
+        likes=lambda answer: len(answer.split()) >= 80,
         complaints=(
             "This is way too short! I wanted every step explained in detail.",
             "No, much too short. Redo it as a long, detailed explanation.",
@@ -203,7 +221,7 @@ PEOPLE = {
     "teacher": Person(
         wants="two warm words or more",
         asks=note,
-        pleased=lambda answer: len(re.findall(rf"(?i)\b(?:{WARM})", answer)) >= 2,
+        likes=lambda answer: len(re.findall(rf"(?i)\b(?:{WARM})", answer)) >= 2,
         complaints=(
             "No, much too cold. Say things like great, well done and wonderful.",
             "This is way too dry! I wanted it friendly, with words like wonderful and happy.",

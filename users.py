@@ -30,7 +30,7 @@ import httpx
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
-from people import PEOPLE, THANKS, UNRELATED, Person
+from people import PEOPLE, UNRELATED, Person
 
 METHODS = {"binary": ["--w_opd=0"], "opd": ["--w_rl=0"], "hybrid": []}  # arguments of run.py
 STREAK = 3  # the paper's measure: sessions until this many in a row pleased with their first answer
@@ -41,7 +41,7 @@ class Setup:
     person: str = "one-sentence"  # who talks; a comma: a run each; a plus: at once on one model
     method: str = "hybrid"  # binary, opd or hybrid; a comma: a run each
     seed: str = "0"  # of the questions, the replies and the engine's sampler; a comma: a run each
-    talks: int = 160  # sessions in a run
+    talks: int = 240  # sessions in a run
     every: int = 80  # sessions between two measures
     at_once: int = 16  # sessions at the same time
     held_out: int = 64  # questions of the first and the last measure, half of them of those in between
@@ -83,10 +83,10 @@ async def ask(client: AsyncOpenAI, messages: list[dict], max_tokens: int, temper
     return reply.choices[0].message.content or "", reply.choices[0].finish_reason == "length"
 
 
-async def react(setup: Setup, person: Person, question: str, answer: str, rng: random.Random) -> str:
+async def react(setup: Setup, person: Person, question: str, subject: str, answer: str, rng: random.Random) -> str:
     """What the person says to an answer: by script, or by a model that plays them."""
     if not setup.user_url:
-        return rng.choice(THANKS if person.pleased(answer) else person.complaints)
+        return person.reaction(subject, answer, rng)
     role = (
         f"You asked an assistant a question. You like {person.wants}. Read the answer and reply to the assistant in "
         "one or two short sentences: thank it where the answer is as you like it, else complain and say what you want."
@@ -101,16 +101,17 @@ async def react(setup: Setup, person: Person, question: str, answer: str, rng: r
     return reply.choices[0].message.content or ""
 
 
-async def talk(client: AsyncOpenAI, setup: Setup, person: Person, question: str, rng: random.Random) -> str:
-    """One session: ask, read, react in words; the answer to the reaction is hardly read. Returns the first answer."""
+async def talk(client: AsyncOpenAI, setup: Setup, person: Person, rng: random.Random) -> dict[str, Any]:
+    """One session: ask, read, react in words; the answer to the reaction is hardly read."""
+    question, subject = person.asks(rng, False)
     first, _ = await ask(client, [{"role": "user", "content": question}], setup.max_tokens, setup.temperature)
     talked = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": first},
-        {"role": "user", "content": await react(setup, person, question, first, rng)},
+        {"role": "user", "content": await react(setup, person, question, subject, first, rng)},
     ]
     await ask(client, talked, 24, setup.temperature)
-    return first
+    return {"pleased": person.pleased(subject, first), "words": len(first.split())}
 
 
 # ---- measuring ----
@@ -120,17 +121,20 @@ async def measure(client: AsyncOpenAI, setup: Setup, person: Person, n: int) -> 
     """First replies to the same n held-out questions each time: shares that please and are cut off, mean words."""
     rng, limit = random.Random(0), asyncio.Semaphore(32)
 
-    async def first(question: str) -> tuple[str, bool]:
+    async def first(question: str, subject: str) -> tuple[str, bool, bool]:
         async with limit:
-            return await ask(client, [{"role": "user", "content": question}], setup.max_tokens, setup.temperature)
+            answer, cut = await ask(
+                client, [{"role": "user", "content": question}], setup.max_tokens, setup.temperature
+            )
+            return answer, cut, person.pleased(subject, answer)
 
-    answers = await asyncio.gather(*[first(person.asks(rng, True)) for _ in range(n)])
+    answers = await asyncio.gather(*[first(*person.asks(rng, True)) for _ in range(n)])
     return {
-        "satisfied": sum(person.pleased(a) for a, _ in answers) / n,
-        "words": sum(len(a.split()) for a, _ in answers) / n,
-        "truncated": sum(cut for _, cut in answers) / n,
+        "satisfied": sum(pleased for _, _, pleased in answers) / n,
+        "words": sum(len(answer.split()) for answer, _, _ in answers) / n,
+        "truncated": sum(cut for _, cut, _ in answers) / n,
         "questions": n,
-        "example": answers[0][0],
+        "examples": [answer for answer, _, _ in answers[:4]],
     }
 
 
@@ -195,10 +199,8 @@ async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
             bar.set_description("talking")
 
         async def session(number: int, first: dict) -> None:
-            person = PEOPLE[first["person"]]
             rng = random.Random(f"{run.seed} {number}")  # the same questions whatever the timing
-            answer = await talk(clients[first["person"]], setup, person, person.asks(rng, False), rng)
-            first |= {"pleased": person.pleased(answer), "words": len(answer.split())}
+            first |= await talk(clients[first["person"]], setup, PEOPLE[first["person"]], rng)
             bar.update()
 
         await measured(setup.held_out)

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reward
-from people import PEOPLE
+from people import PEOPLE, WRONG
 
 NEXT = [{"role": "user", "content": "Thanks, great!"}]
 
@@ -382,5 +382,6 @@ def test_a_wish_that_the_request_contradicts_makes_no_hint(request_text: str, te
 
 def test_every_scripted_complaint_is_taken_for_a_hint() -> None:
     for person in PEOPLE.values():
-        asked = person.asks(random.Random(0), False)
+        asked, _ = person.asks(random.Random(0), False)
         assert all(reward.own_words(asked, complaint(text)) == [text] for text in person.complaints)
+    assert not any(reward.own_words("What is yeast?", complaint(text)) for text in WRONG), "a score without a hint"

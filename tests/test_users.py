@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import users
-from people import NAMES, PEOPLE, THANKS, THINGS, TOPICS, parts
+from people import NAMES, PEOPLE, THANKS, THINGS, TOPICS, WRONG, parts
 from tests.conftest import ROOT, free_port
 
 
@@ -43,16 +43,24 @@ def test_nothing_is_both_asked_and_held_out(listed):
     ],
 )
 def test_what_pleases_whom(name, answer, pleased):
-    assert PEOPLE[name].pleased(answer) is pleased
+    assert PEOPLE[name].likes(answer) is pleased
+
+
+def test_an_answer_beside_the_question_pleases_nobody():
+    person, rng = PEOPLE["one-sentence"], random.Random(0)
+    good, beside = "Volcanic rock is molten.", "It is hot."
+    assert person.pleased("a volcano", good) and not person.pleased("a volcano", beside)
+    assert person.reaction("a volcano", good, rng) in THANKS and person.reaction("a volcano", beside, rng) in WRONG
+    assert person.reaction("a volcano", f"{good} {good}", rng) in person.complaints and person.pleased("", beside)
 
 
 def test_nobody_states_the_preference_up_front_or_gives_a_number_as_a_grade():
     telling = ("short", "brief", "words", "sentence", "bold", "plain", "detail", "warm", "praise", "kind")
     for person in PEOPLE.values():
         rng = random.Random(0)
-        asked = [person.asks(rng, held) for held in (False, True) for _ in range(100)]
+        asked = [person.asks(rng, held)[0] for held in (False, True) for _ in range(100)]
         assert not [q for q in asked if any(f" {word}" in q.lower() for word in telling)]
-        assert not any(c.isdigit() for said in THANKS + person.complaints for c in said)
+        assert not any(c.isdigit() for said in THANKS + WRONG + person.complaints for c in said)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +146,6 @@ async def test_a_model_can_play_the_person(program):
     setup = users.Setup(user_url=f"{program.url}/v1", user_model="policy")
     os.environ["USER_API_KEY"] = program.key
     try:
-        assert await users.react(setup, PEOPLE["brief"], "What is yeast?", "A fungus.", random.Random(0))
+        assert await users.react(setup, PEOPLE["brief"], "What is yeast?", "yeast", "A fungus.", random.Random(0))
     finally:
         del os.environ["USER_API_KEY"]
