@@ -292,27 +292,34 @@ def interval(values: list[float]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, a row for each method and person over the seeds."""
+    """Markdown, a row for each method and person over the seeds, after as many sessions as all with that person had."""
     lines = [
-        "| method | person | seeds | sessions to effect | by chance | held-out before, % | after, % | "
+        "| method | person | seeds | sessions | sessions to effect | by chance | held-out before, % | after, % | "
         "log-lik. unrelated, change | KL to start | words | cut off, % | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    upto = {
+        p: min(r["measures"][-1]["talks"] for r in results if r["person"] == p) for p in {r["person"] for r in results}
+    }
     key = lambda r: (r["person"], r["label"])  # noqa: E731
     percent = lambda ms, what: interval([100 * m[what] for m in ms])  # noqa: E731
     words = lambda ms: f"{statistics.mean(m['words'] for m in ms):.0f}"  # noqa: E731
     for (people, label), group in groupby(sorted(results, key=key), key):
         runs = list(group)
         for name in people.split("+"):
-            first = [[m for m in r["measures"] if m["person"] == name][0] for r in runs]
-            last = [[m for m in r["measures"] if m["person"] == name][-1] for r in runs]
-            effect = [sessions_to_effect([f["pleased"] for f in r["firsts"] if f["person"] == name]) for r in runs]
-            talks = max(sum(f["person"] == name for f in r["firsts"]) for r in runs)
-            reached = interval([e for e in effect if e]) if all(effect) else f"{effect.count(None)}x over {talks}"
-            kl = [statistics.mean(s["kl"] for s in r["steps"][-3:]) for r in runs if r["steps"]]
+            measured = [[m for m in r["measures"] if m["person"] == name and m["talks"] <= upto[people]] for r in runs]
+            first, last = [ms[0] for ms in measured], [ms[-1] for ms in measured]
+            talked = [[f for f in r["firsts"][: upto[people]] if f["person"] == name] for r in runs]
+            effect = [sessions_to_effect([f["pleased"] for f in firsts]) for firsts in talked]
+            reached = (
+                interval([e for e in effect if e]) if all(effect) else f"{effect.count(None)}x over {len(talked[0])}"
+            )
+            steps = [[s for s in r["steps"] if s["step"] <= m["step"]] for r, m in zip(runs, last, strict=True)]
+            kl = [statistics.mean(s["kl"] for s in some[-3:]) for some in steps if some]
             lost = [b["unrelated"] - a["unrelated"] for a, b in zip(first, last, strict=True)]
             lines.append(
-                f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {reached} | "
+                f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {upto[people]} | "
+                f"{reached} | "
                 f"{by_chance(statistics.mean(m['satisfied'] for m in first))} | "
                 f"{percent(first, 'satisfied')} | {percent(last, 'satisfied')} | "
                 f"{statistics.mean(lost):+.3f} | {f'{statistics.mean(kl):.3f}' if kl else '-'} | "
@@ -399,9 +406,8 @@ def main(argv: list[str]) -> None:
     setup, runs = parse(argv)
     out = Path(setup.out)
     file = out / "results.json"
-    settings = {
-        k: v for k, v in dataclasses.asdict(setup).items() if k not in ("person", "method", "seed", "out", "port")
-    }
+    cells = ("person", "method", "seed", "talks", "out", "port")
+    settings = {k: v for k, v in dataclasses.asdict(setup).items() if k not in cells}
     results = json.loads(file.read_text()) if file.exists() else []
     if any(r["settings"] != settings for r in results):
         sys.exit(f"{file} was measured with other settings, {results[0]['settings']}: give another --out")

@@ -98,23 +98,23 @@ def test_the_interval_is_students():
     assert users.interval([5.0]) == "5.0"
 
 
-def result(label, person, seed, last):
+def result(label, person, seed, *after):
     measures = [
-        {"talks": t, "person": p, "satisfied": s, "words": 90.0, "truncated": 0.5, "unrelated": -3.0 - t / 1000}
-        for t, s in ((0, 0.25), (80, last))
+        {"talks": t, "step": t / 80, "person": p, "satisfied": s, "words": 90.0, "truncated": 0.5, "unrelated": -t / 1000}
+        for t, s in zip((0, 80, 160), (0.25, *after), strict=False)
         for p in person.split("+")
     ]
-    firsts = [{"person": p, "pleased": i > 1} for i in range(6) for p in person.split("+")]
-    steps = [{"kl": 0.1, "nll": 2.0, "length": 50.0, "repeated": 0.1, "dlogp": 0.03}]
+    firsts = [{"person": p, "pleased": i > 1} for i in range(160) for p in person.split("+")]
+    steps = [{"step": n, "kl": n / 10, "nll": 2.0, "length": 50.0, "repeated": 0.1, "dlogp": 0.03} for n in (1, 2)]
     return dict(label=label, person=person, seed=seed, minutes=9, measures=measures, firsts=firsts, steps=steps)
 
 
 def test_the_table_and_the_picture_are_made_from_the_results(tmp_path):
-    results = [result("opd", "ta", 0, 0.5), result("opd", "ta", 1, 0.75), result("hybrid", "student+teacher", 0, 1.0)]
+    results = [result("opd", "ta", 0, 0.5), result("opd", "ta", 1, 0.75, 0.9), result("hybrid", "student+teacher", 0, 1.0)]
     rows = users.table(results).splitlines()
-    assert len(rows) == 5 and "| hybrid | student (jointly) | 1 | 5.0 | 84 | 25.0 | 100.0 |" in rows[2]
-    assert (
-        "| opd | ta | 2 | 5.0 ± 0.0 | 84 | 25.0 ± 0.0 | 62.5 ± 158.9 | -0.080 | 0.100 | 90 to 90 | 50.0 ± 0.0 | 9 |"
+    assert len(rows) == 5 and "| hybrid | student (jointly) | 1 | 80 | 5.0 | 84 | 25.0 | 100.0 |" in rows[2]
+    assert (  # one run had more sessions than the other: they are compared after 80
+        "| opd | ta | 2 | 80 | 5.0 ± 0.0 | 84 | 25.0 ± 0.0 | 62.5 ± 158.9 | -0.080 | 0.100 | 90 to 90 | 50.0 ± 0.0 | 9 |"
         in rows[4]
     )
     users.draw(results, tmp_path / "curve.png")
@@ -137,7 +137,7 @@ def test_a_run_from_its_start_to_the_picture(tiny_model, tmp_path):
     assert done.stdout.count("(jointly)") == 2 and (tmp_path / "curve.png").stat().st_size > 10_000
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and "1 of 1 runs are in" in again.stdout and again.stdout.count("(jointly)") == 2
-    other = subprocess.run([*command, "--talks=7"], capture_output=True, text=True, timeout=60)
+    other = subprocess.run([*command, "--max_tokens=21"], capture_output=True, text=True, timeout=60)
     assert other.returncode != 0 and "other settings" in other.stderr
 
 
