@@ -19,9 +19,9 @@ class Config:
     model: str = ""  # folder of a Hugging Face model; empty: SmolLM2-135M-Instruct, prepared once
     name: str = "policy"  # the model name that clients ask for
     out: str = "out"  # journal, metrics and checkpoints
-    host: str = "127.0.0.1"  # address to listen on; any other than loopback needs a key
+    host: str = "127.0.0.1"  # address to listen on; on any other than loopback a key is needed
     port: int = 8000  # port to listen on
-    key: str = ""  # API keys, comma-separated, each "key" or "user:key"; empty: none needed (loopback only)
+    key: str = ""  # API keys, comma-separated, "key" or "user:key"; empty: none on loopback, else those in OUT/keys
     device: str = "auto"  # cpu, cuda or auto
     seed: int = 0  # of the sampler
     max_model_len: int = 8192  # longest prompt plus answer, in tokens
@@ -48,12 +48,19 @@ class Config:
     max_train_tokens: int = 4096  # longer samples are served, not trained on
     steps: int = 0  # stop training after so many steps and go on serving; 0: never
     save_every: int = 50  # steps between checkpoints; one is always written at a clean stop
+    keep: int = 3  # checkpoints that are kept, the newest
+    user_share: float = 1.0  # largest part of a batch from one user; what is over it is dropped
+    session_share: float = 1.0  # the same for one conversation
+    truncated_share: float = 1.0  # the same for answers that max_tokens cut off; 0: none is trained on
+    max_waiting: int = 10000  # turns that wait for the judge or the trainer; what comes on top is dropped
     judge_url: str = ""  # OpenAI-compatible endpoint of the judge; empty: the served model itself
     judge_model: str = ""  # its model name (the key is read from JUDGE_API_KEY)
     judge_style: str = "auto"  # chat; text, for a model too small to follow instructions; auto: text below 1 GiB
     votes: int = 3  # judge votes per turn
     expire: float = 3600.0  # seconds after which an answer that nobody went on from is dropped
     push_bound: float = 0.15  # largest mean |dlogp| between engine and trainer after a push
+    rollback: int = -1  # make the checkpoint of this step the current one, and end
+    forget: str = ""  # remove this session from the journal, and end
 
 
 def parse(argv: list[str]) -> Config:
@@ -82,8 +89,12 @@ def parse(argv: list[str]) -> Config:
         sys.exit(f"--baseline={config.baseline}: expected mean, none or group")
     if config.judge_style not in ("auto", "chat", "text"):
         sys.exit(f"--judge_style={config.judge_style}: expected auto, chat or text")
-    if config.host not in ("127.0.0.1", "localhost") and not config.key:
-        sys.exit(f"--host={config.host} is not loopback, so a key is needed: --key=...")
+    if config.keep < 1:
+        sys.exit(f"--keep={config.keep}: at least one checkpoint is needed to go on from")
+    for share in ("user_share", "session_share", "truncated_share"):
+        least = 0 if share == "truncated_share" else 1 / config.batch_size
+        if not least <= getattr(config, share) <= 1:
+            sys.exit(f"--{share}={getattr(config, share)}: expected a part from {least:g} to 1")
     return config
 
 
@@ -96,14 +107,15 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
     # policy and its frozen start, the pushed and the last good copy; fp32 masters, gradients and Adam's two moments
     width = policy.compute_dtype(device).itemsize / 2
     trainer = weights * ((2 if config.kl else 1) * width + 2 + 2 * 4) + 1.0
+    host = 2 * 3 * weights  # masters and moments as they were before the step, on the CPU
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0] / 2**30
         engine = config.engine_memory or 0.9 * free - trainer
         needed = trainer + max(engine, 1.3 * weights + 1)
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        engine = config.engine_memory or min(4.0, max(0.5, (free - trainer - 2 * weights) / 4))
-        needed = trainer + engine + 2 * weights + 2.0  # the engine's weights, and its processes
+        engine = config.engine_memory or min(4.0, max(0.5, (free - trainer - host - 2 * weights) / 4))
+        needed = trainer + host + engine + 2 * weights + 2.0  # the engine's weights, and its processes
     if needed > free:
         sys.exit(f"{needed:.1f} GiB needed, {free:.1f} free on {device}: a smaller --model, or --engine_memory lower")
     small = not config.judge_url and weights < 1

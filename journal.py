@@ -7,14 +7,17 @@ and for the judge, and nothing here or later re-tokenizes it.
 All calls come from the event loop's thread: one connection, no locks.
 """
 
+import fcntl
 import json
 import os
+import shutil
 import sqlite3
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -33,9 +36,14 @@ CREATE TABLE IF NOT EXISTS turns (
 );
 CREATE INDEX IF NOT EXISTS by_digest ON turns (user, digest);
 CREATE INDEX IF NOT EXISTS by_state ON turns (state, created);
+CREATE INDEX IF NOT EXISTS by_session ON turns (session);
+CREATE INDEX IF NOT EXISTS by_reason ON turns (reason) WHERE state = 'dropped';
+CREATE TABLE IF NOT EXISTS checkpoints (step INTEGER PRIMARY KEY);  -- the highest is the current one
+CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NULL);  -- one row: whose answers these are
 """
 
-FORMAT = 2  # of the table, in the file's user_version
+FORMAT = 3  # of the tables, in the file's user_version
+RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `room`
 
 
 @dataclass(frozen=True)
@@ -86,24 +94,66 @@ class Sample:
     verdict: Verdict
 
 
+def hold(out: Path) -> TextIO:
+    """Make the folder and take it for this process, as long as what is returned stays open.
+
+    SystemExit where that can't be done, or another run.py has it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = open(out / "lock", "a+")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        print(os.getpid(), file=lock, end="", flush=True)
+    except BlockingIOError:
+        lock.seek(0)
+        sys.exit(f"--out={out} is in use by process {lock.read() or '?'}: stop it first, or give another --out")
+    except OSError as e:
+        sys.exit(f"--out={out}: {e}")
+    return lock
+
+
 def open_journal(path: Path) -> sqlite3.Connection:
     """Open or create the log; the file and SQLite's companions are readable by their owner alone.
 
-    SystemExit where the file has another format.
+    SystemExit where it can't be used: no permission, another format, not a database.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # before SQLite would create it with the umask's mode
-    os.chmod(path, 0o600)
-    db = sqlite3.connect(path, isolation_level=None)
-    db.row_factory = sqlite3.Row
-    # WAL with NORMAL: a commit survives kill -9 of this process; only a power cut may cost the last ones.
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=NORMAL")
-    found = db.execute("PRAGMA user_version").fetchone()[0]
-    if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] and found != FORMAT:
-        sys.exit(f"{path} has format {found}, this version reads and writes {FORMAT}: give another --out")
-    db.executescript(SCHEMA + f"PRAGMA user_version = {FORMAT};")
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # before SQLite would create it with the umask's mode
+        os.chmod(path, 0o600)
+        db = sqlite3.connect(path, isolation_level=None)
+        db.row_factory = sqlite3.Row
+        # WAL with NORMAL: a commit survives kill -9 of this process; only a power cut may cost the last ones.
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("PRAGMA secure_delete=ON")  # what is forgotten is overwritten
+        found = db.execute("PRAGMA user_version").fetchone()[0]
+        if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] and found != FORMAT:
+            sys.exit(f"{path} has format {found}, this version reads and writes {FORMAT}: give another --out")
+        db.executescript(SCHEMA + f"PRAGMA user_version = {FORMAT};")
+    except (OSError, sqlite3.Error) as e:
+        sys.exit(f"{path}: {e}")
     return db
+
+
+def claim(db: sqlite3.Connection, folder: Path, fingerprint: str) -> None:
+    """This model's answers alone are in this journal. SystemExit where it was begun with another model, or where it is
+    new and there are checkpoints that it doesn't know."""
+    begun = db.execute("SELECT folder, fingerprint FROM model").fetchone()
+    if begun is None:
+        out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
+        if list((out / "checkpoints").glob("step-*")):
+            sys.exit(f"{out} has checkpoints, but no journal that knows them: move them away, or give another --out")
+        db.execute("INSERT INTO model VALUES (?, ?)", (str(folder.resolve()), fingerprint))
+    elif begun["fingerprint"] != fingerprint:
+        sys.exit(
+            f"this --out was begun with the model of {begun['folder']}, not {folder}: give that one, or another --out"
+        )
+
+
+def room(db: sqlite3.Connection) -> bool:
+    """Is there room on the disk for more turns? Asked before an answer is given that could not be written down."""
+    return shutil.disk_usage(db.execute("PRAGMA database_list").fetchone()["file"]).free > RESERVE
 
 
 def record_turn(db: sqlite3.Connection, turn: Turn, dropped: str | None = None) -> None:
@@ -157,6 +207,11 @@ def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict])
     )
 
 
+def pending(db: sqlite3.Connection) -> int:
+    """How many turns wait for the judge or for the trainer."""
+    return db.execute("SELECT COUNT(*) FROM turns WHERE state IN ('judging', 'queued')").fetchone()[0]
+
+
 NEUTRAL = "neutral: the next message says nothing about the answer"
 ALONE = "nobody went on from it"
 LAST = "the session is over, by its header"
@@ -197,23 +252,79 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bo
     return now == "queued" and state != "queued"
 
 
+THESE = "id IN (SELECT value FROM json_each(?))"  # one statement for a batch: all of it or nothing
+
+
 def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
     """The samples of a batch with their verdicts as they are now; from here on no feedback changes them."""
-    db.executemany("UPDATE turns SET state = 'training' WHERE id = ?", [(i,) for i in turn_ids])
+    db.execute(f"UPDATE turns SET state = 'training' WHERE {THESE}", (json.dumps(turn_ids),))
     return [load_sample(db, i) for i in turn_ids]
 
 
-def undo_step(db: sqlite3.Connection) -> None:
-    """A step that was begun and never ended: its turns are queued again."""
-    db.execute("UPDATE turns SET state = 'queued' WHERE state = 'training'")
-
-
 def mark_trained(db: sqlite3.Connection, turn_ids: list[str], step: int) -> None:
-    db.executemany("UPDATE turns SET state = 'trained', step = ? WHERE id = ?", [(step, i) for i in turn_ids])
+    """Provisional until a checkpoint of this step or a later one is the current one: see `recover`."""
+    db.execute(f"UPDATE turns SET state = 'trained', step = ? WHERE {THESE}", (step, json.dumps(turn_ids)))
 
 
 def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
-    db.executemany("UPDATE turns SET state = 'dropped', reason = ? WHERE id = ?", [(reason, i) for i in turn_ids])
+    db.execute(f"UPDATE turns SET state = 'dropped', reason = ? WHERE {THESE}", (reason, json.dumps(turn_ids)))
+
+
+def checkpoints(db: sqlite3.Connection) -> list[int]:
+    """Their steps, the current one last."""
+    return [r["step"] for r in db.execute("SELECT step FROM checkpoints ORDER BY step")]
+
+
+def add_checkpoint(db: sqlite3.Connection, step: int, keep: int) -> None:
+    """From this statement on, all that was trained on up to `step` stays so; the last `keep` checkpoints are kept.
+
+    Call it when the folder is whole; folders that are not listed are nobody's."""
+    with db:
+        db.execute("BEGIN")
+        db.execute("INSERT OR IGNORE INTO checkpoints VALUES (?)", (step,))
+        db.execute(
+            "DELETE FROM checkpoints WHERE step NOT IN (SELECT step FROM checkpoints ORDER BY step DESC LIMIT ?)",
+            (keep,),
+        )
+
+
+def recover(db: sqlite3.Connection) -> int:
+    """At a start: the step of the current checkpoint, 0 for none. What was trained on after it is queued again, since
+    those weights are gone; so is what was in training."""
+    step = max(checkpoints(db), default=0)
+    db.execute(
+        "UPDATE turns SET state = 'queued', step = NULL, reason = NULL "
+        "WHERE state = 'training' OR state = 'trained' AND step > ?",
+        (step,),
+    )
+    return step
+
+
+def rollback(db: sqlite3.Connection, step: int) -> int:
+    """Make the checkpoint of `step` (0: the start) the current one. What was trained on after it led where nobody
+    wanted to go, and what later weights said belongs to them: it is dropped, and the number of those turns is returned.
+    SystemExit where there is no such checkpoint."""
+    if step not in (known := [0, *checkpoints(db)]):
+        sys.exit(f"--rollback={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
+    with db:
+        db.execute("BEGIN")
+        db.execute("DELETE FROM checkpoints WHERE step > ?", (step,))
+        return db.execute(
+            "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'trained' AND step > ? OR state IN "
+            "('waiting', 'judging', 'queued', 'training') AND "
+            "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?",
+            (f"undone by --rollback={step}", step, step),
+        ).rowcount
+
+
+def forget(db: sqlite3.Connection, session: str) -> tuple[int, int | None]:
+    """Remove a conversation for good: the number of its turns, and the first step that was trained on one of them."""
+    first = db.execute("SELECT MIN(step) FROM turns WHERE session = ? AND state = 'trained'", (session,)).fetchone()[0]
+    removed = db.execute("DELETE FROM turns WHERE session = ?", (session,)).rowcount
+    db.execute("VACUUM")
+    if db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # SQLite's log has the pages as they were
+        sys.exit("the turns are removed, but another program has the journal open: close it and do this again")
+    return removed, first
 
 
 def note(db: sqlite3.Connection, turn_id: str, reason: str) -> None:

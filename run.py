@@ -3,7 +3,10 @@
     python run.py                         serve and train until stopped
     python run.py --lr=2e-5 --out=mine    --key=value overrides config.py; a wrong key is an error
 
-The loop is `train`, near the end. What it calls is one file away: journal, grpo, distill, policy, swap; server,
+    python run.py --out=mine --rollback=50      make the checkpoint of step 50 the current one, and end
+    python run.py --out=mine --forget=SESSION   remove a conversation from the journal, and end
+
+The loop is `train`, near the end. What it calls is one file away: journal, grpo, distill, guard, policy, swap; server,
 sessions and reward fill its queue.
 """
 
@@ -25,6 +28,7 @@ from openai import APIError, AsyncOpenAI
 
 import distill
 import grpo
+import guard
 import journal
 import policy
 import reward
@@ -32,7 +36,7 @@ import server
 import sessions
 import swap
 from config import Config, parse, plan
-from journal import Turn, Verdict
+from journal import Sample, Turn, Verdict
 
 
 async def judge_turns(
@@ -65,20 +69,52 @@ async def judge_turns(
             asyncio.get_running_loop().call_later(30, waiting.put_nowait, turn_id)
             continue
         verdict = Verdict(score, votes, hints, hinted_by if hints else "", model, "judge")
+        while not journal.room(db):
+            await asyncio.sleep(1)
         if journal.record_verdict(db, turn_id, verdict):
             queued.put_nowait(turn_id)
 
 
-async def main(config: Config) -> None:
+def maintain(config: Config, db: sqlite3.Connection, out: Path) -> None:
+    """--rollback and --forget."""
+    if config.rollback >= 0:
+        undone = journal.rollback(db, config.rollback)
+        policy.keep_only(out, journal.checkpoints(db))
+        print(f"step {config.rollback} is the current one; {undone} turns that led on from there are dropped")
+    if config.forget:
+        removed, first = journal.forget(db, config.forget)
+        if not removed:
+            sys.exit(f"--forget={config.forget}: there is no such session in {out}/journal.db")
+        trained = [step for step in journal.checkpoints(db) if first and step >= first]
+        print(f"{removed} turns of {config.forget} are removed; checkpoints trained on one: {trained or 'none'}")
+
+
+async def main(config: Config) -> bool:
+    """True where the engine died, and a new start may help."""
     out = Path(config.out)
+    lock = journal.hold(out)
+    db = journal.open_journal(out / "journal.db")
+    if not journal.room(db):
+        sys.exit(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
+    if config.rollback >= 0 or config.forget:
+        maintain(config, db, out)
+        return False
     start = policy.model_folder(config.model)
-    folder = policy.latest_checkpoint(out, start) or start
+    journal.claim(db, start, policy.fingerprint(start))
+    step = journal.recover(db)
+    policy.keep_only(out, journal.checkpoints(db))
+    keep_rows(out / "metrics.jsonl", step)
+    folder = policy.checkpoint_folder(out, step) if step else start
+    policy.check_folder(folder, policy.ROLL_BACK if step else "")
+    loopback = config.host in server.LOOPBACK
+    keys = server.users_of(config.key.split(",") if config.key else [] if loopback else server.own_keys(out / "keys"))
+    if not keys and not loopback:
+        sys.exit(f"--host={config.host} is not loopback, and there is no key in {out}/keys")
     where = plan(config, folder)
     try:  # before the engine starts, which takes a while
         listener = socket.create_server((config.host, config.port))
     except OSError as e:
         sys.exit(f"--host={config.host} --port={config.port}: {e.strerror}")
-    db = journal.open_journal(out / "journal.db")
     for s in (signal.SIGINT, signal.SIGTERM):  # the engine's start blocks the event loop
         signal.signal(s, lambda *_: sys.exit("stopped while starting"))
     address = f"http://{config.host}:{config.port}/v1"
@@ -88,7 +124,7 @@ async def main(config: Config) -> None:
         f"cores     {where.engine_cores} engine, {where.trainer_cores} trainer\n"
         f"memory    {where.needed:.1f} GiB needed, {where.free:.1f} free; engine {where.engine:.1f}\n"
         f"judge     {config.judge_url or 'the model itself'}, {where.judge_style} style, {config.votes} votes\n"
-        f"address   {address}  model {config.name!r}  key {'needed' if config.key else 'any'}\n"
+        f"address   {address}  model {config.name!r}  key {'needed' if keys else 'any'}\n"
         f"out       {out.resolve()}",
         flush=True,
     )
@@ -105,7 +141,7 @@ async def main(config: Config) -> None:
         max_seqs=config.max_seqs,
     )
     engine = swap.start_engine(args)
-    stop = asyncio.Event()
+    stop, died = asyncio.Event(), asyncio.Event()
     for s in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(s, stop.set)
     trainer = ThreadPoolExecutor(1, "trainer", policy.settle_trainer_thread, (where.trainer_cores,))
@@ -125,18 +161,25 @@ async def main(config: Config) -> None:
 
         waiting: asyncio.Queue[str] = asyncio.Queue()
         queued: asyncio.Queue[str | None] = asyncio.Queue()  # judged turns, by id; None: stop
-        journal.undo_step(db)
         for turn_id in journal.in_state(db, "judging"):
             waiting.put_nowait(turn_id)
         for turn_id in journal.in_state(db, "queued"):
             queued.put_nowait(turn_id)
 
+        def enqueue(queue: asyncio.Queue, turn_id: str) -> None:
+            if journal.pending(db) > config.max_waiting:
+                journal.drop(db, [turn_id], f"more than {config.max_waiting} turns wait for the judge or the trainer")
+            else:
+                queue.put_nowait(turn_id)
+
+        def on_next(turn_id: str) -> None:
+            enqueue(waiting, turn_id)
+
         def on_feedback(turn_id: str, verdict: Verdict) -> None:
             if journal.record_verdict(db, turn_id, verdict):
-                queued.put_nowait(turn_id)
+                enqueue(queued, turn_id)
 
         judge_key = secrets.token_urlsafe(24)
-        keys = server.users_of(config.key)
 
         def status() -> dict:
             return {
@@ -148,11 +191,14 @@ async def main(config: Config) -> None:
                 "dropped": journal.drop_reasons(db),
             }
 
-        app = await server.build_app(engine, args, db, keys, judge_key, waiting.put_nowait, on_feedback, status)
+        app = await server.build_app(engine, args, db, keys, judge_key, on_next, on_feedback, status)
         web = server.web_server(app)
         own = AsyncOpenAI(base_url=address, api_key=judge_key)
         judge_api_key = os.environ.get("JUDGE_API_KEY", "none")
         client = AsyncOpenAI(base_url=config.judge_url, api_key=judge_api_key) if config.judge_url else own
+        watch = asyncio.create_task(
+            swap.watch(engine, died)
+        )  # to the very end, so that no call waits for a dead engine
         tasks = [asyncio.create_task(web.serve(sockets=[listener]))]
         while not web.started and not tasks[0].done():
             await asyncio.sleep(0.05)
@@ -162,18 +208,21 @@ async def main(config: Config) -> None:
             asyncio.create_task(train(config, engine, state, queued, db, own, on_trainer)),
             *[asyncio.create_task(judge_turns(waiting, queued, db, config, client, state)) for _ in range(8)],
             asyncio.create_task(expire_turns(db, config.expire)),
+            asyncio.create_task(died.wait()),
             asyncio.create_task(stop.wait()),
         ]
-        print(f"ready     after {time.monotonic() - STARTED:.0f} s", flush=True)
-        pending = set(tasks)
-        while not stop.is_set():
+        ready, pending = time.monotonic(), set(tasks)
+        print(f"ready     after {ready - STARTED:.0f} s", flush=True)
+        while not stop.is_set() and not died.is_set():
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                if isinstance(error := task.exception(), swap.PushError):
+                if isinstance(error := task.exception(), swap.PushError | guard.Refused):
                     state.training = f"stopped: {error}"
                     print(f"training stopped, serving goes on with step {state.step}: {error}", file=sys.stderr)
-                elif error:
+                elif error and not engine.errored:
                     raise error
+        if died.is_set() and time.monotonic() - ready < 60:
+            sys.exit("the engine died soon after the start")
     finally:
         print("stopping", flush=True)
         ending = [asyncio.to_thread(engine.shutdown, 2)]
@@ -184,17 +233,52 @@ async def main(config: Config) -> None:
             for task in tasks[2:]:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if state.whole:
-                ending.append(on_trainer(policy.save_checkpoint, state, out))
+            watch.cancel()
+            ending.append(save(config, state, db, on_trainer))
         await asyncio.gather(*ending)
         trainer.shutdown(wait=False, cancel_futures=True)
         db.close()
+        lock.close()
+    return died.is_set() and not stop.is_set()
+
+
+def keep_rows(metrics: Path, step: int) -> None:
+    """Leave out what was measured in steps that are undone, and a line that was cut off."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
+        rows = [line for line in lines if json.loads(line)["step"] <= step]
+        part = metrics.with_suffix(".part")
+        part.write_text("".join(rows))
+        part.replace(metrics)
+
+
+async def save(config: Config, state: policy.State, db: sqlite3.Connection, on_trainer: Any) -> None:
+    """A checkpoint, if there is something new. Where it can't be written, the next step tries again."""
+    if state.step == max(journal.checkpoints(db), default=0):
+        return
+    try:
+        await on_trainer(policy.save_checkpoint, state, Path(config.out), journal.RESERVE)
+    except policy.CheckpointError as e:
+        print(f"no checkpoint of step {state.step}: {e}", file=sys.stderr)
+        return
+    journal.add_checkpoint(db, state.step, config.keep)
+    await on_trainer(policy.keep_only, Path(config.out), journal.checkpoints(db))
 
 
 async def expire_turns(db: sqlite3.Connection, after_s: float) -> None:
+    """The time in which the program did not run is not counted: it begins with a wait."""
+    await asyncio.sleep(after_s)
     while True:
-        journal.expire(db, after_s)
+        if journal.room(db):
+            journal.expire(db, after_s)
         await asyncio.sleep(min(60.0, after_s))
+
+
+async def wait_for_room(db: sqlite3.Connection, state: policy.State) -> None:
+    while not journal.room(db) and not state.stopping:
+        state.training = "waits: the disk is full"
+        await asyncio.sleep(1)
+    state.training = "on"
 
 
 async def train(
@@ -207,23 +291,31 @@ async def train(
     on_trainer: Any,
 ) -> None:
     """The loop. `state` has the policy (the very weights that are served), its fp32 masters, Adam and the step."""
-    state.training = "on"
+    refused, state.training = 0, "on"
+    shares = {"user": config.user_share, "session": config.session_share, "truncated": config.truncated_share}
     while not config.steps or state.step < config.steps:
-        # 1. a batch of judged turns, fresh and short enough
-        ids: list[str] = []
-        while len(ids) < config.batch_size:
-            if (turn_id := await queued.get()) is None:
+        # 1. a batch of judged turns that are fit for it, when there is room on the disk to say what became of them
+        batch: list[Sample] = []
+        while len(batch) < config.batch_size:
+            if (turn_id := await queued.get()) is None or state.stopping:
                 return
+            await wait_for_room(db, state)
             sample = journal.load_sample(db, turn_id)
-            turn = sample.turn
-            if state.step - min(v for v, _, _ in turn.versions) > config.max_staleness:
-                journal.drop(db, [turn_id], f"stale: more than {config.max_staleness} steps old")
-            elif len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
-                journal.drop(db, [turn_id], f"longer than {config.max_train_tokens} tokens")
-            elif not config.w_rl and not sample.verdict.hints:
-                journal.drop(db, [turn_id], "no hint, and the score is not trained on (w_rl is 0)")
+            why_not = guard.unfit(
+                sample,
+                batch,
+                state.step,
+                batch_size=config.batch_size,
+                max_staleness=config.max_staleness,
+                max_train_tokens=config.max_train_tokens,
+                w_rl=config.w_rl,
+                shares=shares,
+            )
+            if why_not:
+                journal.drop(db, [turn_id], why_not)
             else:
-                ids.append(turn_id)
+                batch.append(sample)
+        ids = [sample.turn.id for sample in batch]
         started, batch = time.monotonic(), journal.begin_step(db, ids)
 
         # 2. what there is to learn from: advantages for the scores, prompts with the hint in them for the corrections
@@ -232,6 +324,8 @@ async def train(
         advs, baselines = grpo.advantages(rewards, users, prompts, state.baselines, config.baseline)
         hinted: list[list[list[int]]] = [[] for _ in batch]  # per turn, a prompt for each candidate hint
         for i, (turn, verdict) in enumerate((s.turn, s.verdict) for s in batch):
+            if state.stopping:
+                return
             if config.w_opd and verdict.hints:
                 try:
                     prompts_of = distill.hinted_prompts(
@@ -245,20 +339,33 @@ async def train(
                     journal.note(db, turn.id, f"hint not used: {e}")
 
         # 3. gradient and Adam, off the event loop: serving and judging go on
-        metrics = await on_trainer(update, config, state, turns, advs, hinted)
-        if metrics is None:
-            return
-        trained = time.monotonic()
+        try:
+            metrics = await on_trainer(update, config, state, turns, advs, hinted)
+            if metrics is None:
+                return
+            probe = await on_trainer(guard.probe, state.policy, state.probe_ids, state.probe_prompts, state.first_logps)
+            guard.check_weights(probe, state.first_probe, state.probe)
+        except (guard.Refused, torch.OutOfMemoryError) as e:  # nobody has met these weights
+            await on_trainer(policy.go_back, state)
+            journal.drop(db, ids, f"step {state.step + 1} taken back: {e}")
+            print(f"step {state.step + 1} taken back: {e}", file=sys.stderr)
+            refused += 1
+            if refused == guard.IN_A_ROW:
+                raise guard.Refused(f"{refused} steps in a row taken back, the last one: {e}") from e
+            continue
+        trained, refused = time.monotonic(), 0
 
         # 4. swap: the engine gets the new weights while its answers go on
         weights = await on_trainer(policy.served_weights, state.policy)
         probe_logps = await on_trainer(policy.probe_logps, state.policy, state.probe_ids)
+        before = await on_trainer(policy.kept_weights, state)
         gap, state.pause = await swap.push(
-            engine, weights, state.step + 1, state.probe_ids, probe_logps, state.good, config.push_bound
+            engine, weights, state.step + 1, state.probe_ids, probe_logps, before, config.push_bound
         )
-        state.good = await on_trainer(lambda: {name: w.cpu() for name, w in weights.items()})  # noqa: B023
-        state.step, state.baselines, state.whole = state.step + 1, baselines, True
-        journal.mark_trained(db, ids, state.step)
+        await wait_for_room(db, state)
+        journal.mark_trained(db, ids, state.step + 1)
+        await on_trainer(policy.keep, state)
+        state.step, state.baselines, state.probe = state.step + 1, baselines, probe
 
         # 5. one row, one line
         row = {
@@ -266,6 +373,7 @@ async def train(
             "reward": sum(rewards) / len(rewards),
             "length": metrics["tokens"] / len(turns),
             **metrics,
+            **{f"probe_{k}": v for k, v in probe.items()},
             "push_gap": gap,
             "pause_s": state.pause[1] - state.pause[0],
             "train_s": trained - started,
@@ -277,8 +385,8 @@ async def train(
         with open(Path(config.out) / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
         print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
-        if state.step % config.save_every == 0:
-            await on_trainer(policy.save_checkpoint, state, Path(config.out))
+        if state.step - max(journal.checkpoints(db), default=0) >= config.save_every:
+            await save(config, state, db, on_trainer)
 
         # 6. the judge is this model too, unless told otherwise, and has just changed
         if state.judge_bias and not config.judge_url and not state.stopping:
@@ -339,9 +447,11 @@ def update(
             gap += (taught * (teacher - student).abs().mean(-1)).sum().item()
         if config.kl:
             start_logp = grpo.response_logps(state.start, row, grad=False)  # (N,)
-            loss = loss + config.kl * grpo.kl_loss(logp, start_logp)
+            # Answers are a step or two old: tokens that the policy has left since then count for less.
+            left = (logp.detach() - row["old_logp"]).exp().clamp(max=1.0)  # (N,)
+            loss = loss + config.kl * left * grpo.kl_loss(logp, start_logp)
             sums["start_nll"] -= start_logp.sum().item()
-            sums["kl"] += grpo.kl_value(logp.detach(), start_logp).sum().item()
+            sums["kl"] += (left * grpo.kl_value(logp.detach(), start_logp)).sum().item()
         (loss.sum() / n).backward()
         for p, master in zip(state.policy.parameters(), state.masters, strict=True):
             if p.grad is not master.grad:  # bf16: sums over many rows need fp32
@@ -354,8 +464,8 @@ def update(
         sums["dlogp"] += log_ratio.abs().sum().item()
         dlogp_max = max(dlogp_max, log_ratio.abs().max().item())
         sums["clipped"] += outside.sum().item()
-    state.whole = False
     norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
+    guard.check_batch(sums["loss"] / n, norm, sums["dlogp"] / n)
     state.adam.step()
     state.adam.zero_grad(set_to_none=False)
     policy.publish(state.masters, state.policy)
@@ -373,4 +483,6 @@ def update(
 STARTED = time.monotonic()
 
 if __name__ == "__main__":
-    asyncio.run(main(parse(sys.argv[1:])))
+    if asyncio.run(main(parse(sys.argv[1:]))):
+        print("the engine died; starting again from the last checkpoint", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, *sys.argv])

@@ -7,14 +7,21 @@ expects the engine, passes every output through untouched, and writes the turn d
 import hashlib
 import hmac
 import json
+import os
+import re
+import secrets
 import sqlite3
+import sys
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -32,6 +39,8 @@ from sessions import conversation, find_continued, fingerprints, last_request, t
 CAPTURED_PATH = "/v1/chat/completions"
 OPEN_PATHS = ("/health",)
 MAX_BODY_BYTES = 32 << 20
+MAX_MESSAGES = 10_000
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Fields of a chat request, beside its messages, that go into the prompt; vLLM's /tokenize takes them by the same names.
 TEMPLATE_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 
@@ -60,7 +69,7 @@ class Asked:
     user: str
     messages: list[dict]
     template: dict  # the TEMPLATE_FIELDS that are there
-    session: str | None  # X-Session-Id, where a client sends one
+    session: str | None  # user/X-Session-Id, where a client sends one
     side: bool  # X-Turn-Type: side
     done: bool  # X-Session-Done: nobody will go on from this answer
 
@@ -72,18 +81,48 @@ def openai_error(status: int, message: str, kind: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 
-def users_of(key: str) -> dict[str, str]:
-    """API key -> user name, from "key,user:key"; a key without a name is a user of its own."""
-    pairs = [part.rpartition(":") for part in key.split(",") if part]
-    return {k: name or "key-" + hashlib.sha256(k.encode()).hexdigest()[:8] for name, _, k in pairs}
+def users_of(entries: Iterable[str]) -> dict[str, str]:
+    """API key -> user name, from "user:key" or "key", which is a user of its own. SystemExit names a wrong entry."""
+    users: dict[str, str] = {}
+    for entry in entries:
+        name, _, key = entry.strip().rpartition(":")
+        if not re.fullmatch(r"[!-~]+", key) or key in users:
+            sys.exit(f"API key of {name or entry!r}: empty, given twice, or not of printable ASCII without spaces")
+        users[key] = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
+    return users
+
+
+def own_keys(file: Path) -> list[str]:
+    """The entries of a file with a "user:key" in each line, for its owner's eyes only; made where it is missing, with
+    one key that is printed this once."""
+    if not file.exists():
+        key, part = "sk-" + secrets.token_urlsafe(24), file.with_suffix(".part")
+        part.unlink(missing_ok=True)
+        with open(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as f:
+            f.write(f"me:{key}\n")
+        part.rename(file)
+        print(f"your API key, kept in {file} (add lines user:key for others): {key}", flush=True)
+    return [line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
+
+
+def from_elsewhere(headers: dict[str, str]) -> str | None:
+    """Where a request without a key comes from, if that is not this machine: a web page that a browser has open, or
+    another machine's name for this one, may not talk to (and train) a server that asks for no key."""
+    for name, prefix in (("origin", ""), ("host", "//")):
+        try:
+            if name in headers and urlsplit(prefix + headers[name]).hostname not in LOOPBACK:
+                return f"{name} {headers[name]}"
+        except ValueError:
+            return f"{name} {headers[name]}"
+    return None
 
 
 class Capture:
     """ASGI: check the key, read the body, remember who asks what, replay the body to vLLM's app."""
 
-    def __init__(self, app: ASGIApp, keys: dict[str, str], judge_key: str) -> None:
-        """`keys`: API key -> user name; empty: no key is needed, everybody is "local"."""
-        self.app, self.keys, self.judge_key = app, keys, judge_key
+    def __init__(self, app: ASGIApp, keys: dict[str, str], judge_key: str, room: Callable[[], bool]) -> None:
+        """`keys`: API key -> user name; empty: no key is needed, everybody on this machine is "local"."""
+        self.app, self.keys, self.judge_key, self.room = app, keys, judge_key, room
 
     def user_of(self, headers: dict[str, str]) -> str | None:
         """Whose key this is; "" for our own judge (not recorded); None for a wrong one."""
@@ -100,11 +139,17 @@ class Capture:
         if user is None:
             error = openai_error(401, "wrong or missing API key", "invalid_request_error")
             return await error(scope, receive, send)
+        if user == "local" and not self.keys and (where := from_elsewhere(headers)):
+            error = openai_error(403, f"from {where}: a key is needed for that, see --key", "invalid_request_error")
+            return await error(scope, receive, send)
         scope.setdefault("state", {})["user"] = user
         if scope["method"] != "POST":
             return await self.app(scope, receive, send)
+        if user and scope["path"] in (CAPTURED_PATH, "/v1/feedback") and not self.room():
+            error = openai_error(507, "the disk is full: nothing more can be written down", "server_error")
+            return await error(scope, receive, send)
 
-        body, more = b"", True
+        body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -121,7 +166,7 @@ class Capture:
             if replayed:
                 return await receive()  # vLLM waits here for http.disconnect
             replayed = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         # vLLM makes its request id, and so the id of our row, from this header: a client's own could come twice.
         scope["headers"] = [(k, v) for k, v in scope["headers"] if k.lower() != b"x-request-id"]
@@ -134,13 +179,16 @@ class Capture:
                 messages = None if asked_for.get("use_beam_search") else asked_for.get("messages")
             except (ValueError, RecursionError, AttributeError):
                 messages = None  # vLLM's app answers this with its own 400
+            if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
+                error = openai_error(400, f"more than {MAX_MESSAGES} messages", "invalid_request_error")
+                return await error(scope, replay, send)
             if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
                 asked.set(
                     Asked(
                         user=user,
                         messages=messages,
                         template={k: asked_for[k] for k in TEMPLATE_FIELDS if k in asked_for},
-                        session=headers.get("x-session-id"),
+                        session=f"{user}/{headers['x-session-id']}" if "x-session-id" in headers else None,
                         side=headers.get("x-turn-type", "").lower() == "side",
                         done=headers.get("x-session-done", "").lower() in ("1", "true"),
                     )
@@ -198,6 +246,8 @@ class Recorder:
 
         def write(index: int, finish_reason: str | None, spans: list, why_not: str | None) -> None:
             ids, logprobs, texts = seen[index]
+            if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
+                why_not = "cut short: the client hung up, or the engine stopped"
             turn = Turn(
                 id=request_id if index == 0 else f"{request_id}/{index}",
                 session=session,
@@ -236,7 +286,7 @@ class Recorder:
             # Cut short: the client hung up, or the engine failed. What there is stays readable, never trained on.
             for index, (ids, _, _) in seen.items():
                 if index not in written:
-                    write(index, None, [(-1, 0, len(ids))], "cut short: the client hung up or the engine failed")
+                    write(index, None, [(-1, 0, len(ids))], None)
 
 
 # ---- the app ----
@@ -250,8 +300,10 @@ class WebServer(uvicorn.Server):
 
 
 def web_server(app: ASGIApp) -> WebServer:
-    """Streams that still run get 3 s to end when the server stops."""
-    return WebServer(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, lifespan="off"))
+    """Streams that still run get 3 s to end when the server stops. Idle connections stay open for longer than clients
+    keep them, else one is closed under a request that is on its way."""
+    options = {"timeout_graceful_shutdown": 3, "timeout_keep_alive": 75, "lifespan": "off"}
+    return WebServer(uvicorn.Config(app, log_level="warning", **options))
 
 
 async def build_app(
@@ -275,6 +327,7 @@ async def build_app(
     tasks = await engine.get_supported_tasks()
     vllm_app = build_vllm_app(args, tasks, engine.model_config)
     await init_app_state(Recorder(engine, db, on_next), vllm_app.state, args, tasks)
+    vllm_app.state.server = SimpleNamespace()  # whom vLLM tells to exit when the engine died; swap.watch sees it itself
 
     async def feedback(request: Request) -> JSONResponse:
         try:
@@ -310,4 +363,4 @@ async def build_app(
         Route("/status", show_status, methods=["GET"]),
         Mount("/", app=vllm_app),
     ]
-    return Capture(Starlette(routes=routes), keys, judge_key)
+    return Capture(Starlette(routes=routes), keys, judge_key, lambda: journal.room(db))

@@ -28,10 +28,15 @@ if multiprocessing.current_process().name != "MainProcess":
     # below). Without this, `VLLM::EngineCore` and `VLLM::Worker` live on as orphans when we are killed hard.
     # multiprocessing.parent_process() would not do: it is still None while a child imports its main module.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine under a running step
 
 
 class PushError(RuntimeError):
     """The engine did not take the weights it was sent. It has been given the ones before them again."""
+
+
+class EngineDied(RuntimeError):
+    """One of vLLM's processes is gone; nothing can be served any more."""
 
 
 # ---- in vLLM's worker process ----
@@ -155,6 +160,21 @@ def start_engine(args: Namespace) -> Any:
     return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
 
 
+async def watch(engine: Any, died: asyncio.Event) -> None:
+    """Set `died` when a process of the engine is gone, and from then on let no call wait for its answer.
+
+    Relied on: AsyncLLM.errored, which vLLM's own launcher watches too; that calls like collective_rpc wait for a
+    future in `utility_results`, which vLLM leaves there when the engine dies.
+    """
+    while True:
+        if engine.errored:
+            died.set()
+            for future in list(engine.engine_core.utility_results.values()):
+                if not future.done():
+                    future.set_exception(EngineDied("a process of the engine is gone"))
+        await asyncio.sleep(1)
+
+
 loads = 0  # how often this program has changed the engine's weights
 
 
@@ -163,8 +183,8 @@ async def load(engine: Any, weights: dict[str, torch.Tensor], version: int) -> t
 
     Returns when the pause began and ended (time.time())."""
     global loads
-    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="nano-openclaw-rl-") as shared:
-        message = await asyncio.to_thread(pack, weights, shared.name)
+    with tempfile.TemporaryFile(dir="/dev/shm") as shared:  # without a name: nothing is left there by kill -9
+        message = await asyncio.to_thread(pack, weights, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
         began = time.time()
         await engine.pause_generation(mode="keep", clear_cache=False)
         loads += 1

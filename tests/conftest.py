@@ -86,6 +86,7 @@ class Program:
                 [sys.executable, str(ROOT / "run.py"), *[f"--{k}={v}" for k, v in values.items()]],
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # a process group of its own, so that a test can send it a terminal's Ctrl-C
             )
 
     def log(self) -> str:
@@ -112,10 +113,13 @@ class Program:
 
     def stop(self) -> float:
         """SIGTERM; seconds until it ended."""
-        started = time.monotonic()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(60)
+        return self.wait_end()
+
+    def wait_end(self) -> float:
+        started = time.monotonic()
+        self.process.wait(60)
         return time.monotonic() - started
 
 
@@ -148,3 +152,17 @@ def program(tiny_model, tmp_path_factory):
     program = Program(tiny_model, tmp_path_factory.mktemp("out"), batch_size=4, key="alice:key-a,bob:key-b", lr=1e-4)
     yield program.wait_ready()
     program.stop()
+
+
+@pytest.fixture
+def fresh(tiny_model, tmp_path):
+    started = []
+
+    def start(**config):
+        started.append(Program(tiny_model, tmp_path / "out", **config))
+        return started[-1]
+
+    yield start
+    for p in started:
+        if p.process.poll() is None:
+            p.process.kill()

@@ -1,5 +1,7 @@
 """The life of a row."""
 
+import os
+import sqlite3
 import stat
 
 import pytest
@@ -110,8 +112,110 @@ def test_a_batch_in_training_is_settled_until_it_is_undone(db):
     assert sample.verdict == BAD and state(db)[0] == "training"
     with pytest.raises(ValueError, match="t1 is training"):
         journal.record_verdict(db, "t1", BAD)
-    journal.undo_step(db)
+    assert journal.recover(db) == 0
     assert journal.in_state(db, "queued") == ["t1"]
+
+
+def trained(db, turn_id, step):
+    journal.record_turn(db, turn(turn_id))
+    journal.record_verdict(db, turn_id, BAD)
+    journal.begin_step(db, [turn_id])
+    journal.mark_trained(db, [turn_id], step)
+
+
+def test_what_was_trained_on_after_the_current_checkpoint_is_queued_again(db):
+    for step in (1, 2, 3):
+        trained(db, f"t{step}", step)
+        if step == 2:
+            journal.add_checkpoint(db, 2, keep=3)
+    assert journal.recover(db) == 2
+    assert state(db, "t1") == ("trained", None, 1, -1) and state(db, "t2") == ("trained", None, 2, -1)
+    assert state(db, "t3") == ("queued", None, None, -1)
+    journal.mark_trained(db, ["t3"], 3)
+    journal.add_checkpoint(db, 3, keep=3)
+    assert journal.recover(db) == 3 and state(db, "t3")[0] == "trained"
+
+
+def test_the_last_checkpoints_are_kept(db):
+    for step in (10, 20, 30, 30):
+        journal.add_checkpoint(db, step, keep=2)
+    assert journal.checkpoints(db) == [20, 30]
+
+
+def test_rollback_after_a_kill_drops_what_later_weights_said(db):
+    for step in (1, 2, 3):
+        trained(db, f"t{step}", step)  # said by weights 0 and 1
+    journal.add_checkpoint(db, 1, keep=3)
+    for name, version in (("old", 1), ("new", 2), ("newest", 3)):
+        journal.record_turn(db, turn(name, versions=[(0, 0, 1), (version, 1, 3)]))
+    journal.record_verdict(db, "newest", BAD)
+    assert journal.rollback(db, 1) == 4
+    assert {state(db, i)[1] for i in ("t2", "t3", "new", "newest")} == {"undone by --rollback=1"}
+    assert state(db, "t1")[0] == "trained" and state(db, "old")[0] == "waiting"
+
+
+def test_rollback_drops_what_led_astray(db):
+    for step in (1, 2, 3):
+        trained(db, f"t{step}", step)
+        journal.add_checkpoint(db, step, keep=2)
+    with pytest.raises(SystemExit, match="--rollback=1: there are checkpoints of the steps 0, 2, 3"):
+        journal.rollback(db, 1)
+    assert journal.rollback(db, 2) == 1 and journal.checkpoints(db) == [2]
+    assert state(db, "t3")[:2] == ("dropped", "undone by --rollback=2") and state(db, "t2")[0] == "trained"
+    assert journal.recover(db) == 2 and journal.in_state(db, "queued") == []
+    assert journal.rollback(db, 0) == 2 and journal.recover(db) == 0
+
+
+def test_a_forgotten_session_is_gone_from_the_disk(tmp_path):
+    db = journal.open_journal(tmp_path / "j.db")
+    secret = [{"role": "user", "content": "my password is xyzzy-plugh"}]
+    for i in range(200):
+        journal.record_turn(db, turn(f"other{i}", session="other"))
+        journal.record_turn(db, turn(f"t{i}", messages=secret, session="mine"))
+    journal.record_verdict(db, "t7", BAD)
+    journal.mark_trained(db, ["t7"], 12)
+    on_disk = lambda: any(b"xyzzy-plugh" in p.read_bytes() for p in tmp_path.glob("j.db*"))  # noqa: E731
+    assert on_disk()
+    assert journal.forget(db, "mine") == (200, 12)
+    assert not on_disk(), "also not in the free pages or in SQLite's log"
+    assert journal.counts(db) == {"waiting": 200} and journal.forget(db, "mine") == (0, None)
+    reader = sqlite3.connect(tmp_path / "j.db")
+    reader.execute("BEGIN")
+    reader.execute("SELECT COUNT(*) FROM turns").fetchone()
+    with pytest.raises(SystemExit, match="another program has the journal open"):
+        journal.forget(db, "other")
+    reader.close()
+    assert journal.counts(db) == {}
+
+
+def test_a_folder_is_one_programs(tmp_path):
+    held = journal.hold(tmp_path / "out")
+    with pytest.raises(SystemExit, match=f"in use by process {os.getpid()}: stop it first"):
+        journal.hold(tmp_path / "out")
+    held.close()
+    journal.hold(tmp_path / "out").close()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="--out=.*Not a directory"):
+        journal.hold(tmp_path / "file" / "out")
+
+
+def test_a_journal_is_one_models(db, tmp_path):
+    journal.claim(db, tmp_path / "model", "abc")
+    journal.claim(db, tmp_path / "moved", "abc")
+    with pytest.raises(SystemExit, match="begun with the model of .*/model, not .*/another: give that one"):
+        journal.claim(db, tmp_path / "another", "def")
+
+
+def test_checkpoints_that_a_new_journal_does_not_know_are_not_touched(db, tmp_path):
+    (tmp_path / "checkpoints" / "step-000050").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="no journal that knows them"):
+        journal.claim(db, tmp_path / "model", "abc")
+
+
+def test_what_is_no_journal_is_refused(tmp_path):
+    (tmp_path / "j.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(SystemExit, match="j.db: file is not a database"):
+        journal.open_journal(tmp_path / "j.db")
 
 
 def test_what_does_not_join_is_refused():

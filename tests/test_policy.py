@@ -29,11 +29,10 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
     for seed in range(3):
         train_a_step(state, seed)
     state.baselines = {"alice": -0.25}
-    saved = policy.save_checkpoint(state, tmp_path)
-    assert policy.latest_checkpoint(tmp_path, folder) == saved == tmp_path / "checkpoints" / "step-000003"
-
-    with pytest.raises(SystemExit, match="trained from"):
-        policy.latest_checkpoint(tmp_path, tmp_path / "another-model")
+    policy.keep(state)
+    policy.save_checkpoint(state, tmp_path, 0)
+    saved = policy.checkpoint_folder(tmp_path, 3)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
     again = load(saved, folder)
     assert (again.step, again.baselines) == (3, {"alice": -0.25})
@@ -75,7 +74,71 @@ def test_gradients_of_several_rows_add_up_in_fp32(tiny_model):
     assert torch.equal(master.grad, torch.full_like(master, 2.0))
 
 
-def test_a_half_written_checkpoint_is_never_taken(tmp_path):
-    assert policy.latest_checkpoint(tmp_path, tmp_path) is None
-    (tmp_path / "checkpoints" / "step-000007.part").mkdir(parents=True)
-    assert policy.latest_checkpoint(tmp_path, tmp_path) is None
+def test_only_listed_checkpoints_stay(tmp_path):
+    """Old ones go; so do half-written ones, and those that were whole but never became the current one."""
+    for name in ("step-000007.part", "step-000003", "step-000005", "step-000006"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    policy.keep_only(tmp_path, [3, 5])
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000005"]
+
+
+def test_a_step_can_be_taken_back(tiny_model):
+    """Weights, moments and gradients are as if it had not been begun, also for the very first one."""
+    state, other = load(tiny_model), load(tiny_model)
+    for seed in (1, 2):
+        served = policy.served_weights(state.policy)
+        train_a_step(state, 100 + seed)
+        state.masters[0].grad.fill_(7.0)
+        policy.go_back(state)
+        assert all(torch.equal(w, served[n]) for n, w in policy.served_weights(state.policy).items())
+        assert all(torch.equal(w, served[n]) for n, w in policy.kept_weights(state).items())
+        for s in (state, other):
+            train_a_step(s, seed)
+        policy.keep(state)
+        for a, b in zip(policy.mutable(state), policy.mutable(other), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_without_room_no_checkpoint_is_begun(tiny_model, tmp_path):
+    with pytest.raises(policy.CheckpointError, match="MiB needed"):
+        policy.save_checkpoint(load(tiny_model), tmp_path, reserve=1 << 60)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_cut_off_checkpoint_leaves_nothing(tiny_model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(policy.CheckpointError, match="No space left"):
+        policy.save_checkpoint(load(tiny_model), tmp_path, 0)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_damaged_files_are_named(tmp_path):
+    folder = make_tiny_model(tmp_path / "model")
+    policy.check_folder(folder)
+    state = load(folder)
+    train_a_step(state, 1)
+    policy.save_checkpoint(state, tmp_path, 0)
+    saved = policy.checkpoint_folder(tmp_path, 1)
+    for file in (folder / "model.safetensors", saved / "trainer.pt"):
+        file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(SystemExit, match="model.safetensors is damaged.*; do this"):
+        policy.check_folder(folder, "; do this")
+    start = make_tiny_model(tmp_path / "start")
+    for _ in range(2):  # cut off, then gone
+        with pytest.raises(SystemExit, match="(?s)trainer.pt is damaged: .*--rollback"):
+            load(saved, start)
+        (saved / "trainer.pt").unlink(missing_ok=True)
+    assert load(saved).step == 0, "as a model to begin with, it is a model like any other"
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="no config.json or .*safetensors"):
+        policy.check_folder(folder)
+
+
+def test_a_models_fingerprint_is_its_contents(tmp_path):
+    folder = make_tiny_model(tmp_path / "model")
+    known = policy.fingerprint(folder)
+    assert policy.fingerprint(folder.rename(tmp_path / "moved")) == known
+    assert policy.fingerprint(make_tiny_model(tmp_path / "other", scale=0.06)) != known

@@ -7,19 +7,24 @@ import os
 import re
 import signal
 import sqlite3
+import stat
+import subprocess
+import sys
 import time
 
 import httpx
 import numpy as np
 import openai
 import pytest
+from starlette.responses import PlainTextResponse
 from transformers import AutoTokenizer
 
 import config
 import distill
 import policy
 import reward
-from tests.conftest import Program, alive, descendants
+import server
+from tests.conftest import ROOT, alive, descendants
 
 ALICE, BOB = "key-a", "key-b"
 
@@ -41,12 +46,16 @@ async def close_clients():
         await opened.pop().close()
 
 
-def rows(program, where="1", *values):
+def query(program, sql, *values):
     db = sqlite3.connect(program.out / "journal.db")
     db.row_factory = sqlite3.Row
-    found = db.execute(f"SELECT * FROM turns WHERE {where} ORDER BY created", values).fetchall()
+    found = db.execute(sql, values).fetchall()
     db.close()
     return found
+
+
+def rows(program, where="1", *values):
+    return query(program, f"SELECT * FROM turns WHERE {where} ORDER BY created", *values)
 
 
 async def until(condition, seconds=60):
@@ -318,39 +327,94 @@ async def test_it_trains_and_swaps_while_a_client_streams_on(program):
 # ---- life and death ----
 
 
-@pytest.fixture
-def fresh(tiny_model, tmp_path):
-    started = []
-
-    def start(**config):
-        started.append(Program(tiny_model, tmp_path / "out", **config))
-        return started[-1]
-
-    yield start
-    for p in started:
-        if p.process.poll() is None:
-            p.process.kill()
+async def rated(program, question, score=1, text=""):
+    """An answer with a person's feedback on it: the shortest way into a batch. Its id."""
+    reply = await ask(client(program, program.key or "none"), [user(question)])
+    body = {"completion_id": reply.id, "score": score, "text": text}
+    headers = {"Authorization": f"Bearer {program.key or 'none'}"}
+    httpx.post(f"{program.url}/v1/feedback", json=body, headers=headers, timeout=30).raise_for_status()
+    return reply.id
 
 
-async def test_sigterm_stops_cleanly_and_a_restart_goes_on(fresh):
+async def test_a_stop_a_kill_and_what_comes_after(fresh):
+    """SIGTERM keeps all; kill -9 costs the steps since the last checkpoint, and not one sample of them."""
     program = fresh(batch_size=2).wait_ready()
-    c = client(program)
-    for i in range(2):
-        reply = await ask(c, [user(f"q{i}")])
-        body = {"completion_id": reply.id, "score": 1}
-        httpx.post(f"{program.url}/v1/feedback", json=body).raise_for_status()
+    first = [await rated(program, f"q{i}") for i in range(2)]
     await until(lambda: program.status()["step"] == 1)
+    for headers, allowed in (
+        ({"Origin": "https://evil.example"}, False),
+        ({"Origin": "null"}, False),
+        ({"Host": "evil.example:80"}, False),
+        ({"Host": "[bad"}, False),
+        ({"Origin": "http://localhost:3000"}, True),
+    ):
+        status = httpx.get(f"{program.url}/status", headers=headers).status_code
+        assert status == (200 if allowed else 403), headers
     children = [pid for pid, _ in descendants(program.process.pid)]
     assert len(children) >= 2
     assert program.stop() < 10 and program.process.returncode == 0, program.log()[-2000:]
     await until(lambda: not alive(children), 10)  # the resource tracker goes a moment later
 
-    again = fresh(batch_size=2).wait_ready()
-    assert again.status()["step"] == 1
-    children = [pid for pid, _ in descendants(again.process.pid)]
-    os.kill(again.process.pid, signal.SIGKILL)  # hard: nobody is left to tell the engine
-    again.process.wait()
+    program = fresh(batch_size=2).wait_ready()
+    assert program.status()["step"] == 1
+    talk = [user("will you remember me?")]
+    open_turn = await ask(client(program, "none"), talk)
+    undone = [await rated(program, f"q{i}") for i in range(2, 6)]
+    await until(lambda: program.status()["step"] == 3)
+    children = [pid for pid, _ in descendants(program.process.pid)]
+    os.kill(program.process.pid, signal.SIGKILL)  # hard: nobody is left to tell the engine
+    program.process.wait()
     await until(lambda: not alive(children), 10)
+    assert {r["step"] for r in rows(program, "state = 'trained'")} == {1, 2, 3}
+
+    program = fresh(batch_size=2, steps=2).wait_ready()  # goes on with step 2, and stops training after it
+    await until(lambda: program.status()["step"] == 2)
+    assert {r["id"]: r["step"] for r in rows(program, "state = 'trained' AND step = 1")} == dict.fromkeys(first, 1)
+    again = {r["id"] for r in rows(program, "step = 2")}
+    assert again < set(undone) and {r["id"] for r in rows(program, "state = 'queued'")} == set(undone) - again
+    assert [m["step"] for m in program.metrics()] == [1, 2], "the rows of undone steps are gone"
+    talk += [{"role": "assistant", "content": open_turn.choices[0].message.content}, user("No.")]
+    await ask(client(program, "none"), talk)
+    assert rows(program, "id = ?", open_turn.id)[0]["next_messages"], "an open conversation goes on"
+    program.stop()
+
+    def command(**config):
+        done = fresh(**config)
+        done.process.wait(60)
+        return done.process.returncode, done.log().splitlines()[-1]
+
+    session = rows(program, "id = ?", first[0])[0]["session"]
+    assert command(forget=session) == (0, f"1 turns of {session} are removed; checkpoints trained on one: [1, 2]")
+    assert command(forget=session)[0] == 1 and not rows(program, "id = ?", first[0])
+    status, said = command(rollback=1)
+    gone = [r for r in rows(program) if r["reason"] == "undone by --rollback=1"]
+    assert (status, said) == (0, f"step 1 is the current one; {len(gone)} turns that led on from there are dropped")
+    assert {r["id"] for r in gone} >= again
+    assert [p.name for p in (program.out / "checkpoints").iterdir()] == ["step-000001"]
+    assert command(rollback=7) == (1, "--rollback=7: there are checkpoints of the steps 0, 1")
+
+
+async def test_broken_steps_are_taken_back_and_the_judge_is_down(fresh):
+    """At this learning rate each step ruins the model; nobody is ever served one. The judge's address is nobody's."""
+    program = fresh(batch_size=2, lr=50.0, judge_url="http://127.0.0.1:9/v1", max_waiting=6, key="me:k").wait_ready()
+    answer = dict(temperature=0, max_tokens=20)
+    before = await ask(client(program, "k"), [user("how are you?")], **answer)
+    taken_back = [await rated(program, f"q{i}", (1, -1)[i % 2]) for i in range(6)]
+    await until(lambda: program.status()["training"].startswith("stopped: 3 steps in a row taken back"))
+    for r in rows(program, "id IN (SELECT value FROM json_each(?))", json.dumps(taken_back)):
+        assert r["state"] == "dropped" and r["reason"].startswith("step 1 taken back: on the probe, "), dict(r)
+    after = await ask(client(program, "k"), [user("how are you?")], **answer)
+    assert program.status()["step"] == 0 and program.metrics() == []
+    assert after.choices[0].message.content == before.choices[0].message.content, "serving never noticed"
+
+    for i in range(8):
+        reply = await ask(client(program, "k"), [user(f"question {i}")])
+        said = {"role": "assistant", "content": reply.choices[0].message.content}
+        await ask(client(program, "k"), [user(f"question {i}"), said, user("No.")], 1)
+    waiting = rows(program, "next_messages IS NOT NULL")
+    assert [r["state"] for r in waiting] == ["judging"] * 6 + ["dropped"] * 2
+    assert "more than 6 turns wait" in waiting[-1]["reason"] and all(r["score"] is None for r in waiting)
+    await until(lambda: "is tried again in 30 s" in program.log())
 
 
 async def test_sigterm_while_starting_stops_too(fresh):
@@ -367,6 +431,49 @@ def test_a_taken_port_is_said_at_once(fresh, program):
     assert str(program.port) in second.log() and "in use" in second.log().splitlines()[-1]
 
 
+def test_two_on_one_journal_are_one_too_many(tiny_model, program):
+    command = [sys.executable, str(ROOT / "run.py"), f"--model={tiny_model}", f"--out={program.out}"]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 1 and f"in use by process {program.process.pid}" in second.stderr
+
+
+def test_a_key_is_made_once_and_kept_private(tmp_path, capsys):
+    (made,) = server.own_keys(tmp_path / "keys")
+    assert re.fullmatch(r"me:sk-[\w-]{32}", made) and made.partition(":")[2] in capsys.readouterr().out
+    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
+    with open(tmp_path / "keys", "a") as f:
+        f.write("\n# a comment\nbob:key-b\n")
+    assert server.own_keys(tmp_path / "keys") == [made, "bob:key-b"] and not capsys.readouterr().out
+    assert set(server.users_of(server.own_keys(tmp_path / "keys")).values()) == {"me", "bob"}
+
+
+@pytest.mark.parametrize("entry", ["alice:", "", "alice: key", "two words", "bob:key-a", "alice:ключ"])
+def test_a_key_that_anybody_could_have_is_none(entry):
+    with pytest.raises(SystemExit, match="API key of"):
+        server.users_of(["alice:key-a", entry])
+
+
+async def test_with_a_full_disk_no_answer_is_begun(tmp_path):
+    """The capture alone: an answer that could not be written down is not given; all else still is."""
+
+    async def app(scope, receive, send):
+        await PlainTextResponse("reached")(scope, receive, send)
+
+    room = [True]
+    transport = httpx.ASGITransport(server.Capture(app, {}, "judge", lambda: room[0]))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        ask_it = lambda: http.post("/v1/chat/completions", json={"messages": [user("hi")]})  # noqa: E731
+        assert (await ask_it()).text == "reached"
+        room[0] = False
+        refused = await ask_it()
+        assert refused.status_code == 507 and "disk is full" in refused.json()["error"]["message"]
+        assert (await http.get("/v1/models")).text == "reached"
+        room[0] = True
+        assert (await ask_it()).text == "reached"
+        many = await http.post("/v1/chat/completions", json={"messages": [user("hi")] * 10_001})
+        assert many.status_code == 400 and "10000 messages" in many.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -374,7 +481,9 @@ def test_a_taken_port_is_said_at_once(fresh, program):
         (["--lr=fast"], "--lr=fast: expected float"),
         (["--batch_size=2.5"], "--batch_size=2.5: expected int"),
         (["lr=1"], "expected --key=value"),
-        (["--host=0.0.0.0"], "a key is needed"),
+        (["--keep=0"], "at least one checkpoint"),
+        (["--user_share=2"], "a part from 0.0625 to 1"),
+        (["--session_share=0.05"], "a part from 0.0625 to 1"),
         (["--baseline=median"], "expected mean, none or group"),
         (["--model=/nowhere"], "/nowhere"),
     ],

@@ -1,0 +1,139 @@
+"""What is trained on, what is served."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import guard
+from journal import Sample, Verdict
+from tests.test_journal import BAD, turn
+
+FINE = dict(
+    batch_size=4, max_staleness=2, max_train_tokens=10, w_rl=1.0, shares={"user": 1.0, "session": 1.0, "truncated": 1.0}
+)
+
+
+def sample(verdict=BAD, **changes):
+    return Sample(turn(**changes), verdict)
+
+
+@pytest.mark.parametrize(
+    "changes, settings, why",
+    [
+        ({}, {}, None),
+        ({"versions": [(3, 0, 1), (5, 1, 3)]}, {}, None),
+        ({"versions": [(2, 0, 1), (5, 1, 3)]}, {}, "stale: more than 2 steps old"),
+        ({"prompt_ids": list(range(7))}, {}, None),
+        ({"prompt_ids": list(range(8))}, {}, "longer than 10 tokens"),
+        ({"verdict": Verdict(1, [1], [], "", "j", "judge")}, {}, None),
+        ({"verdict": Verdict(1, [1], [], "", "j", "judge")}, {"w_rl": 0}, "no hint, and the score"),
+        ({}, {"shares": {"user": 0.5, "session": 1.0, "truncated": 1.0}}, "over the share of a batch: user, 0.5"),
+        ({"user": "bob"}, {"shares": {"user": 0.5, "session": 1.0, "truncated": 1.0}}, None),
+        ({}, {"shares": {"user": 1.0, "session": 0.5, "truncated": 1.0}}, "over the share of a batch: session, 0.5"),
+        ({"session": "u"}, {"shares": {"user": 1.0, "session": 0.5, "truncated": 1.0}}, None),
+        ({"user": "bob"}, {"shares": {"user": 1.0, "session": 0.5, "truncated": 1.0}}, None),
+        ({"finish_reason": "length"}, {"shares": {"user": 1.0, "session": 1.0, "truncated": 0.0}}, "truncated, 0"),
+        ({"finish_reason": "length"}, {"shares": {"user": 1.0, "session": 1.0, "truncated": 0.25}}, None),
+        ({"finish_reason": "stop"}, {"shares": {"user": 1.0, "session": 1.0, "truncated": 0.0}}, None),
+    ],
+)
+def test_what_is_fit_for_a_batch(changes, settings, why):
+    versions = {"versions": [(5, 0, 3)]}
+    chosen = [sample(**versions), sample(**versions)]
+    found = guard.unfit(sample(**versions | changes), chosen, 5, **FINE | settings)
+    assert (found is None) if why is None else why in found
+
+
+@pytest.mark.parametrize(
+    "loss, norm, dlogp, why",
+    [
+        (0.1, 1.0, 0.9, None),
+        (math.nan, 1.0, 0.0, "loss nan"),
+        (math.inf, 1.0, 0.0, "loss inf"),
+        (0.1, math.inf, 0.0, "norm inf"),
+        (0.1, math.nan, 0.0, "norm nan"),
+        (0.1, 1.0, 1.1, "dlogp"),
+        (0.1, 1.0, math.nan, "dlogp"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_no_step(loss, norm, dlogp, why):
+    if why is None:
+        return guard.check_batch(loss, norm, dlogp)
+    with pytest.raises(guard.Refused, match=why):
+        guard.check_batch(loss, norm, dlogp)
+
+
+FIRST = {"nll": 3.0, "entropy": 2.0, "kl": 0.0, "repeated": 0.1, "length": 20.0}
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({}, None),
+        ({"nll": 3.4}, None),
+        ({"nll": 3.6}, "nll is 3.60"),
+        ({"nll": math.nan}, "nll"),
+        ({"entropy": 3.1}, "entropy"),
+        ({"entropy": 0.9}, "entropy"),
+        ({"kl": 0.4}, None),
+        ({"kl": 0.5}, "kl is 0.50; before the step 0.20, first 0.00"),
+        ({"repeated": 0.6}, "repeated"),
+        ({"length": 1.0}, "length"),
+    ],
+)
+def test_broken_weights_are_refused(changes, why):
+    before = FIRST | {"kl": 0.2}
+    if why is None:
+        return guard.check_weights(FIRST | changes, FIRST, before)
+    with pytest.raises(guard.Refused, match=why):
+        guard.check_weights(FIRST | changes, FIRST, before)
+
+
+def test_the_probe_against_an_obvious_reference(tiny_model):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids, prompts = list(range(5, 45)), [[1, 2, 3], [4, 5, 6, 7, 8]]
+    first = guard.text_logps(model, ids)
+    assert guard.probe(model, ids, prompts, first)["kl"] == pytest.approx(0, abs=1e-6)
+    drawn = torch.get_rng_state()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    found, again = (guard.probe(model, ids, prompts, first) for _ in range(2))
+    assert found == again, "the same weights give the same probe"
+    torch.set_rng_state(drawn)
+    logits = model(torch.tensor([ids])).logits[0].double()
+    nll = entropy = kl = 0.0
+    for i in range(len(ids) - 1):
+        p = logits[i].softmax(-1)
+        nll -= p[ids[i + 1]].log().item() / (len(ids) - 1)
+        entropy -= (p * p.log()).sum().item() / (len(ids) - 1)
+        kl += (p * (p.log() - first[i].double())).sum().item() / (len(ids) - 1)
+    assert (found["nll"], found["entropy"], found["kl"]) == pytest.approx((nll, entropy, kl), rel=1e-4)
+
+
+def test_weights_that_are_no_numbers_are_refused(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids, first = [1, 2, 3], guard.text_logps(model, [1, 2, 3])
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = math.nan
+        next(model.parameters())[1:4] = math.inf
+    with pytest.raises(guard.Refused, match="not finite"):
+        guard.probe(model, ids, [[1, 2]], first)
+
+
+def test_probe_answers_are_the_models_own(tiny_model):
+    """Padding on the left and batching change nothing: each token is likely after its own prompt."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(200)  # nearly no chance left in what is sampled
+    prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4]]
+    for prompt, answer in zip(prompts, guard.answers(model, prompts), strict=True):
+        so_far = list(prompt)
+        for token in answer:
+            assert model(torch.tensor([so_far])).logits[0, -1].softmax(-1)[token] > 0.01
+            so_far.append(token)
+        assert len(answer) == guard.ANSWER_TOKENS or answer[-1] == model.generation_config.eos_token_id
+    assert model.training

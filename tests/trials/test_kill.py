@@ -1,0 +1,100 @@
+"""kill -9 at random moments under traffic, again and again; after each, the three promises are checked.
+
+1. No captured turn is lost: what a client saw whole is in the journal, word for word.
+2. No sample is trained on twice in the surviving history, and none of an undone step is forgotten.
+3. Open conversations go on.
+"""
+
+import asyncio
+import os
+import random
+import signal
+
+import httpx
+import openai
+import pytest
+
+from tests.conftest import alive, descendants
+from tests.test_program import ask, client, query, rows, until, user
+
+KILLS, TALKERS, BATCH = 20, 6, 4
+IN_THE_LOOP = ("queued", "training", "trained")
+
+
+class Talker:
+    """One conversation after the other, whatever happens to the server."""
+
+    def __init__(self, name):
+        self.name, self.rng, self.talk, self.open = name, random.Random(name), [], None
+        self.seen, self.continued = {}, []  # what came whole; (answer, the answer before it) where a talk went on
+
+    async def go_on(self, program):
+        if len(self.talk) > 7 or not self.talk:
+            self.talk, self.open = [user(f"{self.name}: {self.rng.random()}")], None
+        reply = await ask(client(program, "none"), self.talk, 8)
+        text = reply.choices[0].message.content
+        self.seen[reply.id] = text
+        if self.open:
+            self.continued.append((reply.id, self.open))
+        self.talk += [{"role": "assistant", "content": text}, user(self.rng.choice(["No. Wrong!", "Thanks, great."]))]
+        self.open = reply.id
+        if self.rng.random() < 0.8:  # the random model's verdicts are mostly neutral
+            body = {"completion_id": reply.id, "score": self.rng.choice([1, -1])}
+            async with httpx.AsyncClient(base_url=program.url, timeout=30) as http:
+                assert (await http.post("/v1/feedback", json=body)).status_code in (200, 409)
+
+    async def talk_on(self, program):
+        while True:
+            try:
+                await self.go_on(program)
+            except (openai.APIError, httpx.HTTPError):
+                return  # the server is gone; the talk goes on with the next one
+
+
+def check(program, talkers, in_the_loop, step):
+    found = {r["id"]: r for r in rows(program)}
+    for talker in talkers:
+        for turn_id, text in talker.seen.items():
+            assert found[turn_id]["text"] == text
+        for turn_id, before in talker.continued:
+            assert found[before]["next_messages"] and found[before]["session"] == found[turn_id]["session"]
+    trained = [r["step"] for r in found.values() if r["state"] == "trained"]
+    assert {s: trained.count(s) for s in trained} == {s: BATCH for s in range(1, max(trained, default=0) + 1)}
+    assert step <= max(trained, default=0) <= step + 2  # it goes on while we ask
+    for turn_id in in_the_loop:
+        assert found[turn_id]["state"] in IN_THE_LOOP, dict(found[turn_id])
+
+
+@pytest.mark.timeout(3600)
+async def test_kill_9(fresh):
+    rng, talkers = random.Random(0), [Talker(f"talker {i}") for i in range(TALKERS)]
+    settings = dict(batch_size=BATCH, save_every=3, keep=2, max_staleness=10**6)
+    at_kill, undone = [], 0
+    for kill in range(KILLS + 1):
+        program = fresh(**settings)
+        if kill % 5 == 4:  # while it starts
+            await asyncio.sleep(rng.uniform(0, 25))
+        else:
+            program.wait_ready()
+            step = program.status()["step"]
+            check(program, talkers, at_kill, step)
+            traffic = [asyncio.create_task(t.talk_on(program)) for t in talkers]
+            await asyncio.sleep(rng.uniform(1, 12))
+            if kill == KILLS:
+                await until(lambda: len(program.metrics()) > step + 2)  # noqa: B023
+                await asyncio.gather(*[asyncio.wait_for(t.go_on(program), 60) for t in talkers])
+        children = [pid for pid, _ in descendants(program.process.pid)]
+        last = len(program.metrics())
+        os.kill(program.process.pid, signal.SIGKILL)
+        program.process.wait()
+        if kill % 5 != 4:
+            await asyncio.gather(*traffic)
+        await until(lambda: not alive(children), 20)  # noqa: B023
+        if (program.out / "journal.db").exists():
+            at_kill = [r["id"] for r in rows(program) if r["state"] in IN_THE_LOOP]
+        current = query(program, "SELECT MAX(step) FROM checkpoints")[0][0] or 0 if at_kill else 0
+        undone += last - current
+        print(f"kill {kill}: step {last}, checkpoint {current}, {len(at_kill)} turns on their way or trained on")
+    assert undone > 0, "no kill has undone a step: nothing was tried"
+    seen, continued = (sum(len(getattr(t, what)) for t in talkers) for what in ("seen", "continued"))
+    print(f"{seen} answers came whole, {continued} were gone on from, {undone} steps were undone")
