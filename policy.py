@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import grpo
 import guard
@@ -91,7 +91,7 @@ class CheckpointError(RuntimeError):
 class State:
     """All that a training step reads and writes."""
 
-    folder: Path  # where the policy came from: its tokenizer goes into checkpoints
+    tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
     policy: PreTrainedModel  # what is served and what is trained through: bf16 values, whatever dtype holds them
     start: PreTrainedModel | None  # the frozen first weights, for the KL; None without it
     masters: list[Tensor]  # fp32, in the order of policy.parameters()
@@ -145,7 +145,7 @@ def load_state(folder: Path, start: Path, device: str, lr: float, betas: tuple[f
     for m in masters:  # as Adam's first step would, so that there is something to go back to before it
         adam.state[m] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
     state = State(
-        folder=folder,
+        tokenizer=tokenizer,
         policy=policy,
         start=frozen,
         masters=masters,
@@ -254,7 +254,7 @@ def save_checkpoint(state: State, out: Path, reserve: int) -> None:
         config = AutoConfig.from_pretrained(half)
         config.dtype = torch.bfloat16  # of the weights in the file, not of our arithmetic
         config.save_pretrained(half)
-        AutoTokenizer.from_pretrained(state.folder).save_pretrained(half)
+        state.tokenizer.save_pretrained(half)
         saved = {"state": state.kept, "step": state.step, "baselines": state.baselines}
         torch.save(saved, half / "trainer.pt")
         shutil.rmtree(folder, ignore_errors=True)  # one that was written whole and never became the current one

@@ -35,6 +35,9 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
     again = load(saved, folder)
+    saved.rename(tmp_path / "gone")  # an old checkpoint goes while the program that began with it runs
+    policy.save_checkpoint(again, tmp_path, 0)
+    assert AutoTokenizer.from_pretrained(saved).chat_template
     assert (again.step, again.baselines) == (3, {"alice": -0.25})
     for s in (state, again):
         train_a_step(s, 9)  # the optimizer's moments came back too

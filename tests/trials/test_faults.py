@@ -49,7 +49,8 @@ async def test_a_killed_engine_process(fresh, which):
     trained = [await rated(program, f"q{i}") for i in range(2)]
     await until(lambda: program.status()["step"] == 1)
     await asyncio.sleep(max(0, 65 - (time.monotonic() - started)))  # sooner, it takes the fault for a permanent one
-    long = asyncio.create_task(ask(client(program, "none"), [user("go on")], 1500, extra_body={"ignore_eos": True}))
+    options = dict(n=32, extra_body={"ignore_eos": True})
+    long = asyncio.create_task(ask(client(program, "none"), [user("go on")], 1900, **options))
     await asyncio.sleep(1)
     (victim,) = [p for p in engine_processes(program) if Path(f"/proc/{p}/comm").read_text().strip() == which]
     others = [p for p in engine_processes(program) if p != victim]
@@ -136,9 +137,8 @@ def test_a_read_only_folder(tiny_model, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     command = [sys.executable, str(ROOT / "run.py"), f"--model={tiny_model}", f"--out={small_disk}/out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.strip() == (
-        f"--out={small_disk}/out: Read-only file system: {small_disk}/out"
-    )
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert f"--out={small_disk}/out: " in done.stderr and "Read-only file system" in done.stderr
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -230,7 +230,7 @@ async def test_sigterm_at_any_moment(fresh):
         await asyncio.gather(feeding, return_exceptions=True)
         await until(lambda: not alive(children), 15)  # noqa: B023
         trained = [r["step"] for r in rows(program, "state = 'trained'")]
-        last = query(program, "SELECT MAX(step) FROM checkpoints")[0][0]
+        last = query(program, "SELECT MAX(step) FROM checkpoints")[0][0] or 0
         assert {s: trained.count(s) for s in trained} == {s: 2 for s in range(1, last + 1)}
         assert not [r for r in rows(program, "reason LIKE 'hint not used%'")], "a stop is no reason against a hint"
         print(f"stopped in {seconds:.1f} s after step {last}, asked at {steps}")

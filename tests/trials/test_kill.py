@@ -57,7 +57,8 @@ def check(program, talkers, in_the_loop, step):
         for turn_id, text in talker.seen.items():
             assert found[turn_id]["text"] == text
         for turn_id, before in talker.continued:
-            assert found[before]["next_messages"] and found[before]["session"] == found[turn_id]["session"]
+            assert found[before]["session"] == found[turn_id]["session"]
+            assert found[before]["next_messages"] or found[before]["source"] == "feedback"
     trained = [r["step"] for r in found.values() if r["state"] == "trained"]
     assert {s: trained.count(s) for s in trained} == {s: BATCH for s in range(1, max(trained, default=0) + 1)}
     assert step <= max(trained, default=0) <= step + 2  # it goes on while we ask
@@ -95,6 +96,7 @@ async def test_kill_9(fresh):
         current = query(program, "SELECT MAX(step) FROM checkpoints")[0][0] or 0 if at_kill else 0
         undone += last - current
         print(f"kill {kill}: step {last}, checkpoint {current}, {len(at_kill)} turns on their way or trained on")
+    assert "no checkpoint of" not in program.log()
     assert undone > 0, "no kill has undone a step: nothing was tried"
     seen, continued = (sum(len(getattr(t, what)) for t in talkers) for what in ("seen", "continued"))
     print(f"{seen} answers came whole, {continued} were gone on from, {undone} steps were undone")
