@@ -177,8 +177,11 @@ class Capture:
                 asked_for = json.loads(body)
                 # beam search asks the engine for many answers of one token, none of them what the client gets
                 messages = None if asked_for.get("use_beam_search") else asked_for.get("messages")
-            except (ValueError, RecursionError, AttributeError):
+            except AttributeError:
                 messages = None  # vLLM's app answers this with its own 400
+            except (ValueError, RecursionError) as e:
+                error = openai_error(400, f"the body is not JSON: {e}", "invalid_request_error")
+                return await error(scope, replay, send)
             if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
                 error = openai_error(400, f"more than {MAX_MESSAGES} messages", "invalid_request_error")
                 return await error(scope, replay, send)
@@ -333,7 +336,7 @@ async def build_app(
         try:
             body = json.loads(await request.body())
             turn_id, score, text = body["completion_id"], body["score"], body.get("text", "")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return openai_error(
                 400, 'expected {"completion_id": ..., "score": 1 or -1, "text": optional}', "invalid_request_error"
             )

@@ -315,7 +315,9 @@ async def test_it_trains_and_swaps_while_a_client_streams_on(program):
     await streaming
     assert answers and all(a == (200, "length") for a in answers)
     steps = program.metrics()[start:]
-    assert all(m["push_gap"] < 0.05 and np.isfinite(m["loss"]) and m["grad_norm"] > 0 for m in steps)
+    assert all(m["push_gap"] < 0.05 and np.isfinite(m["loss"]) for m in steps)
+    taught = [m for m in steps if m["hinted"] or abs(m["reward"]) < 1]  # four equal scores may teach nothing
+    assert taught and all(m["grad_norm"] > 0 for m in taught)
     assert [m["step"] for m in steps] == list(range(steps[0]["step"], steps[0]["step"] + len(steps)))
     assert any(m["hinted"] and m["teacher_gap"] > 0 for m in steps)
     hinted = rows(program, "state = 'trained' AND hints != '[]'")
