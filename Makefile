@@ -14,7 +14,7 @@ serve: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest -q
 
-# Half an hour of kills, faults and streams across swaps: the "What is promised" table of the README.
+# 50 minutes of kills, faults, fuzz and streams across swaps: the "What is promised" table of the README.
 trials: .venv/ready
 	$(PY) -m pytest -q -s tests/trials
 
