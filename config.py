@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import clients
 import policy
 
 
@@ -26,7 +27,8 @@ class Config:
     seed: int = 0  # of the sampler
     max_model_len: int = 8192  # longest prompt plus answer, in tokens
     max_seqs: int = 64  # answers generated at once
-    tool_parser: str = ""  # vLLM's tool-call parser for this model family; empty: none
+    tool_parser: str = "auto"  # vLLM's parser of this model's tool calls; auto: by its chat template; empty: none
+    reasoning_parser: str = ""  # and of its thinking, which then goes out as reasoning_content; empty: none
     engine_memory: float = 0.0  # GiB: KV cache on a CPU, all of the engine on a GPU; 0: from what is there
     engine_cores: int = 0  # CPU cores for the engine, the rest for the trainer; 0: half
     batch_size: int = 16  # judged turns per step
@@ -59,6 +61,7 @@ class Config:
     votes: int = 3  # judge votes per turn
     expire: float = 3600.0  # seconds after which an answer that nobody went on from is dropped
     push_bound: float = 0.15  # largest mean |dlogp| between engine and trainer after a push
+    print_client: str = ""  # print what to paste into a client (openclaw, openai, curl or open-webui), and end
     rollback: int = -1  # make the checkpoint of this step the current one, and end
     forget: str = ""  # remove this session from the journal, and end
 
@@ -89,6 +92,8 @@ def parse(argv: list[str]) -> Config:
         sys.exit(f"--baseline={config.baseline}: expected mean, none or group")
     if config.judge_style not in ("auto", "chat", "text"):
         sys.exit(f"--judge_style={config.judge_style}: expected auto, chat or text")
+    if config.print_client not in ("", *clients.CLIENTS):
+        sys.exit(f"--print_client={config.print_client}: expected {', '.join(clients.CLIENTS)}")
     if config.keep < 1:
         sys.exit(f"--keep={config.keep}: at least one checkpoint is needed to go on from")
     for share in ("user_share", "session_share", "truncated_share"):

@@ -3,6 +3,7 @@
     python run.py                         serve and train until stopped
     python run.py --lr=2e-5 --out=mine    --key=value overrides config.py; a wrong key is an error
 
+    python run.py --print_client=openclaw       what to paste into a client, and end
     python run.py --out=mine --rollback=50      make the checkpoint of step 50 the current one, and end
     python run.py --out=mine --forget=SESSION   remove a conversation from the journal, and end
 
@@ -11,6 +12,7 @@ sessions and reward fill its queue.
 """
 
 import asyncio
+import functools
 import json
 import os
 import secrets
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from openai import APIError, AsyncOpenAI
 
+import clients
 import distill
 import grpo
 import guard
@@ -91,8 +94,18 @@ def maintain(config: Config, db: sqlite3.Connection, out: Path) -> None:
 
 async def main(config: Config) -> bool:
     """True where the engine died, and a new start may help."""
-    out = Path(config.out)
-    lock = journal.hold(out)
+    out, loopback = Path(config.out), config.host in server.LOOPBACK
+    lock = journal.hold(out) if not config.print_client else None  # the server may run while its client is set up
+    keys = server.users_of(config.key.split(",") if config.key else [] if loopback else server.own_keys(out / "keys"))
+    if not keys and not loopback:
+        sys.exit(f"--host={config.host} is not loopback, and there is no key in {out}/keys")
+    anywhere = config.host in ("0.0.0.0", "::")
+    address = f"http://{'127.0.0.1' if anywhere else config.host}:{config.port}/v1"  # for our own judge
+    shown = f"http://{socket.getfqdn()}:{config.port}/v1" if anywhere else address
+    paste = functools.partial(clients.paste, shown, config.name, next(iter(keys), "none"), config.max_model_len)
+    if lock is None:
+        print(paste(config.print_client))
+        return False
     db = journal.open_journal(out / "journal.db")
     if not journal.room(db):
         sys.exit(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
@@ -106,10 +119,7 @@ async def main(config: Config) -> bool:
     keep_rows(out / "metrics.jsonl", step)
     folder = policy.checkpoint_folder(out, step) if step else start
     policy.check_folder(folder, policy.ROLL_BACK if step else "")
-    loopback = config.host in server.LOOPBACK
-    keys = server.users_of(config.key.split(",") if config.key else [] if loopback else server.own_keys(out / "keys"))
-    if not keys and not loopback:
-        sys.exit(f"--host={config.host} is not loopback, and there is no key in {out}/keys")
+    tool_parser = swap.tool_parser_of(folder) if config.tool_parser == "auto" else config.tool_parser
     where = plan(config, folder)
     try:  # before the engine starts, which takes a while
         listener = socket.create_server((config.host, config.port))
@@ -117,15 +127,17 @@ async def main(config: Config) -> bool:
         sys.exit(f"--host={config.host} --port={config.port}: {e.strerror}")
     for s in (signal.SIGINT, signal.SIGTERM):  # the engine's start blocks the event loop
         signal.signal(s, lambda *_: sys.exit("stopped while starting"))
-    address = f"http://{config.host}:{config.port}/v1"
     print(
         f"model     {folder}\n"
         f"device    {where.device}; training in {policy.compute_dtype(where.device)}\n"
         f"cores     {where.engine_cores} engine, {where.trainer_cores} trainer\n"
         f"memory    {where.needed:.1f} GiB needed, {where.free:.1f} free; engine {where.engine:.1f}\n"
         f"judge     {config.judge_url or 'the model itself'}, {where.judge_style} style, {config.votes} votes\n"
-        f"address   {address}  model {config.name!r}  key {'needed' if keys else 'any'}\n"
-        f"out       {out.resolve()}",
+        f"parsers   tool calls {tool_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
+        f"address   {shown}  model {config.name!r}  key {'needed' if keys else 'any'}\n"
+        f"out       {out.resolve()}\n"
+        f"OpenClaw  in ~/.openclaw/openclaw.json (--print_client=openai, curl or open-webui for others):\n"
+        f"{paste('openclaw')}",
         flush=True,
     )
 
@@ -137,7 +149,8 @@ async def main(config: Config) -> bool:
         memory_gib=where.engine,
         cores=where.engine_cores,
         seed=config.seed,
-        tool_parser=config.tool_parser,
+        tool_parser=tool_parser,
+        reasoning_parser=config.reasoning_parser,
         max_seqs=config.max_seqs,
     )
     engine = swap.start_engine(args)

@@ -34,12 +34,14 @@ import journal
 import reward
 import swap
 from journal import Turn, Verdict
-from sessions import conversation, find_continued, fingerprints, last_request, text_of
+from sessions import asked_by_the_client, conversation, find_continued, fingerprints, last_request, text_of
 
-CAPTURED_PATH = "/v1/chat/completions"
+CHAT = "/v1/chat/completions"
+CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
 OPEN_PATHS = ("/health",)
 MAX_BODY_BYTES = 32 << 20
 MAX_MESSAGES = 10_000
+SESSION_HEADERS = ("x-session-id", "x-session-affinity", "x-openwebui-chat-id")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Fields of a chat request, beside its messages, that go into the prompt; vLLM's /tokenize takes them by the same names.
 TEMPLATE_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
@@ -67,9 +69,12 @@ class Asked:
     """What the HTTP side knows of the request that the engine is about to answer."""
 
     user: str
-    messages: list[dict]
+    path: str
+    messages: list[
+        dict
+    ]  # for APIs other than chat: the chat messages that vLLM makes of the request, see note_rendered
     template: dict  # the TEMPLATE_FIELDS that are there
-    session: str | None  # user/X-Session-Id, where a client sends one
+    session: str | None  # user/ID, where a client names one
     side: bool  # X-Turn-Type: side
     done: bool  # X-Session-Done: nobody will go on from this answer
 
@@ -96,6 +101,7 @@ def own_keys(file: Path) -> list[str]:
     """The entries of a file with a "user:key" in each line, for its owner's eyes only; made where it is missing, with
     one key that is printed this once."""
     if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         key, part = "sk-" + secrets.token_urlsafe(24), file.with_suffix(".part")
         part.unlink(missing_ok=True)
         with open(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as f:
@@ -145,7 +151,7 @@ class Capture:
         scope.setdefault("state", {})["user"] = user
         if scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        if user and scope["path"] in (CAPTURED_PATH, "/v1/feedback") and not self.room():
+        if user and scope["path"] in (*CAPTURED, "/v1/feedback") and not self.room():
             error = openai_error(507, "the disk is full: nothing more can be written down", "server_error")
             return await error(scope, receive, send)
 
@@ -172,31 +178,64 @@ class Capture:
         scope["headers"] = [(k, v) for k, v in scope["headers"] if k.lower() != b"x-request-id"]
         scope["headers"].append((b"x-request-id", uuid.uuid4().hex.encode()))
         asked.set(None)
-        if user and scope["path"] == CAPTURED_PATH:
+        if user and scope["path"] in CAPTURED:
             try:
-                asked_for = json.loads(body)
-                # beam search asks the engine for many answers of one token, none of them what the client gets
-                messages = None if asked_for.get("use_beam_search") else asked_for.get("messages")
-            except AttributeError:
-                messages = None  # vLLM's app answers this with its own 400
+                body_json = json.loads(body)
             except (ValueError, RecursionError) as e:
                 error = openai_error(400, f"the body is not JSON: {e}", "invalid_request_error")
                 return await error(scope, replay, send)
+            # What is no object, or has no list of messages, gets a 400 from vLLM's app. Beam search asks the engine for
+            # many answers of one token, none of them what the client gets.
+            fields = body_json if isinstance(body_json, dict) and not body_json.get("use_beam_search") else {}
+            messages, chat = fields.get("messages", fields.get("input")), scope["path"] == CHAT
             if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
                 error = openai_error(400, f"more than {MAX_MESSAGES} messages", "invalid_request_error")
                 return await error(scope, replay, send)
-            if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+            if scope["path"] == "/v1/responses" and fields:  # the one API that takes its id from the body
+                body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
+            if fields and (not chat or isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
+                named = next((v for v in map(headers.get, SESSION_HEADERS) if v), None)
+                template = {k: fields[k] for k in TEMPLATE_FIELDS if k in fields}
                 asked.set(
                     Asked(
                         user=user,
-                        messages=messages,
-                        template={k: asked_for[k] for k in TEMPLATE_FIELDS if k in asked_for},
-                        session=f"{user}/{headers['x-session-id']}" if "x-session-id" in headers else None,
+                        path=scope["path"],
+                        messages=messages if chat else [],
+                        template=template if chat else {},
+                        session=f"{user}/{named}" if named else None,
                         side=headers.get("x-turn-type", "").lower() == "side",
                         done=headers.get("x-session-done", "").lower() in ("1", "true"),
                     )
                 )
         await self.app(scope, replay, send)
+
+
+def tool_names(template: dict) -> set[str]:
+    """Of the tools that the model was offered."""
+    return {tool["function"]["name"] for tool in template.get("tools") or []}
+
+
+def note_rendered(renderer: Any) -> None:
+    """Have requests to /v1/messages and /v1/responses noted as the chat messages that vLLM makes of them.
+
+    Relied on in vLLM 0.32.0: they come to OnlineRenderer.preprocess_chat (a model of OpenAI's own format has another
+    way, and those are not recorded); a request may have another one rendered before, as a probe.
+    """
+    render = renderer.preprocess_chat
+
+    async def preprocess_chat(request: Any, messages: list, *args: Any, **kwargs: Any) -> Any:
+        if (seen := asked.get()) is not None and seen.path != CHAT:
+            # As plain JSON, and a copy of its own: vLLM rewrites calls in place, and pydantic's iterators end.
+            text = json.dumps(messages, default=lambda o: o.model_dump() if hasattr(o, "model_dump") else list(o))
+            messages, seen.messages = json.loads(text), json.loads(text)
+            for part in (p for m in seen.messages if isinstance(m.get("content"), list) for p in m["content"]):
+                if part.get("type") in ("input_text", "output_text"):
+                    part["type"] = "text"  # /tokenize, for the hinted prompt, knows it by this name
+            fields = {"tools": kwargs.get("tool_dicts"), "chat_template_kwargs": request.chat_template_kwargs}
+            seen.template = {k: v for k, v in fields.items() if v}
+        return await render(request, messages, *args, **kwargs)
+
+    renderer.preprocess_chat = preprocess_chat
 
 
 class Recorder:
@@ -213,6 +252,8 @@ class Recorder:
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
         request = asked.get()
+        if request is not None and request.path != CHAT and not request.messages:
+            request = None  # see note_rendered
         prompt = swap.salted(prompt)
         # aclosing: when the client hangs up, the engine must hear of it now, not when the inner generator is collected
         outputs = aclosing(self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs))
@@ -223,14 +264,17 @@ class Recorder:
             return
 
         # The prompt was valid, or we would not be here: only now does the request count as a next message.
-        before, following = find_continued(self._db, request.user, request.messages)
-        if before is not None and not request.side and journal.record_next(self._db, before["id"], following):
+        tools, side = tool_names(request.template), request.side or asked_by_the_client(request.messages)
+        before, following = find_continued(self._db, request.user, request.messages, tools, request.session)
+        if before is not None and not side and journal.record_next(self._db, before["id"], following):
             self._on_next(before["id"])
         session = request.session or (before["session"] if before is not None else uuid.uuid4().hex[:12])
         changed = [k for k, v in SAMPLING_DEFAULTS.items() if (getattr(sampling_params, k) or v) != v]
         dropped = None
-        if request.side:
-            dropped = "side request, by its header"
+        if side:
+            dropped = (
+                "side request, by its header" if request.side else "side request: the client's own, not a person's"
+            )
         elif sampling_params.temperature == 0:
             dropped = "temperature 0: not a sample of the policy"
         elif request.done:
@@ -238,10 +282,12 @@ class Recorder:
         elif changed:
             dropped = f"sampled with {', '.join(changed)}: its log-probs are not those of the plain policy"
 
+        # As the client knows it: /v1/responses numbers the calls to the engine.
+        turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # the sampled token's own; the client's answer doesn't show it
         talk = conversation(request.messages)
-        digest = fingerprints(talk)[-1]
+        digest = fingerprints(talk, tools)[-1]
         delta = sampling_params.output_kind.name == "DELTA"
         seen: dict[int, tuple[list[int], list[float], list[str]]] = {}  # by choice index, for n > 1
         prompt_ids: list[int] = []
@@ -252,7 +298,7 @@ class Recorder:
             if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
                 why_not = "cut short: the client hung up, or the engine stopped"
             turn = Turn(
-                id=request_id if index == 0 else f"{request_id}/{index}",
+                id=turn_id if index == 0 else f"{turn_id}/{index}",
                 session=session,
                 user=request.user,
                 messages=request.messages,
@@ -330,6 +376,7 @@ async def build_app(
     tasks = await engine.get_supported_tasks()
     vllm_app = build_vllm_app(args, tasks, engine.model_config)
     await init_app_state(Recorder(engine, db, on_next), vllm_app.state, args, tasks)
+    note_rendered(vllm_app.state.online_renderer)
     vllm_app.state.server = SimpleNamespace()  # whom vLLM tells to exit when the engine died; swap.watch sees it itself
 
     async def feedback(request: Request) -> JSONResponse:

@@ -9,13 +9,21 @@ import hashlib
 import json
 import re
 import sqlite3
+from collections.abc import Collection
 from contextlib import suppress
+from decimal import Decimal
 from typing import Any
 
 import journal
 
 # OpenClaw appends this user message to each request and takes it away again before the next.
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
+# What OpenClaw itself asks, in a person's conversation or beside it: how the last user or the system message begins.
+OWN_REQUESTS = {
+    "user": ("Pre-compaction memory flush.", "Follow the heartbeat monitor"),
+    "system": ("Generate a concise session title", "You are a context summarization assistant"),
+}
+NUMBER = r"(?<![\w.])-?\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,3})?"
 
 
 def text_of(content: Any) -> str:
@@ -30,16 +38,25 @@ def text_of(content: Any) -> str:
 
 def without_thinking(text: str) -> str:
     """The text after its <think> block; clients strip it on the way back. Some templates open it in the prompt."""
-    return re.sub(r"^.*</think>", "", text, flags=re.DOTALL)
+    return re.sub(r"^.*(</think>|\[/THINK\])", "", text, flags=re.DOTALL)
+
+
+def is_own_request(message: dict) -> bool:
+    prefixes = OWN_REQUESTS.get(str(message.get("role")), ())
+    return text_of(message.get("content")).lstrip().startswith(prefixes) if prefixes else False
 
 
 def conversation(messages: list[dict]) -> list[dict]:
-    """The messages that a client sends again unchanged: no system text (agents put the clock in it), no carrier."""
-    return [
-        m
-        for m in messages
-        if m.get("role") not in ("system", "developer") and not text_of(m.get("content")).startswith(CARRIER)
-    ]
+    """The messages that a client sends again unchanged: no system text (agents put the clock in it), no carrier, and
+    nothing of what the client itself asked in between (a heartbeat with its answer may stay in the history or not)."""
+    kept, own = [], False
+    for m in messages:
+        if m.get("role") in ("system", "developer") or text_of(m.get("content")).startswith(CARRIER):
+            continue
+        own = is_own_request(m) if m.get("role") == "user" else own
+        if not own:
+            kept.append(m)
+    return kept
 
 
 def last_request(messages: list[dict]) -> int | None:
@@ -48,28 +65,48 @@ def last_request(messages: list[dict]) -> int | None:
     return max((i for i, by_person in enumerate(spoken) if by_person), default=None)
 
 
-def calls_of(message: dict) -> list[tuple[str, Any]]:
-    """(name, arguments) of a message's tool calls as they survive a client, which rewrites ids and re-serialises."""
-    calls = []
-    for call in message.get("tool_calls") or []:
-        function = (call.get("function") if isinstance(call, dict) else None) or {}
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            with suppress(ValueError, RecursionError):  # not JSON: compare it as the text it is
-                arguments = json.loads(arguments)
-        calls.append((str(function.get("name")), arguments))
+def asked_by_the_client(messages: list[dict]) -> bool:
+    """Is this a title, a summary, a memory flush, a heartbeat: nothing that a person will go on from?"""
+    last = last_request(messages)
+    return any(is_own_request(m) for i, m in enumerate(messages) if i == last or m.get("role") == "system")
+
+
+def integral(number: str) -> int | float:
+    value = float(number)
+    return int(value) if value.is_integer() else value
+
+
+def calls_of(message: dict) -> list[tuple[str, str, Any]]:
+    """(id, name, arguments) of a message's tool calls; the arguments as they survive a client, which re-serialises."""
+    calls: list[tuple[str, str, Any]] = []
+    for call in message.get("tool_calls") or [] if message.get("role") == "assistant" else []:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            arguments = function.get("arguments")
+            if isinstance(arguments, str):
+                with suppress(ValueError, RecursionError):  # not JSON: compare it as the text it is
+                    arguments = json.loads(arguments, parse_float=integral)
+            calls.append((str(call.get("id") or f"#{len(calls)}"), str(function.get("name")), arguments))
     return calls
 
 
-def fingerprints(messages: list[dict]) -> list[str]:
-    """Digest of each prefix: entry k stands for messages[:k]. (len(messages) + 1,) hex strings."""
+def fingerprints(messages: list[dict], tools: Collection[str] = ()) -> list[str]:
+    """Digest of each prefix: entry k stands for messages[:k]. (len(messages) + 1,) hex strings.
+
+    `tools`: the names of those that the model was offered, if any. A call to another one, and its result, are left
+    out: OpenClaw shows both to the model once and takes them out of the history then.
+    """
     digest = hashlib.sha256()
-    prefixes = [digest.hexdigest()]
+    prefixes, unknown = [digest.hexdigest()], set()
     for m in messages:
-        text = text_of(m.get("content"))
+        text, calls = text_of(m.get("content")), calls_of(m)
         if m.get("role") == "assistant":
             text = without_thinking(text)
-        digest.update(json.dumps([m.get("role"), " ".join(text.split()), calls_of(m)], sort_keys=True).encode())
+            unknown = {i for i, name, _ in calls if tools and name not in tools}
+        known = [call[1:] for call in calls if call[0] not in unknown]
+        taken_out = bool(calls) and not known and not text.strip()
+        if not taken_out and not (m.get("role") == "tool" and str(m.get("tool_call_id")) in unknown):
+            digest.update(json.dumps([m.get("role"), " ".join(text.split()), known], sort_keys=True).encode())
         prefixes.append(digest.hexdigest())
     return prefixes
 
@@ -87,11 +124,21 @@ def named_values(value: Any, name: str = "") -> list[tuple[str, Any]]:
     return [(name, value)]
 
 
+def said_in_order(content: str, raw: str) -> bool:
+    """Does `raw` hold each word of `content`, in order? A tool call may stand between them."""
+    at = 0
+    for word in filter(None, map(letters, content.split())):
+        if (found := raw.find(word, at)) < 0:
+            return False
+        at = found + len(word)
+    return True
+
+
 def echoes(message: dict, answer: str) -> bool:
     """Is this assistant message what a client makes of our raw answer text?
 
     A plain answer comes back as it was, but for its thinking and its whitespace. vLLM's parsers take tool calls out
-    of the text in a dozen formats and clients re-serialise them, so there the content, each name and each
+    of the text in a dozen formats and clients re-serialise them, so there the words of the content, each name and each
     argument behind its key must be found in the raw text, by letters and digits alone.
     """
     answer, content = without_thinking(answer), without_thinking(text_of(message.get("content")))
@@ -101,30 +148,38 @@ def echoes(message: dict, answer: str) -> bool:
     raw = letters(answer)
 
     def found(name: str, value: Any) -> bool:
+        if isinstance(value, int | float) and not isinstance(value, bool):  # 1000 for a model's 1e3
+            behind_its_key = rf"{re.escape(name)}\W{{0,8}}?({NUMBER})" if name else f"({NUMBER})"
+            return any(Decimal(n) == Decimal(str(value)) for n in re.findall(behind_its_key, answer))
         # A model may write é or \u00e9, and an escaped newline leaves an n: any of the spellings will do.
         plain = value if isinstance(value, str) else json.dumps(value)
         spellings = (plain, json.dumps(value), json.dumps(value, ensure_ascii=False))
         return any(letters(name) + letters(spelling) in raw for spelling in spellings)
 
-    return letters(content) in raw and all(
-        letters(name) in raw and all(found(*pair) for pair in named_values(arguments)) for name, arguments in calls
+    return said_in_order(content, raw) and all(
+        letters(name) in raw and all(found(*pair) for pair in named_values(arguments)) for _, name, arguments in calls
     )
 
 
 def find_continued(
-    db: sqlite3.Connection, user: str, messages: list[dict]
+    db: sqlite3.Connection, user: str, messages: list[dict], tools: Collection[str] = (), session: str | None = None
 ) -> tuple[sqlite3.Row, list[dict]] | tuple[None, None]:
     """The turn that these messages go on from, and what followed it; (None, None) for a new conversation.
 
     A turn is continued when its request is a prefix of this one, followed by our answer and by a next message. The
-    longest such prefix wins; among equal requests (two people say "hello") the answer decides.
+    longest such prefix wins; among equal requests (two people say "hello") the answer decides, and the `session` where
+    the client names it.
     """
     talk = conversation(messages)
-    prefixes = fingerprints(talk)
     answered = [k for k, m in enumerate(talk[:-1]) if m.get("role") == "assistant"]
-    rows = journal.candidates(db, user, [prefixes[k] for k in answered]) if answered else []
+    # As it came, and without the calls to tools that there are none of: the tools may be others than before.
+    ways = [fingerprints(talk, offered) for offered in ((), tools)]
+    rows = journal.candidates(db, user, list({prefixes[k] for prefixes in ways for k in answered})) if answered else []
     for k in reversed(answered):
-        fits = [r for r in rows if r["digest"] == prefixes[k] and echoes(talk[k], r["text"])]
+        digests = {prefixes[k] for prefixes in ways}
+        fits = [r for r in rows if r["digest"] in digests and echoes(talk[k], r["text"])]
+        if session:  # one that a client names has a slash in it
+            fits = [r for r in fits if r["session"] == session or "/" not in r["session"]]
         if fits:
             # Equal requests got equal answers: one that still waits, then the tightest fit, then the newest.
             turn = min(fits, key=lambda r: (r["state"] != "waiting", len(without_thinking(r["text"])), -r["created"]))

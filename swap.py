@@ -5,6 +5,7 @@ This file and server.py are the only ones that know vLLM's insides; what is reli
 
 import asyncio
 import ctypes
+import json
 import multiprocessing
 import os
 import pickle
@@ -13,6 +14,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +109,34 @@ def pack(weights: dict[str, torch.Tensor], path: str) -> bytes:
     return pickle.dumps(("file", path, end, layout))
 
 
+# What a chat template has to say about tools, and vLLM's parser for the calls of a model that was trained with it.
+TOOL_PARSERS = {
+    "<arg_key>": "glm45",
+    "<function=": "qwen3_coder",
+    "[TOOL_CALLS]": "mistral",
+    "<|tool_calls_section_begin|>": "kimi_k2",
+    "<｜tool▁calls▁begin｜>": "deepseek_v3",
+    "<|tool|>": "phi4_mini_json",
+    "<|tool_call|>": "granite",
+    "<|channel|>": "openai",
+    "<tool_call>": "hermes",  # Qwen 2.5, Qwen 3, Hermes, SmolLM 3
+    "ipython": "llama3_json",
+}
+
+
+def tool_parser_of(folder: Path) -> str:
+    """vLLM's name of the tool-call parser for the model in `folder`, by its chat template.
+
+    Without a hint it is "hermes": without any parser vLLM refuses requests with tools, and agents send them always.
+    """
+    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template = jinja.read_text() if jinja.exists() else str(json.loads(config.read_text()).get("chat_template"))
+    # A distilled model may have its teacher's template without the tokens, and vLLM's parsers want those.
+    words = (folder / "tokenizer.json").read_text() if (folder / "tokenizer.json").exists() else template
+    known = {mark: parser for mark, parser in TOOL_PARSERS.items() if mark[:2] not in ("<|", "<｜") or mark in words}
+    return next((parser for mark, parser in known.items() if mark in template), "hermes")
+
+
 def engine_args(
     model: str,
     *,
@@ -117,12 +147,20 @@ def engine_args(
     cores: list[int],
     seed: int,
     tool_parser: str,
+    reasoning_parser: str,
     max_seqs: int,
 ) -> Namespace:
     """vLLM's own `vllm serve` arguments for a policy that is trained while it serves.
 
     `memory_gib`: KV cache on the CPU; all that the engine may use on a GPU.
     """
+    from vllm.renderers import chat_utils
+
+    # OpenClaw sends a tool call's id back as its letters and digits alone, so it gets none else ("chatcmpl-tool-...").
+    # Before all other imports of vLLM: its parsers import this function by name.
+    make_id = chat_utils.make_tool_call_id
+    chat_utils.make_tool_call_id = lambda *a, **k: make_id(*a, **k).replace("chatcmpl-tool-", "call")
+
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -138,9 +176,12 @@ def engine_args(
         "logprobs-mode": "processed_logprobs",
         "generation-config": "vllm",
         "worker-extension-cls": "swap.WeightReceiver",
+        "sse-keep-alive-interval": "10",  # seconds: no client takes a swap, or a queue, for a dead server
     }
     if tool_parser:
         flags |= {"tool-call-parser": tool_parser}
+    if reasoning_parser:
+        flags |= {"reasoning-parser": reasoning_parser}
     switches = ["--enable-auto-tool-choice"] if tool_parser else []
     if device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))

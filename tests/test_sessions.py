@@ -29,13 +29,14 @@ class Asked(NamedTuple):
     judged: bool  # was it the first to do so?
 
 
-def ask(db, messages, answer, user="ann"):
+def ask(db, messages, answer, user="ann", tools=(), session=None):
     """One request and our answer to it, recorded as server.Recorder.generate does."""
     number = next(clock)
-    before, following = sessions.find_continued(db, user, messages)
-    judged = before is not None and journal.record_next(db, before["id"], following)
-    session = before["session"] if before is not None else f"session {number}"
-    digest = sessions.fingerprints(sessions.conversation(messages))[-1]
+    before, following = sessions.find_continued(db, user, messages, tools, session)
+    side = sessions.asked_by_the_client(messages)
+    judged = before is not None and not side and journal.record_next(db, before["id"], following)
+    session = session or (before["session"] if before is not None else f"session {number}")
+    digest = sessions.fingerprints(sessions.conversation(messages), tools)[-1]
     tokens = [1], [2, 3], [-1.0, -2.0], [(0, 0, 2)]  # prompt ids, response ids, log-probs, versions
     turn = journal.Turn(f"turn {number}", session, user, messages, {}, digest, answer, "stop", *tokens, 1.0, number)
     journal.record_turn(db, turn)
@@ -219,6 +220,7 @@ def test_content_in_parts(db):
         (r'{"text": "print(\"a\")\n\tb\n"}', r'{"text":"print(\u0022a\u0022)\n\tb\u000a"}'),
         ('{"edits": [{"old": "x", "new": "y z"}]}', '{"edits":[{"new":"y z","old":"x"}]}'),
         ("{}", "{ }"),
+        ('{"limit": 5.0, "all": [1e3, -2.50, 0.1]}', '{"limit":5,"all":[1000,-2.5,0.1]}'),
     ],
 )
 def test_tool_call_rewritten(db, written, sent):
@@ -238,6 +240,95 @@ def test_text_beside_two_tool_calls(db):
     results = [says("tool", "text", tool_call_id="id0"), says("tool", "total 0", tool_call_id="id1"), MORE]
     assert ask(db, [HELLO, message, *results], "x").before == first.id
     assert journal.load_turn(db, first.id)[1] == results
+
+
+def test_text_on_both_sides_of_a_call(db):
+    first = ask(db, [HELLO], "One moment.\n" + raw_call("read", '{"path": "a"}') + "\nThat is all, I think.")
+    message = calling(("id0", "read", '{"path": "a"}'), content="One moment. That is all, I think.")
+    assert ask(db, [HELLO, message, says("tool", "text")], "x").before == first.id
+    message["content"] = "One moment. I think that is all."
+    assert ask(db, [HELLO, message, says("tool", "text")], "x").before is None
+
+
+def test_unknown_tool_is_taken_out_of_the_history(db):
+    """OpenClaw shows the model its call to a tool that there is none of once, and deletes both after the answer."""
+    ask_ = partial(ask, db, tools=("read", "exec"))
+    first = ask_([HELLO], raw_call("look", '{"path": "a"}'))
+    failed = [calling(("i1", "look", '{"path": "a"}'), content=""), says("tool", "no such tool", tool_call_id="i1")]
+    second = ask_([HELLO, *failed], "Sorry, I can't look.")
+    assert second.before == first.id and journal.load_turn(db, first.id)[1] == failed[1:]
+    third = ask_([HELLO, bot("Sorry, I can't look."), MORE], "Sure.")
+    assert third.before == second.id and third.judged
+    assert ask_([HELLO, bot("Sorry, I can't look."), MORE, bot("Sure."), HELLO], "x").before == third.id
+
+
+def test_tools_change_in_the_conversation(db):
+    call, result = calling(("i", "read", '{"path": "a"}')), says("tool", "text of a", tool_call_id="i")
+    ask(db, [HELLO], raw_call("read", '{"path": "a"}'), tools=("read",))
+    second = ask(db, [HELLO, call, result], "Done.", tools=("read",))
+    assert ask(db, [HELLO, call, result, bot("Done."), MORE], "x", tools=("exec",)).before == second.id
+
+
+FLUSH = says("user", "Pre-compaction memory flush. Store durable memories now.")
+HEARTBEAT = says("user", [{"type": "text", "text": "Follow the heartbeat monitor instructions."}])
+
+
+@pytest.mark.parametrize("own", [FLUSH, HEARTBEAT])
+@pytest.mark.parametrize("stays", [False, True])  # in the history
+def test_what_the_client_asks_in_between(db, own, stays):
+    first = ask(db, [HELLO], HI["content"])
+    side = ask(db, [HELLO, HI, own], raw_call("read", '{"path": "MEMORY.md"}'))
+    call, result = calling(("i", "read", '{"path": "MEMORY.md"}')), says("tool", "empty", tool_call_id="i")
+    tool = ask(db, [HELLO, HI, own, call, result], "HEARTBEAT_OK")
+    assert not side.judged and not tool.judged and journal.in_state(db, "judging") == []
+    history = [HELLO, HI, *([own, call, result, bot("HEARTBEAT_OK")] if stays else [])]
+    second = ask(db, [*history, MORE], "Sure.")
+    assert second == (second.id, first.session, first.id, True)
+    assert journal.load_turn(db, first.id)[1] == [MORE]
+    assert ask(db, [*history, MORE, bot("Sure."), HELLO], "x").before == second.id
+
+
+@pytest.mark.parametrize(
+    ("messages", "own"),
+    [
+        ([says("system", "Generate a concise session title for this."), HELLO], True),
+        ([says("system", "You are a context summarization assistant. Read"), HELLO], True),
+        ([says("system", "You are a personal assistant"), HELLO, HI, FLUSH], True),
+        ([HELLO, HI, HEARTBEAT, says("user", CARRIER)], True),
+        ([HELLO, HI, FLUSH, bot("Stored."), MORE], False),
+        ([says("user", "What is a Pre-compaction memory flush.")], False),
+        ([], False),
+    ],
+)
+def test_who_asks(messages, own):
+    assert sessions.asked_by_the_client(messages) is own
+
+
+def test_retry_with_the_text_rewritten(db):
+    """After an error OpenClaw asks again in words that its history never shows: that answer has no next state."""
+    again = says("user", "Queued user message from a previous active turn (now superseded):\nhello")
+    answer = ask(db, [again], HI["content"])
+    assert ask(db, [HELLO, HI, MORE], "Sure.").before is None
+    assert answer.id in journal.in_state(db, "waiting")
+
+
+def test_empty_answer_is_asked_again(db):
+    empty = ask(db, [HELLO], "")
+    second = ask(db, [HELLO], HI["content"])
+    assert ask(db, [HELLO, HI, MORE], "x").before == second.id and empty.id in journal.in_state(db, "waiting")
+
+
+def test_compaction_begins_a_new_conversation(db):
+    ask(db, [HELLO], HI["content"])
+    summary = says("user", "The conversation before this point was compacted: they said hello.")
+    after = ask(db, [summary, MORE], "Sure.")
+    assert after.before is None and ask(db, [summary, MORE, bot("Sure."), HELLO], "x").before == after.id
+
+
+def test_the_session_tells_equal_conversations_apart(db):
+    one, two = (ask(db, [HELLO], HI["content"], session=f"ann/{s}") for s in "12")
+    assert ask(db, [HELLO, HI, MORE], "x", session="ann/1").before == one.id
+    assert ask(db, [HELLO, HI, MORE], "x", session="ann/2").before == two.id
 
 
 @pytest.mark.parametrize("other", [("write", '{"path": "a"}'), ("read", '{"path": "b"}'), ("read", '{"file": "a"}')])

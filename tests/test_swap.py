@@ -29,6 +29,7 @@ async def served(request, tmp_path_factory):
         cores=[0],
         seed=0,
         tool_parser="",
+        reasoning_parser="",
         max_seqs=8,
     )
     engine = swap.start_engine(args)

@@ -1,0 +1,72 @@
+"""What to paste into a client so that it talks to this server."""
+
+import json
+
+
+def openclaw(url: str, model: str, key: str, context: int) -> str:
+    """~/.openclaw/openclaw.json. Where its 12,000 tokens of prompt have no room: four tools, and 2,400 tokens."""
+    entry = {
+        "id": model,
+        "name": model,
+        "reasoning": True,  # else it sends no thinking back, and the model reads less than it wrote
+        "input": ["text"],
+        "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
+        "contextWindow": context,
+        "maxTokens": min(4096, context // 4),
+        # The headers name the session of each request; nothing depends on them.
+        "compat": {
+            "sendSessionAffinityHeaders": True,
+            "requiresStringContent": True,
+            "maxTokensField": "max_tokens",
+        },
+    }
+    provider = {
+        "baseUrl": url,
+        "apiKey": key,
+        "api": "openai-completions",
+        "timeoutSeconds": 1800,
+        "models": [entry],
+    }
+    defaults: dict = {"model": {"primary": f"rl/{model}"}}
+    settings = {"models": {"mode": "replace", "providers": {"rl": provider}}, "agents": {"defaults": defaults}}
+    if context < 32_768:
+        defaults |= {"skipBootstrap": True, "skills": [], "heartbeat": {"every": "0m"}}
+        defaults["compaction"] = {"memoryFlush": {"enabled": False}}
+        tools = {"allow": ["read", "write", "edit", "exec"], "deny": ["apply_patch", "process"], "toolSearch": False}
+        settings["tools"] = tools
+    return json.dumps(settings, indent=2)
+
+
+def openai(url: str, model: str, key: str, context: int) -> str:
+    return f'''from openai import OpenAI
+
+client = OpenAI(base_url="{url}", api_key="{key}")
+talk = [{{"role": "user", "content": "Why is the sky blue?"}}]
+answer = client.chat.completions.create(model="{model}", messages=talk)
+print(answer.choices[0].message.content)
+talk += [answer.choices[0].message, {{"role": "user", "content": "Too long, one sentence please."}}]
+client.chat.completions.create(model="{model}", messages=talk)  # the first answer is now being judged'''
+
+
+def curl(url: str, model: str, key: str, context: int) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
+    return (
+        f"curl {url}/chat/completions -H 'Authorization: Bearer {key}' "
+        f"-H 'Content-Type: application/json' \\\n  -d '{body}'"
+    )
+
+
+def open_webui(url: str, model: str, key: str, context: int) -> str:
+    """Its own requests for titles, tags and follow-ups go on from nothing and are asked by nobody: they expire."""
+    return (
+        f"OPENAI_API_BASE_URL={url} OPENAI_API_KEY={key} ENABLE_FORWARD_USER_INFO_HEADERS=true \\\n"
+        "  DATA_DIR=./open-webui open-webui serve"
+    )
+
+
+CLIENTS = {"openclaw": openclaw, "openai": openai, "curl": curl, "open-webui": open_webui}
+
+
+def paste(url: str, model: str, key: str, context: int, client: str) -> str:
+    """`context`: tokens of prompt and answer together."""
+    return CLIENTS[client](url, model, key, context)

@@ -1,0 +1,236 @@
+"""The real OpenClaw, unmodified, against the real program: installs node and openclaw by npm into a folder, lets two
+sessions talk through its gateway and one through the one-shot CLI while weights are swapped, then reads the journal.
+
+    .venv/bin/python -m tests.openclaw.check FOLDER
+
+Needs npm's registry, and takes about five minutes the first time. The model is random but for its form: it answers a
+person with a tool call and a tool's result with words.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import torch
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import clients
+from tests.conftest import Program, free_port, make_tiny_model
+
+NODE, OPENCLAW, KEY, CONTEXT = "node@26", "openclaw@2026.9.6", "sk-claw", 65_536
+SESSIONS, TURNS = ("alpha", "beta"), 5
+
+TEMPLATE = """{%- if tools %}<|im_start|>system
+# Tools: call one as <tool_call> JSON </tool_call>
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content or '' }}{% for call in m.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if tools and messages[-1].role != 'tool' %}<|act|>{% else %}<|say|>{% endif %}{% endif %}"""
+OPEN, CLOSE = '<tool_call>\n{"name": "exec", "arguments": {"command": "', '"}}\n</tool_call>'
+COMMANDS = ["date -u", "echo hello", "ls -a /", "no-such-command"]
+WORDS = [" It", " is", " done", " now", " and", " here", " was", " the", " file", "."]
+
+
+def make_tool_model(folder: Path) -> Path:
+    """A Llama whose next token hangs on the last one alone: a chain through a tool call, or through some words."""
+    make_tiny_model(folder, tied=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|act|>", "<|say|>"]})
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in [OPEN, CLOSE, *COMMANDS, *WORDS]])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = model.config
+    config.vocab_size = config.hidden_size = -(-len(tokenizer) // 64) * 64
+    config.head_dim, config.max_position_embeddings = 64, CONTEXT
+    model = type(model)(config)
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in ["<|act|>", "<|say|>", OPEN, CLOSE, *COMMANDS, *WORDS]}
+    after = {ids["<|act|>"]: [ids[OPEN]], ids[OPEN]: [ids[c] for c in COMMANDS], ids[CLOSE]: [tokenizer.eos_token_id]}
+    after |= {ids[c]: [ids[CLOSE]] for c in COMMANDS} | {ids["<|say|>"]: [ids[w] for w in WORDS]}
+    after |= {ids[w]: [*(ids[w] for w in WORDS), *[tokenizer.eos_token_id] * 2] for w in WORDS}
+    with torch.no_grad():
+        for layer in model.model.layers:  # nothing but the last token counts, before the training
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(config.vocab_size))
+        model.lm_head.weight.normal_(std=1e-3)
+        for token, following in after.items():  # a one-hot state has the norm sqrt(D) behind RMSNorm
+            for nxt in set(following):
+                model.lm_head.weight[nxt, token] = (12 + np.log(following.count(nxt))) / config.hidden_size**0.5
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def installed(folder: Path) -> dict[str, str]:
+    """The environment in which `openclaw` is a command; npm brings it, and the node that it wants, into `folder`."""
+    env = os.environ | {"HOME": str(folder / "home"), "OPENCLAW_HOME": str(folder / "home")}
+    for name, package, flags in (("node", NODE, []), ("app", OPENCLAW, ["--ignore-scripts"])):
+        binary = folder / name / "node_modules" / ("node/bin" if name == "node" else ".bin")
+        if not binary.exists():
+            subprocess.run(["npm", "install", "--prefix", folder / name, *flags, package], check=True, env=env)
+        env["PATH"] = f"{binary}:{env['PATH']}"
+    return env
+
+
+def configure(folder: Path, url: str, port: int) -> None:
+    """What `run.py --print_client=openclaw` prints, and a gateway of this test's own."""
+    settings = json.loads(clients.paste(f"{url}/v1", "policy", KEY, 8192, "openclaw"))
+    settings["models"]["providers"]["rl"]["models"][0]["contextWindow"] = CONTEXT
+    gateway = {"mode": "local", "bind": "loopback", "port": port, "auth": {"mode": "token", "token": "t"}}
+    place = folder / "home" / ".openclaw"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "openclaw.json").write_text(json.dumps(settings | {"gateway": gateway}))
+
+
+def is_up(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def stop_gateway(gateway: subprocess.Popen) -> None:
+    gateway.terminate()
+    gateway.wait(30)
+
+
+def say(env: dict[str, str], session: str, text: str, *flags: str) -> dict:
+    command = ["openclaw", "agent", *flags, "--session-id", session, "--message", text, "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+def keep_it_training(program: Program, stop: threading.Event, errors: list) -> None:
+    """Rated answers to somebody else, so that there are steps, and swaps, all the time."""
+    c = openai.OpenAI(base_url=f"{program.url}/v1", api_key="sk-other", max_retries=0)
+    k = 0
+    while not stop.is_set():
+        try:
+            reply = c.chat.completions.create(
+                model="policy", messages=[{"role": "user", "content": f"go {k}"}], max_tokens=20
+            )
+            body = {"completion_id": reply.id, "score": 1 if k % 2 else -1}
+            httpx.post(
+                f"{program.url}/v1/feedback", json=body, headers={"Authorization": "Bearer sk-other"}, timeout=60
+            )
+        except (openai.APIError, httpx.HTTPError) as e:
+            errors.append(e)
+        k += 1
+        time.sleep(0.5)
+
+
+def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
+    """Each thing said has two answers, a tool call and words, each linked to what truly came next."""
+    from tests.test_program import rows
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = rows(program, "user = 'claw'")
+    main = [r for r in found if "turn of" in r["messages"]]
+    for k, (session, text) in enumerate(said):
+        mine = [r for r in main if text in last_said(r)]
+        assert len(mine) == 2, f"{text!r}: {len(mine)} answers"
+        call, words = mine
+        assert "<tool_call>" in call["text"] and "<tool_call>" not in words["text"]
+        assert [m["role"] for m in json.loads(call["next_messages"])] == ["tool"]
+        nxt = [t for s, t in said[k + 1 :] if s == session][:1]
+        if nxt:
+            (came,) = json.loads(words["next_messages"])
+            assert came["role"] == "user" and nxt[0] in str(came["content"]), (nxt, came)
+        else:
+            assert words["state"] == "waiting" and words["next_messages"] is None
+        assert call["session"] == words["session"]
+        for row in mine:
+            ids = {k: np.frombuffer(row[k], np.int32).tolist() for k in ("prompt_ids", "response_ids")}
+            assert tokenizer.decode(ids["response_ids"], skip_special_tokens=True) == row["text"]
+            template = json.loads(row["template"])
+            rendered = tokenizer.apply_chat_template(
+                as_rendered(json.loads(row["messages"])),
+                tools=template["tools"],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+            assert ids["prompt_ids"] == rendered, "the prompt is not what the messages render to"
+    sides = [r for r in found if r not in main]
+    assert not [r for r in sides if r["state"] in ("queued", "training", "trained")], "a side request was trained on"
+    print(f"{len(main)} answers of {len(said)} turns, all linked; {len(sides)} side requests, none trained on")
+
+
+def last_said(row) -> str:
+    said = [
+        m for m in json.loads(row["messages"]) if m["role"] == "user" and "INTERNAL_CONTEXT" not in str(m["content"])
+    ]
+    return str(said[-1]["content"])
+
+
+def as_rendered(messages: list[dict]) -> list[dict]:
+    """Tool calls' arguments as objects, and content as text, as vLLM hands them to the template."""
+    out = []
+    for m in messages:
+        calls = [
+            c | {"function": c["function"] | {"arguments": json.loads(c["function"]["arguments"])}}
+            for c in m.get("tool_calls") or []
+        ]
+        content = m.get("content")
+        text = "".join(p["text"] for p in content) if isinstance(content, list) else content
+        out.append(m | {"content": text} | ({"tool_calls": calls} if calls else {}))
+    return out
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    env, port = installed(folder), free_port()
+    model = make_tool_model(folder / "model")
+    out = folder / f"out-{time.strftime('%H%M%S')}"
+    options = {"max_model_len": CONTEXT, "max_train_tokens": CONTEXT, "batch_size": 2, "lr": 1e-5}
+    program = Program(model, out, key=f"claw:{KEY},other:sk-other", **options).wait_ready()
+    stop, errors, said = threading.Event(), [], []
+    configure(folder, program.url, port)
+    with open(out / "gateway.log", "w") as log:
+        gateway = subprocess.Popen(["openclaw", "gateway", "run"], env=env, stdout=log, stderr=log)
+    others = threading.Thread(target=keep_it_training, args=(program, stop, errors))
+    try:
+        while not is_up(f"http://127.0.0.1:{port}/healthz"):
+            assert gateway.poll() is None, (out / "gateway.log").read_text()[-3000:]
+            time.sleep(0.5)
+        others.start()
+        step = program.status()["step"]
+        for turn in range(1, TURNS + 1):
+            for session in SESSIONS:
+                said.append((session, f"This is turn of {session}, number {turn}: look, please."))
+                say(env, *said[-1])
+                print(said[-1][1], f"step {program.status()['step']}", flush=True)
+        stop_gateway(gateway)  # it and the one-shot CLI want the same folder
+        for turn in (1, 2):
+            said.append(("gamma", f"This is turn of gamma, number {turn}: look, please."))
+            say(env, *said[-1], "--local")
+        swaps = program.status()["step"] - step
+    finally:
+        stop.set()
+        stop_gateway(gateway)
+        if others.is_alive():
+            others.join()
+        ended = program.stop()
+    assert swaps >= 5, f"only {swaps} swaps"
+    assert not errors, errors
+    check(program, model, said)
+    log = (out / "gateway.log").read_text()
+    assert not re.search(r"\b(429|5\d\d) \w*error|fetch failed", log, re.IGNORECASE), "the gateway met an error"
+    print(f"{swaps} swaps meanwhile; the program ended in {ended:.0f} s")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

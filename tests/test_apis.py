@@ -1,0 +1,246 @@
+"""The three APIs, by the packages that people use: one conversation each, streamed or not, with tools and without."""
+
+import json
+import subprocess
+import sys
+
+import anthropic
+import httpx
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import clients
+import distill
+import swap
+from tests.conftest import ROOT, Program
+from tests.test_program import ALICE, client, rows
+
+PATH = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"]}
+
+
+@pytest.fixture(scope="module")
+def program(tiny_model, tmp_path_factory):
+    """One of its own, which never has a batch together: what is asked here shifts nothing for the other tests."""
+    program = Program(tiny_model, tmp_path_factory.mktemp("apis"), batch_size=1000, key="alice:key-a,bob:key-b")
+    yield program.wait_ready()
+    program.stop()
+
+
+def session_of(program, text):
+    """The rows of the conversation that a request with this text began, in order."""
+    (first,) = [r for r in rows(program) if text in json.dumps(json.loads(r["messages"])[-1])]
+    return rows(program, "session = ?", first["session"])
+
+
+async def check(program, tiny_model, found, after):
+    """Two turns of one conversation, whose first was judged by what came after; both recorded as they were rendered."""
+    first, second = found
+    assert [m["role"] for m in json.loads(first["next_messages"])] == [after]
+    assert first["state"] != "waiting" and second["state"] == "waiting" and second["user"] == "alice"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for row in found:
+        ids = {k: np.frombuffer(row[k], np.int32).tolist() for k in ("prompt_ids", "response_ids")}
+        assert tokenizer.decode(ids["response_ids"], skip_special_tokens=True).rstrip("\ufffd") == row["text"].rstrip(
+            "\ufffd"
+        )
+        # These messages rendered once more are the prompt: else this raises.
+        arguments = json.loads(row["messages"]), json.loads(row["template"]), ids["prompt_ids"]
+        assert await distill.hinted_prompts(client(program), *arguments, ["Be brief, please."])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_anthropic_messages(program, tiny_model, stream):
+    async with anthropic.AsyncAnthropic(base_url=program.url, api_key=ALICE, max_retries=0) as c:
+
+        async def ask(messages):
+            options = {"model": "policy", "max_tokens": 12, "system": "Be kind.", "messages": messages}
+            if not stream:
+                return await c.messages.create(**options)
+            async with c.messages.stream(**options) as s:
+                return await s.get_final_message()
+
+        talk = [{"role": "user", "content": f"an anthropic question, {stream}"}]
+        reply = await ask(talk)
+        talk += [{"role": "assistant", "content": [b.model_dump() for b in reply.content]}]
+        await ask([*talk, {"role": "user", "content": [{"type": "text", "text": "No, wrong."}]}])
+    found = session_of(program, talk[0]["content"])
+    assert found[0]["text"] == reply.content[0].text and found[0]["id"] == reply.id
+    await check(program, tiny_model, found, "user")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_openai_responses(program, tiny_model, stream):
+    c = client(program)
+
+    async def ask(messages):
+        options = {"model": "policy", "max_output_tokens": 12, "instructions": "Be kind.", "input": messages}
+        if not stream:
+            return await c.responses.create(**options)
+        async with c.responses.stream(**options) as s:
+            return await s.get_final_response()
+
+    question = f"a question to responses, {stream}"
+    reply = await ask(question)
+    said = [item.model_dump(exclude_none=True) for item in reply.output]
+    await ask([{"role": "user", "content": question}, *said, {"role": "user", "content": "No, wrong."}])
+    found = session_of(program, question)
+    assert found[0]["text"] == reply.output_text and found[0]["id"] == reply.id
+    await check(program, tiny_model, found, "user")
+
+
+@pytest.mark.parametrize("api", ["chat", "anthropic", "responses"])
+async def test_tool_calls_and_their_results(program, tiny_model, api):
+    """The tiny model calls a tool only where it must: such an answer is no sample of the plain policy, and dropped."""
+    question, c = f"use the tool, {api}", client(program)
+    function = {"name": "read", "parameters": PATH, "strict": True}
+    if api == "chat":
+        options = {"model": "policy", "max_tokens": 200, "tools": [{"type": "function", "function": function}]}
+        talk = [{"role": "user", "content": question}]
+        reply = await c.chat.completions.create(
+            messages=talk, tool_choice={"type": "function", "function": {"name": "read"}}, **options
+        )
+        (call,) = reply.choices[0].message.tool_calls
+        talk += [reply.choices[0].message.model_dump(exclude_none=True)]
+        result = {"role": "tool", "tool_call_id": call.id, "content": "text of it"}
+        del options["tools"]  # with them the answer would be held to their form again
+        await c.chat.completions.create(messages=[*talk, result], **options)
+        call_id = call.id
+    elif api == "responses":
+        options = {
+            "model": "policy",
+            "max_output_tokens": 200,
+            "tools": [{"type": "function", **function}],
+        }
+        talk = [{"role": "user", "content": question}]
+        reply = await c.responses.create(input=talk, tool_choice={"type": "function", "name": "read"}, **options)
+        (call,) = reply.output
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "text of it"}
+        del options["tools"]  # with them the answer would be held to their form again
+        await c.responses.create(input=[*talk, call.model_dump(exclude_none=True), result], **options)
+        call_id = call.call_id
+    else:
+        async with anthropic.AsyncAnthropic(base_url=program.url, api_key=ALICE, max_retries=0) as a:
+            options = {
+                "model": "policy",
+                "max_tokens": 200,
+                "tools": [{"name": "read", "input_schema": PATH, "strict": True}],
+            }
+            talk = [{"role": "user", "content": question}]
+            reply = await a.messages.create(messages=talk, tool_choice={"type": "tool", "name": "read"}, **options)
+            (call,) = reply.content
+            result = {"type": "tool_result", "tool_use_id": call.id, "content": "text of it"}
+            talk += [{"role": "assistant", "content": [call.model_dump()]}, {"role": "user", "content": [result]}]
+            del options["tools"]  # with them the answer would be held to their form again
+            await a.messages.create(messages=talk, **options)
+        call_id = call.id
+    assert call_id.isalnum(), "OpenClaw would send another one back"
+    first, second = [r for r in rows(program) if question in r["messages"]]
+    assert "structured_outputs" in first["reason"] and second["state"] == "waiting"
+    ids = np.frombuffer(second["prompt_ids"], np.int32).tolist()
+    arguments = json.loads(second["messages"]), json.loads(second["template"]), ids
+    assert await distill.hinted_prompts(client(program), *arguments, ["Be brief, please."])
+    result = json.loads(second["messages"])[-1]
+    assert (result["role"], result["tool_call_id"], result["content"]) == ("tool", call_id, "text of it")
+
+
+async def test_what_responses_hides_is_an_error(program):
+    """An answer that the client names by its id alone is not kept by vLLM: told, not guessed."""
+    async with httpx.AsyncClient(base_url=program.url, headers={"Authorization": f"Bearer {ALICE}"}) as http:
+        body = {"model": "policy", "input": "go on", "previous_response_id": "resp_1"}
+        reply = await http.post("/v1/responses", json=body)
+    assert 400 <= reply.status_code < 500 and "resp_1" in reply.json()["error"]["message"]
+
+
+async def test_a_session_may_be_named_by_the_client(program):
+    said = [{"role": "user", "content": "who am I?"}]
+    headers = {"x-session-affinity": "main:1"}
+    reply = await client(program).chat.completions.create(
+        model="policy", messages=said, max_tokens=4, extra_headers=headers
+    )
+    assert rows(program, "id = ?", reply.id)[0]["session"] == "alice/main:1"
+
+
+async def test_hostile_shapes(program):
+    """What vLLM lets pass, the matcher must stand; the next request of the same conversation too."""
+    big = {"id": ["x"], "type": "function", "function": {"name": "f", "arguments": json.dumps({"n": 10**400})}}
+    call = {"id": "i", "type": "function", "function": {"name": "f", "arguments": '{"n": ' + "9" * 400 + "}"}}
+    odd = [
+        [{"role": "user", "content": "hi", "tool_calls": [{"function": "x"}]}],
+        [{"role": "assistant", "content": "n", "tool_calls": [call]}],
+        [{"role": "assistant", "content": "n", "tool_calls": [big]}],
+        [{"role": "tool", "content": "n", "tool_call_id": ["x"]}],
+    ]
+    async with httpx.AsyncClient(
+        base_url=program.url, headers={"Authorization": f"Bearer {ALICE}"}, timeout=60
+    ) as http:
+        for messages in odd:
+            talk = [{"role": "user", "content": "hi"}, *messages, {"role": "user", "content": "go on"}]
+            for tools in ({}, {"tools": [{"type": "function", "function": {"name": "f"}}]}):
+                reply = await http.post(
+                    "/v1/chat/completions", json={"model": "policy", "messages": talk, "max_tokens": 2} | tools
+                )
+                assert reply.status_code in (200, 400), reply.text
+
+
+def test_what_to_paste_into_a_client_works(program):
+    arguments = f"{program.url}/v1", "policy", ALICE, 2048
+    answer = subprocess.run(
+        ["bash", "-c", clients.paste(*arguments, "curl")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(answer.stdout)["choices"][0]["message"]["role"] == "assistant"
+    code = clients.paste(*arguments, "openai").replace("messages=talk", "messages=talk, max_tokens=8")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    first, second = [r for r in rows(program) if r["prompt_ids"] and "Why is the sky blue" in r["messages"]][-2:]
+    assert "one sentence" in first["next_messages"] and second["session"] == first["session"]
+
+
+@pytest.mark.parametrize("client_name", ["openclaw", "openai", "curl", "open-webui"])
+def test_print_client(tmp_path, client_name):
+    options = ["--port=1234", "--key=ann:sk-1", f"--out={tmp_path / 'out'}", f"--print_client={client_name}"]
+    done = subprocess.run([sys.executable, ROOT / "run.py", *options], capture_output=True, text=True, check=True)
+    assert "http://127.0.0.1:1234/v1" in done.stdout and "sk-1" in done.stdout and not (tmp_path / "out").exists()
+    if client_name == "openclaw":
+        (provider,) = json.loads(done.stdout)["models"]["providers"].values()
+        assert provider["models"][0]["contextWindow"] == 8192 and provider["apiKey"] == "sk-1"
+
+
+def test_show(program, tmp_path):
+    def show(*options):
+        return subprocess.run([sys.executable, ROOT / "show.py", *options], capture_output=True, text=True)
+
+    body = {"model": "policy", "messages": [{"role": "user", "content": "show me"}], "max_tokens": 4}
+    headers = {"Authorization": f"Bearer {ALICE}", "X-Session-Id": "shown"}
+    with httpx.Client(base_url=program.url, headers=headers, timeout=60) as http:
+        reply = http.post("/v1/chat/completions", json=body).json()
+        feedback = {"completion_id": reply["id"], "score": -1, "text": "You should have been brief."}
+        assert http.post("/v1/feedback", json=feedback).status_code == 200
+    found = show(f"--out={program.out}", "--session=alice/shown").stdout
+    for line in (
+        "user      show me",
+        "verdict   -1 by feedback",
+        "hint      You should have been brief. (own words)",
+        "became",
+    ):
+        assert line in found, found
+    assert "show me" in show(f"--out={program.out}").stdout
+    assert "no such session" in show(f"--out={program.out}", "--session=none").stderr
+    assert "no journal.db" in show(f"--out={tmp_path}").stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "parser"),
+    [
+        ("{% if tools %}<tool_call>{% endif %}<|python_tag|>", "hermes"),
+        ("Environment: ipython", "llama3_json"),
+        ("<tool_call><function=name>", "qwen3_coder"),
+        ("[TOOL_CALLS]", "mistral"),
+        ("<｜tool▁calls▁begin｜>", "hermes"),  # without that token in the vocabulary
+        ("{{ messages }}", "hermes"),
+    ],
+)
+def test_tool_parser_of_a_template(tiny_model, tmp_path, template, parser):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert swap.tool_parser_of(tmp_path) == parser
