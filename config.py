@@ -47,7 +47,7 @@ class Config:
     baseline: str = "mean"  # of the reward: mean (running, per user), none (upstream's) or group (same prompt)
     max_staleness: int = 8  # samples from weights older than this many steps are dropped
     row_tokens: int = 256  # tokens per packed row, a micro-batch; a longer sample has a row of its own
-    max_train_tokens: int = 4096  # longer samples are served, not trained on
+    max_train_tokens: int = 16384  # longer samples are served, not trained on; memory is planned for one of this length
     steps: int = 0  # stop training after so many steps and go on serving; 0: never
     save_every: int = 50  # steps between checkpoints; one is always written at a clean stop
     keep: int = 3  # checkpoints that are kept, the newest
@@ -110,8 +110,9 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
     n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**30  # GiB in bf16
     # policy and its frozen start, the pushed and the last good copy; fp32 masters, gradients and Adam's two moments
-    width = policy.compute_dtype(device).itemsize / 2
-    trainer = weights * ((2 if config.kl else 1) * width + 2 + 2 * 4) + 1.0
+    width = policy.compute_dtype(device).itemsize
+    row = policy.row_memory(folder, min(config.max_train_tokens, config.max_model_len), width)
+    trainer = weights * ((2 if config.kl else 1) * width / 2 + 2 + 2 * 4) + row + 0.5
     host = 2 * 3 * weights  # masters and moments as they were before the step, on the CPU
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0] / 2**30
@@ -122,7 +123,10 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
         engine = config.engine_memory or min(4.0, max(0.5, (free - trainer - host - 2 * weights) / 4))
         needed = trainer + host + engine + 2 * weights + 2.0  # the engine's weights, and its processes
     if needed > free:
-        sys.exit(f"{needed:.1f} GiB needed, {free:.1f} free on {device}: a smaller --model, or --engine_memory lower")
+        sys.exit(
+            f"{needed:.1f} GiB needed, {free:.1f} free on {device}: a smaller --model, or --engine_memory or "
+            "--max_train_tokens lower"
+        )
     small = not config.judge_url and weights < 1
     return SimpleNamespace(
         device=device,

@@ -45,6 +45,8 @@ async def hinted_prompts(
     root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
 
     async def render(messages: list[dict]) -> list[int]:
+        # vLLM's chat takes thinking under either name, its /tokenize under one.
+        messages = [{"reasoning" if k == "reasoning_content" else k: v for k, v in m.items()} for m in messages]
         try:
             return (await root.post("/tokenize", cast_to=object, body={**template, "messages": messages}))["tokens"]
         except (openai.APIError, UnicodeError) as e:  # half a surrogate pair is valid JSON and goes into no request

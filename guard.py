@@ -45,7 +45,7 @@ def unfit(
     if step - min(version for version, _, _ in turn.versions) > max_staleness:
         return f"stale: more than {max_staleness} steps old"
     if len(turn.prompt_ids) + len(turn.response_ids) > max_train_tokens:
-        return f"longer than {max_train_tokens} tokens"
+        return f"longer than --max_train_tokens={max_train_tokens}"
     if not w_rl and not sample.verdict.hints:
         return "no hint, and the score is not trained on (w_rl is 0)"
     cut = turn.finish_reason == "length"

@@ -110,6 +110,17 @@ class State:
     stopping: bool = False  # set by the event loop, read by the trainer thread between rows
 
 
+def row_memory(folder: Path, tokens: int, width: int) -> float:
+    """GiB for the forward and backward pass of one row of so many tokens, `width` bytes a number, where each layer's
+    input is kept and the rest is made anew (see `run.update`); an upper bound fitted to Llamas (tests/test_policy.py).
+    """
+    c = AutoConfig.from_pretrained(folder).get_text_config()
+    inputs = 3 * c.hidden_size * c.num_hidden_layers
+    one_layer = 10 * (c.hidden_size + getattr(c, "intermediate_size", 4 * c.hidden_size))
+    logits = 4 * 256 * c.vocab_size  # fp32, of a chunk of places (see `grpo.token_logps`)
+    return (tokens * width * (inputs + one_layer) + 4 * logits) / 2**30
+
+
 def compute_dtype(device: str) -> torch.dtype:
     """What the trainer computes in. Without AMX a CPU multiplies bf16 at half the speed of fp32 (75 against 140
     GFLOP/s a core, measured), with it at twice."""

@@ -179,10 +179,11 @@ async def samples(
     n: int,
     parse: Callable[[str], Any],
     temperature: float,
-    max_tokens: int,
     extra: dict,
 ) -> list[Any]:
-    """n constrained samples of one chat request. An endpoint that ignores n is asked again for the rest."""
+    """n constrained samples of one chat request. An endpoint that ignores n is asked again for the rest.
+
+    No max_tokens: a judge that thinks does so first, and what it is held to ends by itself."""
     said: list[Any] = []
     while len(said) < n:
         reply = await client.chat.completions.create(
@@ -190,7 +191,6 @@ async def samples(
             messages=messages,
             n=n - len(said),
             temperature=temperature,
-            max_tokens=max_tokens,
             extra_body=extra,
         )
         if not getattr(reply, "choices", None):
@@ -270,7 +270,7 @@ async def judge(
     async def ask(extra: dict) -> list[int]:
         if bias is None:
             messages = judge_messages(request, answer, next_messages, chars)
-            return await samples(client, model, messages, votes, parse_label, temperature, 16, extra)
+            return await samples(client, model, messages, votes, parse_label, temperature, extra)
         (seen,) = await label_logps(client, model, [judge_prompt(next_messages, chars)])
         role = "tool" if next_messages[-1]["role"] == "tool" else "user"
         return draw(seen, bias[role], votes, temperature)
@@ -319,7 +319,7 @@ async def hints(
     messages = hint_messages(request, answer, next_messages, chars)
 
     async def ask(extra: dict) -> list[str]:
-        return await samples(client, model, messages, votes, str, temperature, 100, extra)
+        return await samples(client, model, messages, votes, str, temperature, extra)
 
     return elected(await insist(ask, HINT_PATTERN, timeout_s, retries, backoff_s))
 

@@ -207,7 +207,21 @@ class Capture:
                         done=headers.get("x-session-done", "").lower() in ("1", "true"),
                     )
                 )
-        await self.app(scope, replay, send)
+        await self.app(scope, replay, with_reasoning_content(send) if scope["path"] == CHAT else send)
+
+
+def with_reasoning_content(send: Send) -> Send:
+    """vLLM 0.32.0 calls the thinking of a chat answer `reasoning`; OpenClaw sends it back with the history only if it
+    came as `reasoning_content`. (Inside a JSON text the quotes would be escaped: these bytes are always the key.)"""
+
+    async def renamed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [(k, v) for k, v in message["headers"] if k.lower() != b"content-length"]
+        else:
+            message["body"] = message.get("body", b"").replace(b'"reasoning":', b'"reasoning_content":')
+        await send(message)
+
+    return renamed
 
 
 def tool_names(template: dict) -> set[str]:
@@ -266,7 +280,7 @@ class Recorder:
         # The prompt was valid, or we would not be here: only now does the request count as a next message.
         tools, side = tool_names(request.template), request.side or asked_by_the_client(request.messages)
         before, following = find_continued(self._db, request.user, request.messages, tools, request.session)
-        if before is not None and not side and journal.record_next(self._db, before["id"], following):
+        if before is not None and following and not side and journal.record_next(self._db, before["id"], following):
             self._on_next(before["id"])
         session = request.session or (before["session"] if before is not None else uuid.uuid4().hex[:12])
         changed = [k for k, v in SAMPLING_DEFAULTS.items() if (getattr(sampling_params, k) or v) != v]

@@ -19,10 +19,17 @@ import journal
 # OpenClaw appends this user message to each request and takes it away again before the next.
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 # What OpenClaw itself asks, in a person's conversation or beside it: how the last user or the system message begins.
+# In the history of later requests a line in brackets stands for the words that it had asked in.
 OWN_REQUESTS = {
-    "user": ("Pre-compaction memory flush.", "Follow the heartbeat monitor"),
-    "system": ("Generate a concise session title", "You are a context summarization assistant"),
+    "user": re.compile(
+        r"\s*(\[[^\]]*\d\d:\d\d[^\]]*\] )?(Pre-compaction memory flush\.|Follow the heartbeat monitor|"
+        r"A scheduled (reminder has been|cron event was) triggered|An async command (you ran|completion event)|"
+        r"\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\])"
+    ),
+    "system": re.compile(r"\s*(Generate a concise session title|You are a context summarization assistant)"),
 }
+SILENT = re.compile(r"\s*|.*\b(NO_REPLY|HEARTBEAT_OK)\b.*", re.DOTALL | re.IGNORECASE)  # answers that nobody is shown
+SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
 NUMBER = r"(?<![\w.])-?\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,3})?"
 
 
@@ -42,19 +49,28 @@ def without_thinking(text: str) -> str:
 
 
 def is_own_request(message: dict) -> bool:
-    prefixes = OWN_REQUESTS.get(str(message.get("role")), ())
-    return text_of(message.get("content")).lstrip().startswith(prefixes) if prefixes else False
+    begins = OWN_REQUESTS.get(str(message.get("role")))
+    return bool(begins and begins.match(text_of(message.get("content"))))
 
 
 def conversation(messages: list[dict]) -> list[dict]:
-    """The messages that a client sends again unchanged: no system text (agents put the clock in it), no carrier, and
-    nothing of what the client itself asked in between (a heartbeat with its answer may stay in the history or not)."""
-    kept, own = [], False
+    """The messages that a client sends again unchanged: no system text (agents put the clock in it), no carrier.
+
+    What the client itself asked in between is left out with its answers; where the person was shown one, SHOWN stands
+    for it, since what they said then may have been said to that.
+    """
+    kept: list[dict] = []
+    own: list[dict] = []  # a request of the client's own and what followed it, while we are in one
     for m in messages:
         if m.get("role") in ("system", "developer") or text_of(m.get("content")).startswith(CARRIER):
             continue
-        own = is_own_request(m) if m.get("role") == "user" else own
-        if not own:
+        if m.get("role") == "user":
+            if own and own[-1].get("role") == "assistant" and not SILENT.fullmatch(text_of(own[-1].get("content"))):
+                kept.append(SHOWN)
+            own = []
+        if own or is_own_request(m):
+            own.append(m)
+        else:
             kept.append(m)
     return kept
 
@@ -163,15 +179,14 @@ def echoes(message: dict, answer: str) -> bool:
 
 def find_continued(
     db: sqlite3.Connection, user: str, messages: list[dict], tools: Collection[str] = (), session: str | None = None
-) -> tuple[sqlite3.Row, list[dict]] | tuple[None, None]:
-    """The turn that these messages go on from, and what followed it; (None, None) for a new conversation.
+) -> tuple[sqlite3.Row | None, list[dict]]:
+    """The turn that these messages go on from, None for a new conversation; and what was said to it, [] for nothing.
 
-    A turn is continued when its request is a prefix of this one, followed by our answer and by a next message. The
-    longest such prefix wins; among equal requests (two people say "hello") the answer decides, and the `session` where
-    the client names it.
+    A turn is continued when its request is a prefix of this one, followed by our answer. The longest such prefix wins;
+    among equal requests (two people say "hello") the answer decides, and the `session` where the client names it.
     """
     talk = conversation(messages)
-    answered = [k for k, m in enumerate(talk[:-1]) if m.get("role") == "assistant"]
+    answered = [k for k, m in enumerate(talk) if m.get("role") == "assistant"]
     # As it came, and without the calls to tools that there are none of: the tools may be others than before.
     ways = [fingerprints(talk, offered) for offered in ((), tools)]
     rows = journal.candidates(db, user, list({prefixes[k] for prefixes in ways for k in answered})) if answered else []
@@ -188,5 +203,5 @@ def find_continued(
                 if m.get("role") == "assistant":
                     break
                 following.append(m)
-            return (turn, following) if following else (None, None)
-    return None, None
+            return turn, [] if SHOWN in following else following
+    return None, []

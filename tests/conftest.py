@@ -76,7 +76,7 @@ class Program:
     """run.py as a user starts it."""
 
     def __init__(self, model: Path, out: Path, **config) -> None:
-        self.out, self.port = out, free_port()
+        self.model, self.out, self.port = model, out, free_port()
         out.mkdir(parents=True, exist_ok=True)
         values = {"model": model, "out": out, "port": self.port, "max_model_len": 2048, "engine_memory": 0.5} | config
         self.url = f"http://127.0.0.1:{self.port}"

@@ -14,7 +14,8 @@ import clients
 import distill
 import swap
 from tests.conftest import ROOT, Program
-from tests.test_program import ALICE, client, rows
+from tests.openclaw.check import TEMPLATE, make_tool_model
+from tests.test_program import ALICE, client, rows, until, user
 
 PATH = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"]}
 
@@ -150,6 +151,86 @@ async def test_what_responses_hides_is_an_error(program):
         body = {"model": "policy", "input": "go on", "previous_response_id": "resp_1"}
         reply = await http.post("/v1/responses", json=body)
     assert 400 <= reply.status_code < 500 and "resp_1" in reply.json()["error"]["message"]
+
+
+async def test_regenerate_edit_and_branch_as_open_webui_does(program):
+    """A tree of messages: each answer is a turn of its own, linked to what was said to it and to nothing else."""
+    chat = {"X-OpenWebUI-Chat-Id": "chat-7"}
+
+    async def ask(*talk):
+        messages = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(talk)]
+        stream = await client(program).chat.completions.create(
+            model="policy", messages=messages, max_tokens=12, stream=True, extra_headers=chat
+        )
+        chunks = [chunk async for chunk in stream]
+        return chunks[0].id, "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+
+    question = "a question in a web page"
+    (one, red), (two, blue) = await ask(question), await ask(question)  # and again: regenerate
+    three, green = await ask(question, blue, "No, wrong.")
+    four, _ = await ask(question, red, "Thank you!")  # back to the first branch
+    five, _ = await ask(question, blue, "Wrong, and rude.")  # an edit of what was said
+    six, _ = await ask(f"{question}, edited")
+    seven, _ = await ask(question, blue, "No, wrong.", green, "Shorter, please.")
+    title, _ = await ask(f"### Task:\nGenerate a title.\n<chat_history>\nUSER: {question}\n</chat_history>")
+    found = {r["id"]: r for r in rows(program, "session = ?", "alice/chat-7")}
+    assert list(found) == [one, two, three, four, five, six, seven, title]
+    said = {k: [m["content"] for m in json.loads(r["next_messages"] or "[]")] for k, r in found.items()}
+    assert (said[one], said[two], said[three]) == (["Thank you!"], ["No, wrong."], ["Shorter, please."])
+    assert all(said[k] == [] and found[k]["state"] == "waiting" for k in (four, five, six, seven, title))
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory):
+    """A model that thinks before each answer, with room for an agent's prompts."""
+    model = make_tool_model(tmp_path_factory.mktemp("model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE.replace("<think></think><|say|>", "<think>")
+    tokenizer.save_pretrained(model)
+    options = {"reasoning_parser": "deepseek_r1", "judge_style": "chat", "max_model_len": 20_000, "batch_size": 1}
+    program = Program(model, tmp_path_factory.mktemp("thinking"), **options)
+    yield program.wait_ready()
+    program.stop()
+
+
+async def test_a_model_that_thinks(thinking):
+    """Its thoughts go out apart from the answer, need not come back, and come first where it judges, too."""
+    c, talk = client(thinking), [user("hello")]
+    stream = await c.chat.completions.create(model="policy", messages=talk, stream=True)
+    deltas = [chunk.choices[0].delta async for chunk in stream if chunk.choices]
+    thought = "".join(getattr(d, "reasoning_content", None) or "" for d in deltas)
+    answer = "".join(d.content or "" for d in deltas)
+    assert thought and answer and not set(thought.split()) - {"Hm", "so", "then", "well"}
+    talk += [{"role": "assistant", "content": answer}, user("No, wrong.")]
+    await c.chat.completions.create(model="policy", messages=talk)
+    (row,) = await until(lambda: rows(thinking, "votes IS NOT NULL"))
+    assert row["text"] == f"{thought}</think>{answer}"
+    assert row["source"] == "judge" and len(json.loads(row["votes"])) == 3
+    talk[1]["reasoning_content"] = thought
+    reply = (await c.chat.completions.create(model="policy", messages=talk)).choices[0].message
+    assert reply.reasoning_content and not hasattr(reply, "reasoning")
+    (row,) = rows(thinking, "messages LIKE '%reasoning_content%'")
+    prompt = np.frombuffer(row["prompt_ids"], np.int32).tolist()
+    assert thought in AutoTokenizer.from_pretrained(thinking.model).decode(prompt)
+    arguments = json.loads(row["messages"]), json.loads(row["template"]), prompt
+    assert await distill.hinted_prompts(c, *arguments, ["Be brief, please."])
+
+
+async def test_an_agents_long_prompt_is_trained_on(thinking):
+    c = client(thinking)
+
+    async def rated(length):
+        reply = await c.chat.completions.create(
+            model="policy", messages=[user("x" * length)], max_tokens=600, extra_body={"ignore_eos": True}
+        )
+        body = {"completion_id": reply.id, "score": 1}
+        httpx.post(f"{thinking.url}/v1/feedback", json=body, timeout=60).raise_for_status()
+        return await until(lambda: rows(thinking, "id = ? AND state IN ('trained', 'dropped')", reply.id), 200)
+
+    ((fits,), (too_long,)) = await rated(12_000), await rated(16_000)
+    assert fits["state"] == "trained" and len(fits["prompt_ids"]) > 4 * 12_000
+    assert len(fits["response_ids"]) == 4 * 600
+    assert (too_long["state"], too_long["reason"]) == ("dropped", "longer than --max_train_tokens=16384")
 
 
 async def test_a_session_may_be_named_by_the_client(program):

@@ -26,7 +26,7 @@ def sample(verdict=BAD, **changes):
         ({"versions": [(3, 0, 1), (5, 1, 3)]}, {}, None),
         ({"versions": [(2, 0, 1), (5, 1, 3)]}, {}, "stale: more than 2 steps old"),
         ({"prompt_ids": list(range(7))}, {}, None),
-        ({"prompt_ids": list(range(8))}, {}, "longer than 10 tokens"),
+        ({"prompt_ids": list(range(8))}, {}, "longer than --max_train_tokens=10"),
         ({"verdict": Verdict(1, [1], [], "", "j", "judge")}, {}, None),
         ({"verdict": Verdict(1, [1], [], "", "j", "judge")}, {"w_rl": 0}, "no hint, and the score"),
         ({}, {"shares": {"user": 0.5, "session": 1.0, "truncated": 1.0}}, "over the share of a batch: user, 0.5"),

@@ -1,11 +1,14 @@
 """The trainer's side of a model: bf16 values in whatever dtype, fp32 masters, checkpoints that others can load."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import policy
-from tests.conftest import make_tiny_model
+from tests.conftest import ROOT, make_tiny_model
 
 
 def load(folder, start=None, lr=1e-3):
@@ -145,3 +148,28 @@ def test_a_models_fingerprint_is_its_contents(tmp_path):
     known = policy.fingerprint(folder)
     assert policy.fingerprint(folder.rename(tmp_path / "moved")) == known
     assert policy.fingerprint(make_tiny_model(tmp_path / "other", scale=0.06)) != known
+
+
+LONG_ROW = """
+import resource, sys, torch, grpo
+from transformers import LlamaConfig, LlamaForCausalLM
+folder, tokens = sys.argv[1], int(sys.argv[2])
+model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).train()
+for p in model.parameters():
+    p.grad = torch.zeros_like(p)
+model.gradient_checkpointing_enable({"use_reentrant": False})
+row = next(grpo.collate([[1] * (tokens - 600)], [[2] * 600], [[0.0] * 600], [1.0], [1.0], 256))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+grpo.response_logps(model, row).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(2, 4000), (2, 8000), (12, 8000)])
+def test_what_a_long_row_needs_is_planned(tmp_path, layers, tokens):
+    dims = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaConfig(vocab_size=50_000, num_hidden_layers=layers, **dims).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", LONG_ROW, tmp_path, str(tokens)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    measured, planned = float(done.stdout), policy.row_memory(tmp_path, tokens, 4)
+    assert measured < planned < 2 * measured, (measured, planned)

@@ -34,7 +34,7 @@ def ask(db, messages, answer, user="ann", tools=(), session=None):
     number = next(clock)
     before, following = sessions.find_continued(db, user, messages, tools, session)
     side = sessions.asked_by_the_client(messages)
-    judged = before is not None and not side and journal.record_next(db, before["id"], following)
+    judged = bool(following) and not side and journal.record_next(db, before["id"], following)
     session = session or (before["session"] if before is not None else f"session {number}")
     digest = sessions.fingerprints(sessions.conversation(messages), tools)[-1]
     tokens = [1], [2, 3], [-1.0, -2.0], [(0, 0, 2)]  # prompt ids, response ids, log-probs, versions
@@ -124,6 +124,29 @@ def test_recording_without_session_ids(db):
     assert replay(db, recording) == (4, 13)
 
 
+@pytest.mark.parametrize("reply", [None, "NO_REPLY", "Nothing new. HEARTBEAT_OK", ""])
+def test_recording_of_what_it_asks_by_itself(db, reply):
+    """A heartbeat and a memory flush in a conversation, a compaction's summaries, a title: none is a next message. What
+    a person says behind an answer that the heartbeat showed them (None: as recorded) is no evidence on the one before.
+    """
+    lines = [json.loads(line) for line in (CAPTURES / "own.jsonl").read_text().splitlines()]
+    asked, shown = {}, lines[11]["message"]["content"]
+    for request, given in zip(lines[::2], lines[1::2], strict=True):
+        messages, answer = request["messages"], raw_answer(given["message"])
+        if reply is not None:
+            messages = [m | {"content": reply} if m["content"] == shown else m for m in messages]
+        assert sessions.asked_by_the_client(messages) is (request["kind"] != "main")
+        asked[request["n"]] = ask(db, messages, answer)
+    links = {1: None, 2: 1, 7: 2, 8: 7, 11: None, 12: 11, 15: 12, 16: 15, 18: None, 19: 18}
+    for later, earlier in links.items():
+        assert asked[later].before == (earlier and asked[earlier].id)
+        assert asked[later].judged is (earlier is not None and not (later == 7 and reply is None))
+    assert not [n for n, a in asked.items() if a.judged and n not in links]
+    if reply is not None:
+        (said,) = journal.load_turn(db, asked[2].id)[1]
+        assert "number 2" in said["content"]
+
+
 def test_users_are_never_linked(db):
     ann = ask(db, [HELLO], HI["content"], user="ann")
     bob = ask(db, [HELLO, HI, MORE], "Sure.", user="bob")
@@ -198,8 +221,8 @@ def test_carrier_is_dropped(db, carrier):
     first = ask(db, [HELLO, says("user", carrier)], HI["content"])
     assert ask(db, [HELLO, HI, MORE, says("user", carrier)], "x").before == first.id
     assert journal.load_turn(db, first.id)[1] == [MORE]
-    ask(db, [MORE], "Sure.")
-    assert ask(db, [MORE, bot("Sure."), says("user", carrier)], "x").before is None
+    sure = ask(db, [MORE], "Sure.")
+    assert ask(db, [MORE, bot("Sure."), says("user", carrier)], "x")[1:] == (sure.session, sure.id, False)
 
 
 def test_content_in_parts(db):
@@ -295,6 +318,9 @@ def test_what_the_client_asks_in_between(db, own, stays):
         ([says("system", "You are a context summarization assistant. Read"), HELLO], True),
         ([says("system", "You are a personal assistant"), HELLO, HI, FLUSH], True),
         ([HELLO, HI, HEARTBEAT, says("user", CARRIER)], True),
+        ([HELLO, HI, says("user", "[Sun 2026-11-22 23:33 UTC] [OpenClaw exec completion]\nDisable")], True),
+        ([HELLO, HI, says("user", "A scheduled reminder has been triggered. The reminder content is:")], True),
+        ([HELLO, HI, says("user", "[Sun 2026-11-22 23:33 UTC] What is an [OpenClaw heartbeat poll]?")], False),
         ([HELLO, HI, FLUSH, bot("Stored."), MORE], False),
         ([says("user", "What is a Pre-compaction memory flush.")], False),
         ([], False),
@@ -375,11 +401,11 @@ def test_answers_of_another_model_between(db):
 
 def test_prefill_is_no_next_message(db):
     first = ask(db, [HELLO], HI["content"])
-    assert ask(db, [HELLO, HI], "x").before is None
-    assert ask(db, [HELLO, HI, bot("Well,")], "x").before is None
+    assert ask(db, [HELLO, HI], "x")[1:] == (first.session, first.id, False)
+    assert ask(db, [HELLO, HI, bot("Well,")], "x")[1:] == (first.session, first.id, False)
     assert first.id in journal.in_state(db, "waiting")
     second = ask(db, [HELLO, HI, MORE], "Sure.")
-    assert ask(db, [HELLO, HI, MORE, bot("Sure.")], "x").before == first.id != second.id
+    assert ask(db, [HELLO, HI, MORE, bot("Sure.")], "x")[1:] == (first.session, second.id, False)
 
 
 def test_nothing_said(db):

@@ -1,10 +1,11 @@
 """The real OpenClaw, unmodified, against the real program: installs node and openclaw by npm into a folder, lets two
-sessions talk through its gateway and one through the one-shot CLI while weights are swapped, then reads the journal.
+sessions talk through its gateway and one through the one-shot CLI while weights are swapped, has it ask what it asks by
+itself (a memory flush, a heartbeat, a session's title, a compaction's summary), then reads the journal.
 
     .venv/bin/python -m tests.openclaw.check FOLDER
 
 Needs npm's registry, and takes about five minutes the first time. The model is random but for its form: it answers a
-person with a tool call and a tool's result with words.
+person with a thought and a tool call and a tool's result with words.
 """
 
 import json
@@ -14,6 +15,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -34,22 +38,30 @@ TEMPLATE = """{%- if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}<|im_end|>
 {% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content or '' }}{% for call in m.tool_calls or [] %}<tool_call>
+{% if m.reasoning %}<think>{{ m.reasoning }}</think>{% endif %}
+{{- m.content or '' }}{% for call in m.tool_calls or [] %}<tool_call>
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
 </tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% if tools and messages[-1].role != 'tool' %}<|act|>{% else %}<|say|>{% endif %}{% endif %}"""
+{% set carried = 'INTERNAL_CONTEXT' in (messages[-1].content or '') %}
+{%- set last = messages[-2 if carried else -1] %}
+{%- if 'Follow the heartbeat' in (last.content or '') %}<think></think><|hush|>
+{%- elif tools and last.role != 'tool' %}<think>
+{%- else %}<think></think><|say|>{% endif %}{% endif %}"""
 OPEN, CLOSE = '<tool_call>\n{"name": "exec", "arguments": {"command": "', '"}}\n</tool_call>'
 COMMANDS = ["date -u", "echo hello", "ls -a /", "no-such-command"]
-WORDS = [" It", " is", " done", " now", " and", " here", " was", " the", " file", "."]
+HUSH, THINK, THOUGHT = "NO_REPLY", ["<think>", "</think>"], [" Hm", " so", " then", " well"]
+WORDS = [" It", " is", " done", " now", " and", " here", " was", " the", " file", "!"]
 
 
 def make_tool_model(folder: Path) -> Path:
     """A Llama whose next token hangs on the last one alone: a chain through a tool call, or through some words."""
     make_tiny_model(folder, tied=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|act|>", "<|say|>"]})
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in [OPEN, CLOSE, *COMMANDS, *WORDS]])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|say|>", "<|hush|>"]})
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False) for t in [HUSH, *THINK, *THOUGHT, OPEN, CLOSE, *COMMANDS, *WORDS]]
+    )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -57,10 +69,13 @@ def make_tool_model(folder: Path) -> Path:
     config.vocab_size = config.hidden_size = -(-len(tokenizer) // 64) * 64
     config.head_dim, config.max_position_embeddings = 64, CONTEXT
     model = type(model)(config)
-    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in ["<|act|>", "<|say|>", OPEN, CLOSE, *COMMANDS, *WORDS]}
-    after = {ids["<|act|>"]: [ids[OPEN]], ids[OPEN]: [ids[c] for c in COMMANDS], ids[CLOSE]: [tokenizer.eos_token_id]}
-    after |= {ids[c]: [ids[CLOSE]] for c in COMMANDS} | {ids["<|say|>"]: [ids[w] for w in WORDS]}
-    after |= {ids[w]: [*(ids[w] for w in WORDS), *[tokenizer.eos_token_id] * 2] for w in WORDS}
+    end, (think, thought) = tokenizer.eos_token, THINK
+    chain = {think: THOUGHT, thought: [OPEN], OPEN: COMMANDS, CLOSE: [end], "<|say|>": WORDS}
+    chain |= {"<|hush|>": [HUSH], HUSH: [end]}
+    chain |= dict.fromkeys(THOUGHT, [*THOUGHT, thought]) | dict.fromkeys(COMMANDS, [CLOSE])
+    chain |= dict.fromkeys(WORDS, [*WORDS, end, end])
+    of = tokenizer.convert_tokens_to_ids
+    after = {of(token): [of(t) for t in following] for token, following in chain.items()}
     with torch.no_grad():
         for layer in model.model.layers:  # nothing but the last token counts, before the training
             layer.self_attn.o_proj.weight.zero_()
@@ -74,9 +89,9 @@ def make_tool_model(folder: Path) -> Path:
     return folder
 
 
-def installed(folder: Path) -> dict[str, str]:
+def installed(folder: Path, home: Path) -> dict[str, str]:
     """The environment in which `openclaw` is a command; npm brings it, and the node that it wants, into `folder`."""
-    env = os.environ | {"HOME": str(folder / "home"), "OPENCLAW_HOME": str(folder / "home")}
+    env = os.environ | {"HOME": str(home), "OPENCLAW_HOME": str(home)}
     for name, package, flags in (("node", NODE, []), ("app", OPENCLAW, ["--ignore-scripts"])):
         binary = folder / name / "node_modules" / ("node/bin" if name == "node" else ".bin")
         if not binary.exists():
@@ -85,14 +100,19 @@ def installed(folder: Path) -> dict[str, str]:
     return env
 
 
-def configure(folder: Path, url: str, port: int) -> None:
-    """What `run.py --print_client=openclaw` prints, and a gateway of this test's own."""
+def settings_for(url: str) -> dict:
+    """What `run.py --print_client=openclaw` prints, but for a client that soon has too much to remember."""
     settings = json.loads(clients.paste(f"{url}/v1", "policy", KEY, 8192, "openclaw"))
     settings["models"]["providers"]["rl"]["models"][0]["contextWindow"] = CONTEXT
-    gateway = {"mode": "local", "bind": "loopback", "port": port, "auth": {"mode": "token", "token": "t"}}
-    place = folder / "home" / ".openclaw"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "openclaw.json").write_text(json.dumps(settings | {"gateway": gateway}))
+    settings["agents"]["defaults"] |= {
+        "heartbeat": {"every": "30m", "target": "none"},
+        "compaction": {
+            "mode": "default",
+            "keepRecentTokens": 100,
+            "memoryFlush": {"enabled": True, "forceFlushTranscriptBytes": "1kb"},
+        },
+    }
+    return settings
 
 
 def is_up(url: str) -> bool:
@@ -102,16 +122,61 @@ def is_up(url: str) -> bool:
         return False
 
 
-def stop_gateway(gateway: subprocess.Popen) -> None:
-    gateway.terminate()
-    gateway.wait(30)
+@contextmanager
+def gateway_of(out: Path, env: dict[str, str], settings: dict) -> Iterator[None]:
+    """OpenClaw's gateway with these settings; its log in `out`."""
+    port = free_port()
+    own = {"mode": "local", "bind": "loopback", "port": port, "auth": {"mode": "token", "token": "t"}}
+    place = Path(env["HOME"]) / ".openclaw"
+    place.mkdir(parents=True)
+    (place / "openclaw.json").write_text(json.dumps(settings | {"gateway": own}))
+    with open(out / "gateway.log", "w") as log:
+        gateway = subprocess.Popen(["openclaw", "gateway", "run"], env=env, stdout=log, stderr=log)
+    try:
+        while not is_up(f"http://127.0.0.1:{port}/healthz"):
+            assert gateway.poll() is None, (out / "gateway.log").read_text()[-3000:]
+            time.sleep(0.5)
+        yield
+    finally:
+        gateway.terminate()
+        gateway.wait(30)
 
 
-def say(env: dict[str, str], session: str, text: str, *flags: str) -> dict:
-    command = ["openclaw", "agent", *flags, "--session-id", session, "--message", text, "--json"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+def openclaw(env: dict[str, str], *command: str) -> str:
+    done = subprocess.run(["openclaw", *command], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
-    return json.loads(done.stdout[done.stdout.index("{") :])
+    return done.stdout
+
+
+def say(env: dict[str, str], session: str, text: str, *flags: str) -> None:
+    whom = ("--agent", "main") if session == "main" else ("--session-id", session)
+    openclaw(env, "agent", *flags, *whom, "--message", text, "--json")
+
+
+def kind(row) -> str:
+    """What this request of OpenClaw's is, read off what it says (`sessions.py` has its own way)."""
+    messages = json.loads(row["messages"])
+    system, said = (" ".join(str(m["content"]) for m in messages if m["role"] == "system"), last_said(row))
+    if "tools" not in json.loads(row["template"]):
+        return "title" if system.startswith("Generate a concise session title") else "summary"
+    if said.startswith("Pre-compaction memory flush"):
+        return "flush"
+    return "main" if "] This is turn of" in said else "heartbeat"
+
+
+def wait_for(program: Program, what: str, known: int = 0) -> int:
+    """Until there are more than `known` requests of this kind; their number."""
+    deadline = time.monotonic() + 120
+    while (n := [kind(r) for r in claws(program)].count(what)) <= known:
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.5)
+    return n
+
+
+def claws(program: Program) -> list:
+    from tests.test_program import rows
+
+    return rows(program, "user = 'claw'")
 
 
 def keep_it_training(program: Program, stop: threading.Event, errors: list) -> None:
@@ -135,16 +200,17 @@ def keep_it_training(program: Program, stop: threading.Event, errors: list) -> N
 
 def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
     """Each thing said has two answers, a tool call and words, each linked to what truly came next."""
-    from tests.test_program import rows
-
     tokenizer = AutoTokenizer.from_pretrained(model)
-    found = rows(program, "user = 'claw'")
-    main = [r for r in found if "turn of" in r["messages"]]
+    found = claws(program)
+    main = [r for r in found if kind(r) == "main"]
     for k, (session, text) in enumerate(said):
         mine = [r for r in main if text in last_said(r)]
         assert len(mine) == 2, f"{text!r}: {len(mine)} answers"
         call, words = mine
         assert "<tool_call>" in call["text"] and "<tool_call>" not in words["text"]
+        # The thinking comes back with the history, as its own field: the model reads what it had thought.
+        (thought,) = re.findall("(.*)</think>", call["text"])
+        assert [m for m in json.loads(words["messages"]) if m.get("reasoning_content") == thought], thought
         assert [m["role"] for m in json.loads(call["next_messages"])] == ["tool"]
         nxt = [t for s, t in said[k + 1 :] if s == session][:1]
         if nxt:
@@ -164,9 +230,13 @@ def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
                 return_dict=False,
             )
             assert ids["prompt_ids"] == rendered, "the prompt is not what the messages render to"
-    sides = [r for r in found if r not in main]
-    assert not [r for r in sides if r["state"] in ("queued", "training", "trained")], "a side request was trained on"
-    print(f"{len(main)} answers of {len(said)} turns, all linked; {len(sides)} side requests, none trained on")
+    sides = [r for r in found if kind(r) != "main"]
+    assert {kind(r) for r in sides} == {"title", "summary", "flush", "heartbeat"}
+    for row in sides:
+        assert row["reason"] == "side request: the client's own, not a person's", (kind(row), row["state"])
+        assert row["next_messages"] is None
+    counted = ", ".join(f"{n} {what}" for what, n in Counter(map(kind, sides)).items())
+    print(f"{len(main)} answers of {len(said)} turns, all linked; of its own requests none trained on: {counted}")
 
 
 def last_said(row) -> str:
@@ -186,41 +256,62 @@ def as_rendered(messages: list[dict]) -> list[dict]:
         ]
         content = m.get("content")
         text = "".join(p["text"] for p in content) if isinstance(content, list) else content
-        out.append(m | {"content": text} | ({"tool_calls": calls} if calls else {}))
+        thought = {"reasoning": m["reasoning_content"]} if "reasoning_content" in m else {}
+        out.append(m | {"content": text} | thought | ({"tool_calls": calls} if calls else {}))
     return out
+
+
+def talk(env: dict[str, str], program: Program, said: list[tuple[str, str]]) -> None:
+    """Through the gateway: two sessions by turns, and then what it asks by itself, in between what a person says."""
+
+    def one(chain: str, turn: int) -> None:
+        said.append((chain, f"This is turn of {chain}, number {turn}: look, please."))
+        say(env, chain.split()[0], said[-1][1])
+        print(said[-1][1], f"step {program.status()['step']}", flush=True)
+
+    for turn in range(1, TURNS + 1):
+        for session in SESSIONS:
+            one(session, turn)
+        if turn == 1:
+            wait_for(program, "flush")
+
+    one("main", 1)
+    openclaw(env, "system", "event", "--mode", "now", "--text", "The washing machine is done.")
+    wait_for(program, "heartbeat")
+    one("main", 2)
+
+    openclaw(env, "sessions", "compact", "agent:main:explicit:alpha")
+    wait_for(program, "summary")
+    for turn in (1, 2):
+        one("alpha after compaction", turn)
+
+    said.append(("dashboard", "This is turn of dashboard, number 1: look, please."))
+    openclaw(env, "gateway", "call", "sessions.create", "--params", json.dumps({"message": said[-1][1]}))
+    wait_for(program, "title")
+    wait_for(program, "main", 2 * len(said) - 1)
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    env, port = installed(folder), free_port()
-    model = make_tool_model(folder / "model")
     out = folder / f"out-{time.strftime('%H%M%S')}"
+    env, model = installed(folder, out / "home"), make_tool_model(folder / "model")
     options = {"max_model_len": CONTEXT, "max_train_tokens": CONTEXT, "batch_size": 2, "lr": 1e-5}
-    program = Program(model, out, key=f"claw:{KEY},other:sk-other", **options).wait_ready()
+    options["reasoning_parser"] = "deepseek_r1"
+    program = Program(model, out, key=f"claw:{KEY},other:sk-other", **options)
     stop, errors, said = threading.Event(), [], []
-    configure(folder, program.url, port)
-    with open(out / "gateway.log", "w") as log:
-        gateway = subprocess.Popen(["openclaw", "gateway", "run"], env=env, stdout=log, stderr=log)
     others = threading.Thread(target=keep_it_training, args=(program, stop, errors))
     try:
-        while not is_up(f"http://127.0.0.1:{port}/healthz"):
-            assert gateway.poll() is None, (out / "gateway.log").read_text()[-3000:]
-            time.sleep(0.5)
+        program.wait_ready()
         others.start()
         step = program.status()["step"]
-        for turn in range(1, TURNS + 1):
-            for session in SESSIONS:
-                said.append((session, f"This is turn of {session}, number {turn}: look, please."))
-                say(env, *said[-1])
-                print(said[-1][1], f"step {program.status()['step']}", flush=True)
-        stop_gateway(gateway)  # it and the one-shot CLI want the same folder
-        for turn in (1, 2):
+        with gateway_of(out, env, settings_for(program.url)):
+            talk(env, program, said)
+        for turn in (1, 2):  # without the gateway: it and the one-shot CLI want the same folder
             said.append(("gamma", f"This is turn of gamma, number {turn}: look, please."))
             say(env, *said[-1], "--local")
         swaps = program.status()["step"] - step
     finally:
         stop.set()
-        stop_gateway(gateway)
         if others.is_alive():
             others.join()
         ended = program.stop()

@@ -1,0 +1,51 @@
+"""A person's first hour, in small: SmolLM2-135M behind the real OpenClaw, a chat with complaints in it, and what the
+journal says of each answer afterwards.
+
+    .venv/bin/python -m tests.openclaw.chat FOLDER
+
+The same folder as check.py's. About ten minutes on two cores: the agent's prompt has 2,400 tokens.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import clients
+import policy
+from tests.conftest import ROOT, Program
+from tests.openclaw.check import KEY, gateway_of, installed, openclaw
+
+QUESTIONS = ("What is a glacier?", "Why is the sea salty?", "What does a judge do?", "What is yeast?")
+
+
+def answered(env: dict[str, str], text: str) -> str:
+    out = openclaw(env, "agent", "--session-id", "chat", "--message", text, "--json")
+    payloads = json.loads(out[out.index("{") :])["result"]["payloads"]
+    return "\n".join(p["text"] for p in payloads)
+
+
+def main(folder: Path) -> None:
+    out = folder / f"chat-{time.strftime('%H%M%S')}"
+    env = installed(folder, out / "home")
+    program = Program(policy.model_folder(""), out, key=f"me:{KEY}", max_model_len=8192, engine_memory=1, batch_size=4)
+    try:
+        program.wait_ready()
+        settings = json.loads(clients.paste(f"{program.url}/v1", "policy", KEY, 8192, "openclaw"))
+        with gateway_of(out, env, settings):
+            for question in QUESTIONS:
+                for text in (question, "No, that is much too long. Say it again in one short sentence."):
+                    print(f"\n> {text}\n{answered(env, text)}", flush=True)
+            answered(env, "Thanks, that's all.")
+            while program.status()["step"] < 1:
+                time.sleep(1)
+    finally:
+        program.stop()
+    show = [sys.executable, str(ROOT / "show.py"), f"--out={out}", "--session=me/chat:0"]
+    print(f"\n$ {' '.join(show[1:])}", flush=True)
+    subprocess.run(show, check=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())
