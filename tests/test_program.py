@@ -330,6 +330,33 @@ async def test_it_trains_and_swaps_while_a_client_streams_on(program):
     assert max(v for s in spans for v, _, _ in s) >= steps[-2]["step"]
 
 
+async def test_a_long_wait_is_bridged_by_comments(program):
+    """The engine's processes stand still for longer than a client's patience with a silent line."""
+    engine = [pid for pid, _ in descendants(program.process.pid)]
+    body = {"model": "policy", "messages": [user("wait for it")], "max_tokens": 5, "ignore_eos": True, "stream": True}
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    lines = []
+    try:
+        for pid in engine:
+            os.kill(pid, signal.SIGSTOP)
+        async with (
+            httpx.AsyncClient(base_url=program.url, headers=headers, timeout=60) as http,
+            http.stream("POST", "/v1/chat/completions", json=body) as response,
+        ):
+            async for line in response.aiter_lines():
+                lines.append(line)
+                if line.startswith(":"):
+                    for pid in engine:
+                        os.kill(pid, signal.SIGCONT)
+    finally:
+        for pid in engine:
+            os.kill(pid, signal.SIGCONT)
+    said = [line for line in lines if line]
+    assert said[0].startswith(":") and said[-1] == "data: [DONE]" and response.status_code == 200
+    (row,) = rows(program, "messages LIKE '%wait for it%'")
+    assert row["state"] == "waiting" and len(row["response_ids"]) // 4 == 5
+
+
 # ---- life and death ----
 
 
