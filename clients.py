@@ -34,6 +34,8 @@ def openclaw(url: str, model: str, key: str, context: int) -> str:
         defaults["compaction"] = {"memoryFlush": {"enabled": False}}
         tools = {"allow": ["read", "write", "edit", "exec"], "deny": ["apply_patch", "process"], "toolSearch": False}
         settings["tools"] = tools
+        # It asks for none by itself, so for 1, at which a small model talks nonsense behind a prompt of that length.
+        defaults["models"] = {f"rl/{model}": {"params": {"temperature": 0.7}}}
     return json.dumps(settings, indent=2)
 
 

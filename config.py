@@ -111,7 +111,7 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**30  # GiB in bf16
     # policy and its frozen start, the pushed and the last good copy; fp32 masters, gradients and Adam's two moments
     width = policy.compute_dtype(device).itemsize
-    row = policy.row_memory(folder, min(config.max_train_tokens, config.max_model_len), width)
+    row = policy.row_memory(folder, min(config.max_train_tokens, config.max_model_len), config.row_tokens, width)
     trainer = weights * ((2 if config.kl else 1) * width / 2 + 2 + 2 * 4) + row + 0.5
     host = 2 * 3 * weights  # masters and moments as they were before the step, on the CPU
     if device == "cuda":

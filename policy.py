@@ -110,15 +110,18 @@ class State:
     stopping: bool = False  # set by the event loop, read by the trainer thread between rows
 
 
-def row_memory(folder: Path, tokens: int, width: int) -> float:
-    """GiB for the forward and backward pass of one row of so many tokens, `width` bytes a number, where each layer's
-    input is kept and the rest is made anew (see `run.update`); an upper bound fitted to Llamas (tests/test_policy.py).
-    """
+def row_memory(folder: Path, tokens: int, row_tokens: int, width: int) -> float:
+    """GiB for the forward and backward pass of the longest row, `width` bytes a number: of so many `tokens`, with each
+    layer's input kept and the rest made anew, or of at most `row_tokens` with all of it kept (see `run.update`).
+    Fitted to Llamas: SmolLM2-135M, 8,000 tokens, 2.4 GiB."""
     c = AutoConfig.from_pretrained(folder).get_text_config()
-    inputs = 3 * c.hidden_size * c.num_hidden_layers
-    one_layer = 10 * (c.hidden_size + getattr(c, "intermediate_size", 4 * c.hidden_size))
-    logits = 4 * 256 * c.vocab_size  # fp32, of a chunk of places (see `grpo.token_logps`)
-    return (tokens * width * (inputs + one_layer) + 4 * logits) / 2**30
+    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    layer = 10 * (c.hidden_size + (max(inner) if isinstance(inner, list) else inner))
+    long = tokens * (4 * c.hidden_size * c.num_hidden_layers + layer)  # an input, and what malloc leaves between them
+    short = min(tokens, row_tokens) * layer * c.num_hidden_layers
+    head = 2 * c.vocab_size * c.hidden_size  # its gradient, from a chunk of places and in all (see `grpo.token_logps`)
+    logits = 4 * 256 * c.vocab_size
+    return ((max(long, short) + head) * width + 4 * logits) / 2**30
 
 
 def compute_dtype(device: str) -> torch.dtype:

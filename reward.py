@@ -26,6 +26,7 @@ from sessions import text_of
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sampler can only say one of the three
 CHARS = 200  # budget of the next state, a quarter of it for request and answer each: give a big judge 10 times more
+JUDGE_TOKENS = 4096  # of a judge that thinks first; what it is held to then ends by itself
 MIN_HINT, MAX_HINT, CANDIDATES = 11, 300, 3  # characters, and how many different hints go on to the trainer
 REPLIES = Path(__file__).parent / "tests" / "replies.jsonl"
 
@@ -183,7 +184,7 @@ async def samples(
 ) -> list[Any]:
     """n constrained samples of one chat request. An endpoint that ignores n is asked again for the rest.
 
-    No max_tokens: a judge that thinks does so first, and what it is held to ends by itself."""
+    ValueError where one was cut off, or nothing was said: that is no vote."""
     said: list[Any] = []
     while len(said) < n:
         reply = await client.chat.completions.create(
@@ -191,11 +192,14 @@ async def samples(
             messages=messages,
             n=n - len(said),
             temperature=temperature,
+            max_tokens=JUDGE_TOKENS,
             extra_body=extra,
         )
         if not getattr(reply, "choices", None):
             raise ValueError("the judge's reply has no choices")
-        said += [parse(choice.message.content or "") for choice in reply.choices]
+        if any(choice.finish_reason == "length" or not choice.message.content for choice in reply.choices):
+            raise ValueError(f"the judge said nothing within {JUDGE_TOKENS} tokens")
+        said += [parse(choice.message.content) for choice in reply.choices]
     return said[:n]
 
 

@@ -214,11 +214,21 @@ def with_reasoning_content(send: Send) -> Send:
     """vLLM 0.32.0 calls the thinking of a chat answer `reasoning`; OpenClaw sends it back with the history only if it
     came as `reasoning_content`. (Inside a JSON text the quotes would be escaped: these bytes are always the key.)"""
 
+    start: Message | None = None  # held back where it tells the body's length
+
     async def renamed(message: Message) -> None:
+        nonlocal start
         if message["type"] == "http.response.start":
-            message["headers"] = [(k, v) for k, v in message["headers"] if k.lower() != b"content-length"]
+            if any(k.lower() == b"content-length" for k, _ in message["headers"]):
+                start = message
+                return
         else:
             message["body"] = message.get("body", b"").replace(b'"reasoning":', b'"reasoning_content":')
+            if start is not None:
+                headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
+                length = [] if message.get("more_body") else [(b"content-length", str(len(message["body"])).encode())]
+                await send(start | {"headers": headers + length})
+                start = None
         await send(message)
 
     return renamed

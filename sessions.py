@@ -22,13 +22,16 @@ CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 # In the history of later requests a line in brackets stands for the words that it had asked in.
 OWN_REQUESTS = {
     "user": re.compile(
-        r"\s*(\[[^\]]*\d\d:\d\d[^\]]*\] )?(Pre-compaction memory flush\.|Follow the heartbeat monitor|"
-        r"A scheduled (reminder has been|cron event was) triggered|An async command (you ran|completion event)|"
-        r"\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\])"
+        r"\s*(\[[^\]\n]{0,40}\d\d:\d\d[^\]\n]{0,20}\] )?(Pre-compaction memory flush\.|Follow the heartbeat monitor|"
+        r"Run the following periodic tasks \(only those due|A scheduled (reminder has been|cron event was) triggered|"
+        r"An async command (you ran|completion event)|\[System\] Your previous turn was interrupted|"
+        r"\[Inter-session message\]|\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\])"
     ),
     "system": re.compile(r"\s*(Generate a concise session title|You are a context summarization assistant)"),
 }
-SILENT = re.compile(r"\s*|.*\b(NO_REPLY|HEARTBEAT_OK)\b.*", re.DOTALL | re.IGNORECASE)  # answers that nobody is shown
+# Answers to those that nobody is shown.
+SILENT = re.compile(r"\W*(NO_REPLY\W*)*|\s*HEARTBEAT_OK.{0,300}|.{0,300}HEARTBEAT_OK\W*", re.DOTALL | re.IGNORECASE)
+SPEAKING_TOOLS = ("message", "heartbeat_respond")  # with which it may have said something all the same
 SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
 NUMBER = r"(?<![\w.])-?\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,3})?"
 
@@ -53,6 +56,14 @@ def is_own_request(message: dict) -> bool:
     return bool(begins and begins.match(text_of(message.get("content"))))
 
 
+def was_shown(own: list[dict]) -> bool:
+    """Did a person perhaps see an answer to this request of the client's own? `own`: it, and what followed it."""
+    said = own[-1].get("role") == "assistant" and not SILENT.fullmatch(
+        without_thinking(text_of(own[-1].get("content")))
+    )
+    return said or any(name in SPEAKING_TOOLS for m in own for _, name, _ in calls_of(m))
+
+
 def conversation(messages: list[dict]) -> list[dict]:
     """The messages that a client sends again unchanged: no system text (agents put the clock in it), no carrier.
 
@@ -65,7 +76,7 @@ def conversation(messages: list[dict]) -> list[dict]:
         if m.get("role") in ("system", "developer") or text_of(m.get("content")).startswith(CARRIER):
             continue
         if m.get("role") == "user":
-            if own and own[-1].get("role") == "assistant" and not SILENT.fullmatch(text_of(own[-1].get("content"))):
+            if own and was_shown(own):
                 kept.append(SHOWN)
             own = []
         if own or is_own_request(m):
@@ -203,5 +214,5 @@ def find_continued(
                 if m.get("role") == "assistant":
                     break
                 following.append(m)
-            return turn, [] if SHOWN in following else following
+            return turn, following[: following.index(SHOWN)] if SHOWN in following else following
     return None, []

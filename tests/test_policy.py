@@ -165,11 +165,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
 
 
-@pytest.mark.parametrize(("layers", "tokens"), [(2, 4000), (2, 8000), (12, 8000)])
+@pytest.mark.parametrize(("layers", "tokens"), [(2, 4000), (5, 8000)])
 def test_what_a_long_row_needs_is_planned(tmp_path, layers, tokens):
-    dims = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dims = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     LlamaConfig(vocab_size=50_000, num_hidden_layers=layers, **dims).save_pretrained(tmp_path)
     command = [sys.executable, "-c", LONG_ROW, tmp_path, str(tokens)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    measured, planned = float(done.stdout), policy.row_memory(tmp_path, tokens, 4)
+    measured, planned = float(done.stdout), policy.row_memory(tmp_path, tokens, 256, 4)
     assert measured < planned < 2 * measured, (measured, planned)

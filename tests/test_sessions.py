@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +125,13 @@ def test_recording_without_session_ids(db):
     assert replay(db, recording) == (4, 13)
 
 
-@pytest.mark.parametrize("reply", [None, "NO_REPLY", "Nothing new. HEARTBEAT_OK", ""])
+SEEN = [None, "Build is red. NO_REPLY", "x" * 301 + " HEARTBEAT_OK"]
+UNSEEN = ["NO_REPLY", "Nothing new. HEARTBEAT_OK", "<think>\nhm\n</think>\n\nno_reply.", ""]
+
+
+@pytest.mark.parametrize(
+    "reply", [*SEEN, "NO_REPLY", "Nothing new. HEARTBEAT_OK", "<think>\nhm\n</think>\n\nno_reply.", ""]
+)
 def test_recording_of_what_it_asks_by_itself(db, reply):
     """A heartbeat and a memory flush in a conversation, a compaction's summaries, a title: none is a next message. What
     a person says behind an answer that the heartbeat showed them (None: as recorded) is no evidence on the one before.
@@ -140,11 +147,29 @@ def test_recording_of_what_it_asks_by_itself(db, reply):
     links = {1: None, 2: 1, 7: 2, 8: 7, 11: None, 12: 11, 15: 12, 16: 15, 18: None, 19: 18}
     for later, earlier in links.items():
         assert asked[later].before == (earlier and asked[earlier].id)
-        assert asked[later].judged is (earlier is not None and not (later == 7 and reply is None))
+        assert asked[later].judged is (earlier is not None and not (later == 7 and reply in SEEN))
     assert not [n for n, a in asked.items() if a.judged and n not in links]
-    if reply is not None:
+    if reply in UNSEEN:
         (said,) = journal.load_turn(db, asked[2].id)[1]
         assert "number 2" in said["content"]
+
+
+def test_what_a_tool_said_to_the_person_in_between(db):
+    """And a tool's result that came before it is evidence all the same."""
+    tell = calling(("i", "heartbeat_respond", '{"notify":true,"notificationText":"The washing machine is done."}'))
+    alert = [HEARTBEAT, tell, says("tool", "sent", tool_call_id="i")]
+    first = ask(db, [HELLO], HI["content"])
+    assert ask(db, [HELLO, HI, *alert, MORE], "Sure.")[1:] == (first.session, first.id, False)
+    call, result = calling(("j", "read", '{"path":"a"}')), says("tool", "text of a", tool_call_id="j")
+    looked = ask(db, [MORE], raw_call("read", '{"path": "a"}'))
+    assert ask(db, [MORE, call, result, *alert, HELLO], "x").before == looked.id
+    assert journal.load_turn(db, looked.id)[1] == [result]
+
+
+def test_a_long_line_in_brackets_is_read_in_linear_time():
+    begun = time.process_time()
+    sessions.is_own_request(says("user", "[" + "12:30 " * 50_000))
+    assert time.process_time() - begun < 0.1
 
 
 def test_users_are_never_linked(db):

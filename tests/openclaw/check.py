@@ -11,6 +11,7 @@ person with a thought and a tool call and a tool's result with words.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -84,7 +85,7 @@ def make_tool_model(folder: Path) -> Path:
         model.lm_head.weight.normal_(std=1e-3)
         for token, following in after.items():  # a one-hot state has the norm sqrt(D) behind RMSNorm
             for nxt in set(following):
-                model.lm_head.weight[nxt, token] = (12 + np.log(following.count(nxt))) / config.hidden_size**0.5
+                model.lm_head.weight[nxt, token] = (20 + np.log(following.count(nxt))) / config.hidden_size**0.5
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -131,15 +132,19 @@ def gateway_of(out: Path, env: dict[str, str], settings: dict) -> Iterator[None]
     place.mkdir(parents=True)
     (place / "openclaw.json").write_text(json.dumps(settings | {"gateway": own}))
     with open(out / "gateway.log", "w") as log:
-        gateway = subprocess.Popen(["openclaw", "gateway", "run"], env=env, stdout=log, stderr=log)
+        command, deadline = ["openclaw", "gateway", "run"], time.monotonic() + 120
+        gateway = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         while not is_up(f"http://127.0.0.1:{port}/healthz"):
-            assert gateway.poll() is None, (out / "gateway.log").read_text()[-3000:]
+            log_so_far = (out / "gateway.log").read_text()[-3000:]
+            assert gateway.poll() is None and time.monotonic() < deadline, log_so_far
             time.sleep(0.5)
         yield
-    finally:
         gateway.terminate()
-        gateway.wait(30)
+        gateway.wait(60)
+    finally:
+        if gateway.poll() is None:
+            os.killpg(gateway.pid, signal.SIGKILL)
 
 
 def openclaw(env: dict[str, str], *command: str) -> str:
@@ -233,7 +238,8 @@ def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
     sides = [r for r in found if kind(r) != "main"]
     assert {kind(r) for r in sides} == {"title", "summary", "flush", "heartbeat"}
     for row in sides:
-        assert row["reason"] == "side request: the client's own, not a person's", (kind(row), row["state"])
+        # A memory flush is cancelled when the person goes on meanwhile.
+        assert re.match("side request: the client's own|cut short", row["reason"]), (kind(row), row["state"])
         assert row["next_messages"] is None
     counted = ", ".join(f"{n} {what}" for what, n in Counter(map(kind, sides)).items())
     print(f"{len(main)} answers of {len(said)} turns, all linked; of its own requests none trained on: {counted}")
@@ -289,6 +295,8 @@ def talk(env: dict[str, str], program: Program, said: list[tuple[str, str]]) -> 
     openclaw(env, "gateway", "call", "sessions.create", "--params", json.dumps({"message": said[-1][1]}))
     wait_for(program, "title")
     wait_for(program, "main", 2 * len(said) - 1)
+    while claws(program)[-1]["created"] > time.time() - 5:  # what it does after the last answer
+        time.sleep(1)
 
 
 def main(folder: Path) -> None:
@@ -318,8 +326,8 @@ def main(folder: Path) -> None:
     assert swaps >= 5, f"only {swaps} swaps"
     assert not errors, errors
     check(program, model, said)
-    log = (out / "gateway.log").read_text()
-    assert not re.search(r"\b(429|5\d\d) \w*error|fetch failed", log, re.IGNORECASE), "the gateway met an error"
+    met = re.findall(".*(?:isError=true|rawError=).*", (out / "gateway.log").read_text())
+    assert not met, met
     print(f"{swaps} swaps meanwhile; the program ended in {ended:.0f} s")
 
 
