@@ -12,7 +12,7 @@ def openclaw(url: str, model: str, key: str, context: int) -> str:
         "input": ["text"],
         "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
         "contextWindow": context,
-        "maxTokens": min(4096, context // 4),
+        "maxTokens": 4096 if context >= 32_768 else context // 16,
         # The headers name the session of each request; nothing depends on them.
         "compat": {
             "sendSessionAffinityHeaders": True,

@@ -21,7 +21,7 @@ from typing import Any
 
 import openai
 
-from sessions import text_of
+from sessions import words_of
 
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sampler can only say one of the three
@@ -126,7 +126,7 @@ def evidence(request: str, answer: str, next_messages: list[dict], chars: int = 
     each = chars // max(1, len(next_messages))
     for message in next_messages:
         name = "Tool output" if message["role"] == "tool" else "User reply"
-        parts.append((name, text_of(message.get("content")), each))
+        parts.append((name, words_of(message), each))
     return "\n".join(f"{name}: {cut(defuse(text), budget)}" for name, text, budget in parts)
 
 
@@ -335,7 +335,7 @@ def own_words(request: str, next_messages: list[dict]) -> list[str]:
     """
     if next_messages[-1].get("role") != "user":
         return []
-    said = text_of(next_messages[-1].get("content")).strip()
+    said = words_of(next_messages[-1]).strip()
     wishes = lambda text, one, other: re.search(one, text, re.I) and not re.search(other, text, re.I)  # noqa: E731
     contrary = any(wishes(request, a, b) and wishes(said, b, a) for a, b in OPPOSITES)
     return [] if not MIN_HINT <= len(said) <= MAX_HINT or ORDERS.search(said) or contrary else [said]

@@ -55,7 +55,7 @@ async def judge_turns(
         turn_id = await waiting.get()
         turn, following = journal.load_turn(db, turn_id)
         asked = sessions.last_request(turn.messages)
-        request = "" if asked is None else sessions.text_of(turn.messages[asked].get("content"))
+        request = "" if asked is None else sessions.words_of(turn.messages[asked])
         model, hints, hinted_by = config.judge_model or config.name, [], ""
         small = state.judge_bias is not None
         options = {"votes": config.votes, "chars": reward.CHARS if small else 2000}

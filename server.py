@@ -34,7 +34,7 @@ import journal
 import reward
 import swap
 from journal import Turn, Verdict
-from sessions import asked_by_the_client, conversation, find_continued, fingerprints, last_request, text_of
+from sessions import asked_by_the_client, conversation, find_continued, fingerprints, last_request, words_of
 
 CHAT = "/v1/chat/completions"
 CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
@@ -422,7 +422,7 @@ async def build_app(
             return openai_error(404, f"no completion {turn_id!r} of yours", "invalid_request_error")
         try:
             asked_last = last_request(turn.messages)
-            request_text = "" if asked_last is None else text_of(turn.messages[asked_last].get("content"))
+            request_text = "" if asked_last is None else words_of(turn.messages[asked_last])
             hints = reward.own_words(request_text, [{"role": "user", "content": text}]) if score < 0 else []
             on_feedback(turn.id, Verdict(score, [score], hints, "own words" if hints else "", user, "feedback"))
         except ValueError as e:

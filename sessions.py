@@ -33,6 +33,8 @@ OWN_REQUESTS = {
 SILENT = re.compile(r"\W*(NO_REPLY\W*)*|\s*HEARTBEAT_OK.{0,300}|.{0,300}HEARTBEAT_OK\W*", re.DOTALL | re.IGNORECASE)
 SPEAKING_TOOLS = ("message", "heartbeat_respond")  # with which it may have said something all the same
 SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
+# What OpenClaw writes around a person's words.
+AROUND = re.compile(r"\A\[\w{3} \d{4}-\d\d-\d\d \d\d:\d\d [^\]\n]{1,40}\] |\n\nRuntime: agent=[^\n]*\Z")
 NUMBER = r"(?<![\w.])-?\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,3})?"
 
 
@@ -44,6 +46,12 @@ def text_of(content: Any) -> str:
             for p in content
         )
     return "" if content is None else str(content)
+
+
+def words_of(message: dict) -> str:
+    """A message's text; a person's own words, where an agent wrote the time and other things around them."""
+    text = text_of(message.get("content"))
+    return AROUND.sub("", text) if message.get("role") == "user" else text
 
 
 def without_thinking(text: str) -> str:

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from sessions import last_request, text_of, without_thinking
+from sessions import last_request, without_thinking, words_of
 
 QUERY = "SELECT *, length(response_ids) / 4 AS tokens, length(prompt_ids) / 4 AS prompt FROM turns"
 
@@ -24,7 +24,7 @@ def one_line(text: str, width: int = 160) -> str:
 def said(message: dict) -> str:
     """A message as one line: its text, and the tools it calls."""
     calls = [f"[calls {c['function']['name']}]" for c in message.get("tool_calls") or []]
-    return one_line(" ".join([text_of(message.get("content")), *calls]))
+    return one_line(" ".join([words_of(message), *calls]))
 
 
 def describe(row: sqlite3.Row) -> str:

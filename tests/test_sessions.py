@@ -172,6 +172,22 @@ def test_a_long_line_in_brackets_is_read_in_linear_time():
     assert time.process_time() - begun < 0.1
 
 
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("[Sun 2026-11-22 23:33 UTC] Too long.", "Too long."),
+        ("[Sun 2026-11-22 23:33 Europe/Berlin] a\n\nRuntime: agent=main | session=s | shell=bash", "a"),
+        ([{"type": "text", "text": "[Mon 2026-11-23 00:01 GMT+1] [1] and [2]"}], "[1] and [2]"),
+        ("[Sunday] No.", "[Sunday] No."),
+        ("What is this?\n\nRuntime: agent=main\nand more", "What is this?\n\nRuntime: agent=main\nand more"),
+        (None, ""),
+    ],
+)
+def test_a_persons_own_words(written, words):
+    assert sessions.words_of(says("user", written)) == words
+    assert sessions.words_of(says("tool", "[Sun 2026-11-22 23:33 UTC] x")) == "[Sun 2026-11-22 23:33 UTC] x"
+
+
 def test_users_are_never_linked(db):
     ann = ask(db, [HELLO], HI["content"], user="ann")
     bob = ask(db, [HELLO, HI, MORE], "Sure.", user="bob")

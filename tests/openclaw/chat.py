@@ -17,7 +17,7 @@ import policy
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import KEY, gateway_of, installed, openclaw
 
-QUESTIONS = ("What is a glacier?", "Why is the sea salty?", "What does a judge do?", "What is yeast?")
+QUESTIONS = ("What is a glacier?", "Why is the sea salty?", "What does a judge do?")
 
 
 def answered(env: dict[str, str], text: str) -> str:
@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
         settings = json.loads(clients.paste(f"{program.url}/v1", "policy", KEY, 8192, "openclaw"))
         with gateway_of(out, env, settings):
             for question in QUESTIONS:
-                for text in (question, "No, that is much too long. Say it again in one short sentence."):
+                for text in (question, "No, much too long. Redo it as one short sentence."):
                     print(f"\n> {text}\n{answered(env, text)}", flush=True)
             answered(env, "Thanks, that's all.")
             while program.status()["step"] < 1:
