@@ -26,7 +26,6 @@ from sessions import words_of
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sampler can only say one of the three
 CHARS = 200  # budget of the next state, a quarter of it for request and answer each: give a big judge 10 times more
-JUDGE_TOKENS = 4096  # of a judge that thinks first; what it is held to then ends by itself
 MIN_HINT, MAX_HINT, CANDIDATES = 11, 300, 3  # characters, and how many different hints go on to the trainer
 REPLIES = Path(__file__).parent / "tests" / "replies.jsonl"
 
@@ -180,6 +179,7 @@ async def samples(
     n: int,
     parse: Callable[[str], Any],
     temperature: float,
+    max_tokens: int,
     extra: dict,
 ) -> list[Any]:
     """n constrained samples of one chat request. An endpoint that ignores n is asked again for the rest.
@@ -192,13 +192,13 @@ async def samples(
             messages=messages,
             n=n - len(said),
             temperature=temperature,
-            max_tokens=JUDGE_TOKENS,
+            max_tokens=max_tokens,
             extra_body=extra,
         )
         if not getattr(reply, "choices", None):
             raise ValueError("the judge's reply has no choices")
         if any(choice.finish_reason == "length" or not choice.message.content for choice in reply.choices):
-            raise ValueError(f"the judge said nothing within {JUDGE_TOKENS} tokens")
+            raise ValueError(f"the judge said nothing within {max_tokens} tokens")
         said += [parse(choice.message.content) for choice in reply.choices]
     return said[:n]
 
@@ -260,6 +260,7 @@ async def judge(
     retries: int = 2,
     backoff_s: float = 1,
     temperature: float = 0.1,
+    max_tokens: int = 1024,
     chars: int = CHARS,
     bias: dict[str, dict[str, float]] | None = None,
 ) -> tuple[int, list[int]]:
@@ -267,14 +268,14 @@ async def judge(
 
     The votes are samples of one request: the prompt is computed once. The temperature is above 0, or they would all be
     the same vote. A judge that follows instructions is asked in chat; with `bias` (of `calibrate`) it is a small one,
-    which completes text and sees the next state alone.
+    which completes text and sees the next state alone. `max_tokens` is for one that thinks first.
     """
     client = client.with_options(max_retries=0)  # the retries are ours: they also cover nonsense and slowness
 
     async def ask(extra: dict) -> list[int]:
         if bias is None:
             messages = judge_messages(request, answer, next_messages, chars)
-            return await samples(client, model, messages, votes, parse_label, temperature, extra)
+            return await samples(client, model, messages, votes, parse_label, temperature, max_tokens, extra)
         (seen,) = await label_logps(client, model, [judge_prompt(next_messages, chars)])
         role = "tool" if next_messages[-1]["role"] == "tool" else "user"
         return draw(seen, bias[role], votes, temperature)
@@ -316,6 +317,7 @@ async def hints(
     retries: int = 2,
     backoff_s: float = 1,
     temperature: float = 0.7,
+    max_tokens: int = 1024,
     chars: int = CHARS,
 ) -> list[str]:
     """What should have been done, as rules; [] where the next state corrects nothing. JudgeError as in `judge`."""
@@ -323,7 +325,7 @@ async def hints(
     messages = hint_messages(request, answer, next_messages, chars)
 
     async def ask(extra: dict) -> list[str]:
-        return await samples(client, model, messages, votes, str, temperature, extra)
+        return await samples(client, model, messages, votes, str, temperature, max_tokens, extra)
 
     return elected(await insist(ask, HINT_PATTERN, timeout_s, retries, backoff_s))
 

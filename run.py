@@ -58,7 +58,8 @@ async def judge_turns(
         request = "" if asked is None else sessions.words_of(turn.messages[asked])
         model, hints, hinted_by = config.judge_model or config.name, [], ""
         small = state.judge_bias is not None
-        options = {"votes": config.votes, "chars": reward.CHARS if small else 2000}
+        tokens = min(4096, config.max_model_len)  # vLLM refuses more
+        options = {"votes": config.votes, "chars": reward.CHARS if small else 2000, "max_tokens": tokens}
         try:
             score, votes = await reward.judge(
                 client, model, request, turn.text, following, bias=state.judge_bias, **options

@@ -224,7 +224,7 @@ async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_mode
 async def test_a_judge_that_writes_hints_keeps_to_the_form(program):
     """The random model under the judge's constraint: NONE, or a line long enough."""
     messages = reward.hint_messages("q", "a", [user("No, too long.")])
-    written = await reward.samples(client(program, BOB), "policy", messages, 8, str, 1.0, reward.HINT_PATTERN)
+    written = await reward.samples(client(program, BOB), "policy", messages, 8, str, 1.0, 1024, reward.HINT_PATTERN)
     assert all(re.fullmatch(r"NONE|[A-Z][^\n]{10,300}", text) for text in written)
 
 

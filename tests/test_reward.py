@@ -325,6 +325,7 @@ def complaint(text: str, role: str = "user") -> list[dict]:
 def test_own_words_are_the_users_complaint_as_it_stands() -> None:
     said = "No, you should have checked the file first."
     assert reward.own_words("Fix the test.", complaint(said)) == [said]
+    assert reward.own_words("Fix the test.", complaint(f"[Sun 2026-11-22 23:33 UTC] {said}")) == [said]
     assert reward.own_words("Fix the test.", complaint("KeyError: no such file", "tool")) == []
     assert reward.own_words("Fix the test.", complaint("No, wrong!")) == []  # 10 characters
     assert reward.own_words("Fix the test.", complaint("x" * 301)) == []
