@@ -131,9 +131,9 @@ def test_options_name_the_wrong_one() -> None:
         reward.options(good[:1])
 
 
-def said(*texts: str) -> JSONResponse:
+def said(*texts: str, finish_reason: str = "stop") -> JSONResponse:
     choices = [
-        {"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        {"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
         for i, text in enumerate(texts)
     ]
     body = {"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
@@ -211,6 +211,7 @@ def test_an_endpoint_that_refuses_the_constraint_is_asked_without() -> None:
     [
         (lambda number, body: JSONResponse({"error": "down"}, 503), 3),
         (lambda number, body: said("good and bad", "?", ""), 3),
+        (lambda number, body: said("good", "good", "good", finish_reason="length"), 3),
         (lambda number, body: JSONResponse({"error": "who are you"}, 401), 1),
         (lambda number, body: said(), 3),
         (lambda number, body: Response("<html>", media_type="text/html"), 3),
@@ -220,6 +221,17 @@ def test_no_verdict_is_an_error_and_never_a_zero(play: Callable, requests: int) 
     with endpoint(play) as (client, seen), pytest.raises(reward.JudgeError, match="no verdict from the judge"):
         ask(client, retries=2)
     assert len(seen) == requests
+
+
+@pytest.mark.parametrize("finish_reason", ["length", "stop"])
+def test_a_hint_that_was_not_written_is_no_vote_for_none(finish_reason: str) -> None:
+    async def hints(client: openai.AsyncOpenAI) -> list[str]:
+        async with client:
+            return await reward.hints(client, "m", "r", "a", NEXT, backoff_s=0.01)
+
+    cut = said("", "", "", finish_reason=finish_reason)
+    with endpoint(lambda number, body: cut) as (client, _), pytest.raises(reward.JudgeError, match="said nothing"):
+        asyncio.run(hints(client))
 
 
 def test_a_judge_that_hangs_is_given_up_in_time() -> None:
