@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -166,7 +167,7 @@ def kind(row) -> str:
         return "title" if system.startswith("Generate a concise session title") else "summary"
     if said.startswith("Pre-compaction memory flush"):
         return "flush"
-    return "main" if "] This is turn of" in said else "heartbeat"
+    return "heartbeat" if said.startswith("Follow the heartbeat") else "main"
 
 
 def wait_for(program: Program, what: str, known: int = 0) -> int:
@@ -182,6 +183,39 @@ def claws(program: Program) -> list:
     from tests.test_program import rows
 
     return rows(program, "user = 'claw'")
+
+
+@contextmanager
+def in_front_of(url: str) -> Iterator[str]:
+    """An address that passes all on to the program, but answers the first request of the session "retry" with a 503."""
+    refused: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if b"turn of retry" in body and not refused:
+                refused.append(body)
+                self.send_error(503)
+                return
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
+            with httpx.stream("POST", url + self.path, content=body, headers=headers, timeout=None) as answer:
+                self.send_response(answer.status_code)
+                self.send_header("content-type", answer.headers["content-type"])
+                self.end_headers()
+                for chunk in answer.iter_raw():
+                    self.wfile.write(chunk)
+                    self.wfile.flush()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+        assert refused, "nothing was refused"
 
 
 def keep_it_training(program: Program, stop: threading.Event, errors: list) -> None:
@@ -207,7 +241,7 @@ def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
     """Each thing said has two answers, a tool call and words, each linked to what truly came next."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     found = claws(program)
-    main = [r for r in found if kind(r) == "main"]
+    main = [r for r in found if kind(r) == "main" and "turn of retry" not in r["messages"]]
     for k, (session, text) in enumerate(said):
         mine = [r for r in main if text in last_said(r)]
         assert len(mine) == 2, f"{text!r}: {len(mine)} answers"
@@ -243,6 +277,19 @@ def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
         assert row["next_messages"] is None
     counted = ", ".join(f"{n} {what}" for what, n in Counter(map(kind, sides)).items())
     print(f"{len(main)} answers of {len(said)} turns, all linked; of its own requests none trained on: {counted}")
+
+
+def check_retry(program: Program) -> None:
+    """An answer is linked where a later request shows that very prompt in its history, and nowhere else."""
+    found = [r for r in claws(program) if "turn of retry" in r["messages"] and kind(r) == "main"]
+
+    def shown(row) -> list[dict]:
+        return [m for m in json.loads(row["messages"]) if m["role"] != "system" and "INTERNAL_CONT" not in str(m)]
+
+    for k, row in enumerate(found):
+        followed = any(shown(later)[: len(shown(row))] == shown(row) for later in found[k + 1 :])
+        assert (row["next_messages"] is not None) is followed, (shown(row), row["next_messages"])
+    print(f"a retry: {len(found)} answers, {sum(r['next_messages'] is not None for r in found)} of them linked")
 
 
 def last_said(row) -> str:
@@ -312,11 +359,15 @@ def main(folder: Path) -> None:
         program.wait_ready()
         others.start()
         step = program.status()["step"]
-        with gateway_of(out, env, settings_for(program.url)):
-            talk(env, program, said)
-        for turn in (1, 2):  # without the gateway: it and the one-shot CLI want the same folder
-            said.append(("gamma", f"This is turn of gamma, number {turn}: look, please."))
-            say(env, *said[-1], "--local")
+        with in_front_of(program.url) as url:
+            with gateway_of(out, env, settings_for(url)):
+                talk(env, program, said)
+                met = re.findall(".*(?:isError=true|rawError=).*", (out / "gateway.log").read_text())
+                for turn in (1, 2):
+                    say(env, "retry", f"This is turn of retry, number {turn}: look, please.")
+            for turn in (1, 2):  # without the gateway: it and the one-shot CLI want the same folder
+                said.append(("gamma", f"This is turn of gamma, number {turn}: look, please."))
+                say(env, *said[-1], "--local")
         swaps = program.status()["step"] - step
     finally:
         stop.set()
@@ -326,7 +377,7 @@ def main(folder: Path) -> None:
     assert swaps >= 5, f"only {swaps} swaps"
     assert not errors, errors
     check(program, model, said)
-    met = re.findall(".*(?:isError=true|rawError=).*", (out / "gateway.log").read_text())
+    check_retry(program)
     assert not met, met
     print(f"{swaps} swaps meanwhile; the program ended in {ended:.0f} s")
 
