@@ -20,6 +20,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -353,7 +354,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             mine = [m for m in r["measures"] if m["person"] == name]
             shown = dict(color=f"C{labels.index(r['label'])}", alpha=0.8, label=r["label"])
             axis.plot([m["talks"] for m in mine], [100 * m["satisfied"] for m in mine], "o-", **shown)
-        axis.set(title=f"wants {PEOPLE[name].wants}", ylim=(0, 100), xlabel="sessions")
+        axis.set(title=textwrap.fill(f"wants {PEOPLE[name].wants}", 32), ylim=(0, 100), xlabel="sessions")
     axes[0].set_ylabel("held-out first answers\nthat satisfy (%)")
     handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
     axes[0].legend(handles.values(), handles.keys(), loc="upper left", fontsize=8)
