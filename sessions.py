@@ -207,7 +207,7 @@ def find_continued(
     talk = conversation(messages)
     answered = [k for k, m in enumerate(talk) if m.get("role") == "assistant"]
     # As it came, and without the calls to tools that there are none of: the tools may be others than before.
-    ways = [fingerprints(talk, offered) for offered in ((), tools)]
+    ways = [fingerprints(talk, offered) for offered in ([(), tools] if tools else [()])]
     rows = journal.candidates(db, user, list({prefixes[k] for prefixes in ways for k in answered})) if answered else []
     for k in reversed(answered):
         digests = {prefixes[k] for prefixes in ways}

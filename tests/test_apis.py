@@ -15,7 +15,7 @@ import distill
 import swap
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import TEMPLATE, make_tool_model
-from tests.test_program import ALICE, client, rows, until, user
+from tests.test_program import ALICE, client, rated, rows, until, user
 
 PATH = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"]}
 
@@ -217,17 +217,11 @@ async def test_a_model_that_thinks(thinking):
 
 
 async def test_an_agents_long_prompt_is_trained_on(thinking):
-    c = client(thinking)
+    async def became(length):
+        turn_id = await rated(thinking, "x" * length, max_tokens=600, extra_body={"ignore_eos": True})
+        return await until(lambda: rows(thinking, "id = ? AND state IN ('trained', 'dropped')", turn_id), 200)
 
-    async def rated(length):
-        reply = await c.chat.completions.create(
-            model="policy", messages=[user("x" * length)], max_tokens=600, extra_body={"ignore_eos": True}
-        )
-        body = {"completion_id": reply.id, "score": 1}
-        httpx.post(f"{thinking.url}/v1/feedback", json=body, timeout=60).raise_for_status()
-        return await until(lambda: rows(thinking, "id = ? AND state IN ('trained', 'dropped')", reply.id), 200)
-
-    ((fits,), (too_long,)) = await rated(12_000), await rated(16_000)
+    ((fits,), (too_long,)) = await became(12_000), await became(16_000)
     assert fits["state"] == "trained" and len(fits["prompt_ids"]) > 4 * 12_000
     assert len(fits["response_ids"]) == 4 * 600
     assert (too_long["state"], too_long["reason"]) == ("dropped", "longer than --max_train_tokens=16384")

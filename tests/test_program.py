@@ -360,9 +360,9 @@ async def test_a_long_wait_is_bridged_by_comments(program):
 # ---- life and death ----
 
 
-async def rated(program, question, score=1, text=""):
+async def rated(program, question, score=1, text="", **options):
     """An answer with a person's feedback on it: the shortest way into a batch. Its id."""
-    reply = await ask(client(program, program.key or "none"), [user(question)])
+    reply = await ask(client(program, program.key or "none"), [user(question)], **options)
     body = {"completion_id": reply.id, "score": score, "text": text}
     headers = {"Authorization": f"Bearer {program.key or 'none'}"}
     httpx.post(f"{program.url}/v1/feedback", json=body, headers=headers, timeout=30).raise_for_status()

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clients
 from tests.conftest import Program, free_port, make_tiny_model
+from tests.test_program import rows
 
 NODE, OPENCLAW, KEY, CONTEXT = "node@26", "openclaw@2026.9.6", "sk-claw", 65_536
 SESSIONS, TURNS = ("alpha", "beta"), 5
@@ -180,8 +181,6 @@ def wait_for(program: Program, what: str, known: int = 0) -> int:
 
 
 def claws(program: Program) -> list:
-    from tests.test_program import rows
-
     return rows(program, "user = 'claw'")
 
 
