@@ -352,12 +352,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for axis, name in zip(axes, people, strict=True):
         for r in results:
             mine = [m for m in r["measures"] if m["person"] == name]
-            shown = dict(color=f"C{labels.index(r['label'])}", alpha=0.8, label=r["label"])
-            axis.plot([m["talks"] for m in mine], [100 * m["satisfied"] for m in mine], "o-", **shown)
+            jointly = "+" in r["person"]  # then the sessions are those of all of them together
+            line, label = ("o:", r["label"] + " (jointly)") if jointly else ("o-", r["label"])
+            shown = dict(color=f"C{labels.index(r['label'])}", alpha=0.8, label=label)
+            axis.plot([m["talks"] for m in mine], [100 * m["satisfied"] for m in mine], line, **shown)
         axis.set(title=textwrap.fill(f"wants {PEOPLE[name].wants}", 32), ylim=(0, 100), xlabel="sessions")
+        of_label = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        axis.legend(of_label.values(), of_label.keys(), loc="upper left", fontsize=7)
     axes[0].set_ylabel("held-out first answers\nthat satisfy (%)")
-    handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
-    axes[0].legend(handles.values(), handles.keys(), loc="upper left", fontsize=8)
     for axis, (name, title) in zip(
         bottom.subgridspec(1, len(curves), wspace=0.5).subplots(), curves.items(), strict=True
     ):

@@ -371,7 +371,8 @@ def test_who_asks(messages, own):
 
 def test_retry_with_the_text_rewritten(db):
     """After an error OpenClaw asks again in words that its history never shows: that answer has no next state."""
-    again = says("user", "Queued user message from a previous active turn (now superseded):\nhello")
+    note = "Queued user message from a previous active turn; preserved as context only. "  # 2026.9.6's words
+    again = says("user", f"[{note}Continue with the active prompt below.]\nhello")
     answer = ask(db, [again], HI["content"])
     assert ask(db, [HELLO, HI, MORE], "Sure.").before is None
     assert answer.id in journal.in_state(db, "waiting")
