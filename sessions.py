@@ -24,11 +24,13 @@ OWN_REQUESTS = {
     "user": re.compile(
         r"\s*(\[[^\]\n]{0,40}\d\d:\d\d[^\]\n]{0,20}\] )?(Pre-compaction memory flush\.|Follow the heartbeat monitor|"
         r"Run the following periodic tasks \(only those due|A scheduled (reminder has been|cron event was) triggered|"
-        r"An async command (you ran|completion event)|\[System\] Your previous turn was interrupted|"
-        r"\[Inter-session message\]|\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\])"
+        r"An async command (you ran|completion event)|\[System\] |Refresh this session.s progress card now|"
+        r"\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\])"
     ),
     "system": re.compile(r"\s*(Generate a concise session title|You are a context summarization assistant)"),
 }
+# What comes from a subagent, another session or a tool has this line in it, before or behind its words.
+ROUTED = re.compile(r"^\[Inter-session message\] .*isUser=false$", re.MULTILINE)
 # Answers to those that nobody is shown.
 SILENT = re.compile(r"\W*(NO_REPLY\W*)*|\s*HEARTBEAT_OK.{0,300}|.{0,300}HEARTBEAT_OK\W*", re.DOTALL | re.IGNORECASE)
 SPEAKING_TOOLS = ("message", "heartbeat_respond")  # with which it may have said something all the same
@@ -60,8 +62,8 @@ def without_thinking(text: str) -> str:
 
 
 def is_own_request(message: dict) -> bool:
-    begins = OWN_REQUESTS.get(str(message.get("role")))
-    return bool(begins and begins.match(text_of(message.get("content"))))
+    role, text = str(message.get("role")), text_of(message.get("content"))
+    return bool(role in OWN_REQUESTS and OWN_REQUESTS[role].match(text) or role == "user" and ROUTED.search(text))
 
 
 def was_shown(own: list[dict]) -> bool:

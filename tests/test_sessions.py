@@ -164,8 +164,28 @@ def test_what_a_tool_said_to_the_person_in_between(db):
     assert journal.load_turn(db, looked.id)[1] == [result]
 
 
+def test_recording_of_a_subagent(db):
+    """It has a conversation of its own, and what it found is told to its parent in a message that nobody wrote. That is
+    gone from the parent's history later, where the answers before and behind it are one: neither has a next message.
+    """
+    lines = [json.loads(line) for line in (CAPTURES / "subagent.jsonl").read_text().splitlines()]
+    asked = {}
+    for request, given in zip(lines[::2], lines[1::2], strict=True):
+        assert sessions.asked_by_the_client(request["messages"]) is (request["n"] == 5)
+        session = f"ann/{request['session']}"
+        asked[request["n"]] = ask(db, request["messages"], raw_answer(given["message"]), session=session)
+    assert asked[4].before is None and asked[4].session != asked[3].session
+    assert [(k, asked[k].before == asked[k - 1].id) for k, a in asked.items() if a.judged] == [(2, True), (3, True)]
+    assert asked[6].session == asked[1].session
+    assert {a.id for k, a in asked.items() if k > 2} <= set(journal.in_state(db, "waiting"))
+    talk = [m for m in lines[10]["messages"] if "INTERNAL_CONTEXT" not in str(m["content"])]
+    later = ask(db, [*talk, bot(lines[11]["message"]["content"]), MORE], "x", session="ann/s1:0")
+    assert (later.before, later.judged) == (asked[6].id, True)
+
+
 def test_a_long_line_in_brackets_is_read_in_linear_time():
     begun = time.process_time()
+    sessions.is_own_request(says("user", "[Inter-session message] " * 50_000))
     sessions.is_own_request(says("user", "[" + "12:30 " * 50_000))
     assert time.process_time() - begun < 0.1
 

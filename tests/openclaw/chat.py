@@ -3,7 +3,7 @@ journal says of each answer afterwards.
 
     .venv/bin/python -m tests.openclaw.chat FOLDER
 
-The same folder as check.py's. About ten minutes on two cores: the agent's prompt has 2,400 tokens.
+The same folder as check.py's. About five minutes on two cores: the agent's prompt has 2,200 tokens.
 """
 
 import json
@@ -17,7 +17,15 @@ import policy
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import KEY, gateway_of, installed, openclaw
 
-QUESTIONS = ("What is a glacier?", "Why is the sea salty?", "What does a judge do?")
+QUESTIONS = ("What is a glacier?", "Why is the sea salty?", "What does a judge do?", "What is a volcano?")
+
+
+def reaction(answer: str) -> str:
+    """What somebody says who wants a sentence: not two words, not a page."""
+    words = len(answer.split())
+    if words < 8:
+        return "No, much too short. I wanted a whole sentence that explains it."
+    return "No, much too long. Redo it as one short sentence." if words > 40 else "Perfect, thanks!"
 
 
 def answered(env: dict[str, str], text: str) -> str:
@@ -35,9 +43,10 @@ def main(folder: Path) -> None:
         settings = json.loads(clients.paste(f"{program.url}/v1", "policy", KEY, 8192, "openclaw"))
         with gateway_of(out, env, settings):
             for question in QUESTIONS:
-                for text in (question, "No, much too long. Redo it as one short sentence."):
-                    print(f"\n> {text}\n{answered(env, text)}", flush=True)
-            answered(env, "Thanks, that's all.")
+                answer = answered(env, question)
+                print(f"\n> {question}\n{answer}\n\n> {reaction(answer)}", flush=True)
+                print(answered(env, reaction(answer)), flush=True)
+            answered(env, "Thank you, that's all.")
             while program.status()["step"] < 1:
                 time.sleep(1)
     finally:
