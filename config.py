@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 
 import clients
@@ -119,7 +120,7 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
         engine = config.engine_memory or 0.9 * free - trainer
         needed = trainer + max(engine, 1.3 * weights + 1)
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        free = psutil.virtual_memory().available / 2**30  # with the page cache, which is given up when asked for
         engine = config.engine_memory or min(4.0, max(0.5, (free - trainer - host - 2 * weights) / 4))
         needed = trainer + host + engine + 2 * weights + 2.0  # the engine's weights, and its processes
     if needed > free:

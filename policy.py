@@ -200,6 +200,9 @@ def keep(state: State) -> None:
 def go_back(state: State) -> None:
     """To what was kept, as if the step had not been begun."""
     copy_weights(state.kept, mutable(state))
+    for p, master in zip(state.policy.parameters(), state.masters, strict=True):
+        if p.grad is not master.grad:  # of a row that memory ran out in
+            p.grad = None
     state.adam.zero_grad(set_to_none=False)
     publish(state.masters, state.policy)
 

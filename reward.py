@@ -237,8 +237,8 @@ async def insist(
         try:
             async with asyncio.timeout(timeout_s):  # all of it, where the client's own timeout is per read
                 return await ask(extra)
-        except (openai.APIError, TimeoutError, ValueError) as error:
-            failures += 1
+        except (openai.APIError, TimeoutError, ValueError, AttributeError, TypeError, LookupError) as error:
+            failures += 1  # the last three: JSON of another form than that of a reply, which the client lets through
             if isinstance(error, openai.BadRequestError) and extra:
                 extra = {}
             elif isinstance(error, openai.APIStatusError) and error.status_code in (400, 401, 403, 404):

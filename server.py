@@ -301,10 +301,10 @@ class Recorder:
             )
         elif sampling_params.temperature == 0:
             dropped = "temperature 0: not a sample of the policy"
-        elif request.done:
-            dropped = journal.LAST
         elif changed:
             dropped = f"sampled with {', '.join(changed)}: its log-probs are not those of the plain policy"
+        elif request.done:  # the last, since a rating brings it back
+            dropped = journal.LAST
 
         # As the client knows it: /v1/responses numbers the calls to the engine.
         turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id

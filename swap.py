@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-# Read by vLLM when it is imported, here and in its processes; what a person has set stays.
-for name, value in {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}.items():
+# Read by vLLM when it is imported, here and in its processes; what a person has set stays. At WARNING it says "Failed
+# to load weights" after every push, of the rotary embedding, which has none, and of a tied head; `push` looks itself.
+for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items():
     os.environ.setdefault(name, value)
 
 PR_SET_PDEATHSIG = 1
@@ -102,6 +103,8 @@ def pack(weights: dict[str, torch.Tensor], path: str) -> bytes:
         start = -(-end // 64) * 64  # 64-byte lines, so that any dtype can be viewed in place
         end = start + w.numel() * w.element_size()
         layout[name] = (start, end, w.dtype, tuple(w.shape))
+    with open(path, "r+b") as file:  # where there is no room (a container's /dev/shm has 64 MiB), from_file would crash
+        os.posix_fallocate(file.fileno(), 0, end)
     flat = torch.from_file(path, shared=True, size=end, dtype=torch.uint8)
     for name, w in weights.items():
         start, stop, dtype, shape = layout[name]
@@ -270,19 +273,22 @@ async def push(
     """Swap the engine's weights and prove it: return mean |dlogp| on the probe between the engine and the trainer, and
     the pause as `load` gives it.
 
-    `probe_logps` (L - 1,): the trainer's log-probs of probe_ids[1:] under `weights`. Where a tensor was not taken or
-    the probe disagrees by more than `bound`, the engine gets `before` (the weights of version - 1) back and PushError
-    is raised. Running requests may have had a few tokens from the bad weights; their turns carry its version.
+    `probe_logps` (L - 1,): the trainer's log-probs of probe_ids[1:] under `weights`. Where anything fails, a tensor was
+    not taken or the probe disagrees by more than `bound`, the engine gets `before` (the weights of version - 1) back
+    and PushError is raised. Running requests may have had a few tokens from the bad weights; their turns carry its
+    version.
     """
     if weights.keys() != before.keys():  # the engine merges q, k and v, and would not miss one of them by name
         raise PushError(f"missing or unknown tensors: {sorted(weights.keys() ^ before.keys())}")
+    tried = loads
     try:
         pause = await load(engine, weights, version)
         got = await prompt_logps(engine, probe_ids, f"probe-{version}")
         gap = (got - probe_logps).abs().mean().item()
         if not gap <= bound:  # also for NaN
             raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {bound}")
-    except Exception:
-        await load(engine, before, version - 1)
-        raise
+    except Exception as e:  # what failed in a worker comes as a plain Exception
+        if loads > tried:
+            await load(engine, before, version - 1)
+        raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
     return gap, pause

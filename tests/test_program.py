@@ -145,6 +145,7 @@ async def test_several_choices_are_several_turns(program):
         ({"top_p": 0.5}, "top_p"),
         ({"extra_headers": {"X-Turn-Type": "side"}}, "side request"),
         ({"extra_headers": {"X-Session-Done": "1"}}, "session is over"),
+        ({"extra_headers": {"X-Session-Done": "1"}, "top_p": 0.5}, "top_p"),
     ],
 )
 async def test_what_cannot_be_trained_on_is_served_and_says_why(program, extra, reason):

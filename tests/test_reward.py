@@ -210,6 +210,10 @@ def test_an_endpoint_that_refuses_the_constraint_is_asked_without() -> None:
     ("play", "requests"),
     [
         (lambda number, body: JSONResponse({"error": "down"}, 503), 3),
+        (lambda number, body: JSONResponse({"choices": [{"message": None, "finish_reason": "stop"}]}), 3),
+        (lambda number, body: JSONResponse({"choices": [None]}), 3),
+        (lambda number, body: JSONResponse({"choices": [{"message": {"content": [{"text": "good"}]}}]}), 3),
+        (lambda number, body: JSONResponse(["good"]), 3),
         (lambda number, body: said("good and bad", "?", ""), 3),
         (lambda number, body: said("good", "good", "good", finish_reason="length"), 3),
         (lambda number, body: JSONResponse({"error": "who are you"}, 401), 1),
