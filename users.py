@@ -45,7 +45,7 @@ class Setup:
     talks: int = 240  # sessions in a run
     every: int = 80  # sessions between two measures
     at_once: int = 16  # sessions at the same time
-    held_out: int = 64  # questions of the first and the last measure, half of them of those in between
+    held_out: int = 64  # questions of a measure
     max_tokens: int = 128  # the longest answer a person waits for
     temperature: float = 0.7  # that they ask for; at 1 a model of 135M parameters talks nonsense from the start
     lr: float = 3e-5
@@ -118,8 +118,8 @@ async def talk(client: AsyncOpenAI, setup: Setup, person: Person, rng: random.Ra
 # ---- measuring ----
 
 
-async def measure(client: AsyncOpenAI, setup: Setup, person: Person, n: int) -> dict[str, float]:
-    """First replies to the same n held-out questions each time: shares that please and are cut off, mean words."""
+async def measure(client: AsyncOpenAI, setup: Setup, person: Person) -> dict[str, float]:
+    """First replies to the same held-out questions each time: shares that please and are cut off, mean words."""
     rng, limit = random.Random(0), asyncio.Semaphore(32)
 
     async def first(question: str, subject: str) -> tuple[str, bool, bool]:
@@ -129,6 +129,7 @@ async def measure(client: AsyncOpenAI, setup: Setup, person: Person, n: int) -> 
             )
             return answer, cut, person.pleased(subject, answer)
 
+    n = setup.held_out
     answers = await asyncio.gather(*[first(*person.asks(rng, True)) for _ in range(n)])
     return {
         "satisfied": sum(pleased for _, _, pleased in answers) / n,
@@ -140,12 +141,15 @@ async def measure(client: AsyncOpenAI, setup: Setup, person: Person, n: int) -> 
 
 
 async def unrelated(client: AsyncOpenAI) -> float:
-    """Mean log-likelihood per token, in nats, of fixed answers to questions that nobody asked here."""
+    """Mean log-likelihood per token, in nats, of fixed answers to questions that nobody asked here.
+
+    Without the tokens that end an answer: those get likelier in whoever learns to be brief.
+    """
     total = tokens = 0
 
     async def score(messages: list[dict]) -> tuple[float, int]:
         whole = messages[-1]["role"] == "assistant"
-        options = {"prompt_logprobs": 0, "add_generation_prompt": not whole}
+        options = {"prompt_logprobs": 0, "add_generation_prompt": not whole, "continue_final_message": whole}
         scored = await client.chat.completions.create(
             model="policy", messages=messages, max_tokens=1, temperature=0, extra_body=options
         )
@@ -175,7 +179,7 @@ def by_chance(p: float) -> str:
 # ---- a run ----
 
 
-async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
+async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str, Any]:
     """Measure, talk, measure. The people hold back while a batch waits for the trainer: more would only grow stale."""
     names = run.person.split("+")
     clients = {name: AsyncOpenAI(base_url=f"{url}/v1", api_key=f"{name}-key", timeout=600) for name in names}
@@ -187,15 +191,18 @@ async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
         async def now() -> tuple[dict, int]:
             """The server's status, and how many turns are on their way to the trainer."""
             status = (await http.get("/status")).raise_for_status().json()
+            if firsts and status["training"] != "on":
+                raise RuntimeError(f"the server does not train: {status['training']}")
             bar.set_postfix_str(f"step {status['step']}")
             return status, status["turns"].get("judging", 0) + status["turns"].get("queued", 0)
 
-        async def measured(n: int) -> None:
+        async def measured() -> None:
             bar.set_description("measuring")
             step, lost = (await now())[0]["step"], await unrelated(clients[names[0]])
             for name in names:
-                found = await measure(clients[name], setup, PEOPLE[name], n)
-                measures.append({"talks": len(firsts), "step": step, "person": name, "unrelated": lost} | found)
+                found = await measure(clients[name], setup, PEOPLE[name])
+                when = {"talks": len(firsts), "step": step, "minutes": (time.monotonic() - started) / 60}
+                measures.append({**when, "person": name, "unrelated": lost, **found})
                 bar.write(f"after {len(firsts)} sessions, step {step}: {name} {100 * found['satisfied']:.0f} %")
             bar.set_description("talking")
 
@@ -204,7 +211,7 @@ async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
             first |= await talk(clients[first["person"]], setup, PEOPLE[first["person"]], rng)
             bar.update()
 
-        await measured(setup.held_out)
+        await measured()
         while len(firsts) < setup.talks:
             talking: set[asyncio.Task] = set()
             goal = min(setup.talks, len(firsts) + setup.every)
@@ -213,8 +220,6 @@ async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
                     talking.remove(task)
                     task.result()  # an error in a session is an error of the run
                 status, unread = await now()
-                if status["training"] != "on":
-                    raise RuntimeError(f"the server does not train: {status['training']}")
                 if len(firsts) < goal and len(talking) < setup.at_once and unread < status["batch_size"]:
                     firsts.append({"person": names[len(firsts) % len(names)], "step": status["step"]})
                     talking.add(asyncio.create_task(session(len(firsts), firsts[-1])))
@@ -225,7 +230,7 @@ async def converse(setup: Setup, run: Run, url: str) -> dict[str, Any]:
             while status["turns"].get("judging") or status["turns"].get("training") or unread >= status["batch_size"]:
                 await asyncio.sleep(1)
                 status, unread = await now()
-            await measured(setup.held_out if goal == setup.talks else setup.held_out // 2)
+            await measured()
         bar.close()
     for client in clients.values():
         await client.close()
@@ -268,7 +273,7 @@ def perform(setup: Setup, run: Run) -> dict[str, Any]:
     server = start_server(setup, run, out)
     try:
         wait_ready(server, url, out / "run.log")
-        result = asyncio.run(converse(setup, run, url))
+        result = asyncio.run(converse(setup, run, url, started))
     finally:
         server.send_signal(signal.SIGTERM)
         try:
@@ -277,8 +282,7 @@ def perform(setup: Setup, run: Run) -> dict[str, Any]:
             server.kill()
     metrics = out / "metrics.jsonl"  # not there where nothing was learned from
     steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    minutes = (time.monotonic() - started) / 60
-    return dataclasses.asdict(run) | {"label": run.label, "minutes": minutes, "steps": steps} | result
+    return dataclasses.asdict(run) | {"label": run.label, "steps": steps} | result
 
 
 # ---- showing ----
@@ -296,7 +300,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """Markdown, a row for each method and person over the seeds, after as many sessions as all with that person had."""
     lines = [
         "| method | person | seeds | sessions | sessions to effect | by chance | held-out before, % | after, % | "
-        "log-lik. unrelated, change | KL to start | words | cut off, % | minutes |",
+        "log-lik. unrelated, change | KL to start, fixed text | words | cut off, % | minutes |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     upto = {
@@ -315,8 +319,7 @@ def table(results: list[dict[str, Any]]) -> str:
             reached = (
                 interval([e for e in effect if e]) if all(effect) else f"{effect.count(None)}x over {len(talked[0])}"
             )
-            steps = [[s for s in r["steps"] if s["step"] <= m["step"]] for r, m in zip(runs, last, strict=True)]
-            kl = [statistics.mean(s["kl"] for s in some[-3:]) for some in steps if some]
+            kl = [s["probe_kl"] for r, m in zip(runs, last, strict=True) for s in r["steps"] if s["step"] == m["step"]]
             lost = [b["unrelated"] - a["unrelated"] for a, b in zip(first, last, strict=True)]
             lines.append(
                 f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {upto[people]} | "
@@ -325,7 +328,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{percent(first, 'satisfied')} | {percent(last, 'satisfied')} | "
                 f"{statistics.mean(lost):+.3f} | {f'{statistics.mean(kl):.3f}' if kl else '-'} | "
                 f"{words(first)} to {words(last)} | {percent(last, 'truncated')} | "
-                f"{statistics.mean(r['minutes'] for r in runs):.0f} |"
+                f"{statistics.mean(m['minutes'] for m in last):.0f} |"
             )
     return "\n".join(lines)
 
@@ -338,7 +341,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     curves = {
-        "kl": "KL to start",
+        "kl": "KL on the batch",
         "nll": "entropy (nats)",
         "length": "tokens",
         "repeated": "repeated",
@@ -426,7 +429,7 @@ def main(argv: list[str]) -> None:
         estimate = f", about {statistics.mean(minutes) * (len(left) - i):.0f} minutes left" if minutes else ""
         print(f"run {i + 1} of {len(left)}: {run.label}, {run.person}, seed {run.seed}{estimate}", flush=True)
         results.append(perform(setup, run) | {"settings": settings})
-        minutes.append(results[-1]["minutes"])
+        minutes.append(results[-1]["measures"][-1]["minutes"])
         file.with_suffix(".part").write_text(json.dumps(results, indent=1))
         file.with_suffix(".part").replace(file)
     draw(results, out / "curve.png")

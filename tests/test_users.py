@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from openai import AsyncOpenAI
+from transformers import AutoTokenizer
 
 import users
 from people import NAMES, PEOPLE, THANKS, THINGS, TOPICS, WRONG, parts
@@ -103,6 +105,7 @@ def result(label, person, seed, *after):
         {
             "talks": t,
             "step": t / 80,
+            "minutes": t / 10,
             "person": p,
             "satisfied": s,
             "words": 90.0,
@@ -113,8 +116,9 @@ def result(label, person, seed, *after):
         for p in person.split("+")
     ]
     firsts = [{"person": p, "pleased": i > 1} for i in range(160) for p in person.split("+")]
-    steps = [{"step": n, "kl": n / 10, "nll": 2.0, "length": 50.0, "repeated": 0.1, "dlogp": 0.03} for n in (1, 2)]
-    return dict(label=label, person=person, seed=seed, minutes=9, measures=measures, firsts=firsts, steps=steps)
+    same = {"nll": 2.0, "length": 50.0, "repeated": 0.1, "dlogp": 0.03}
+    steps = [{"step": n, "kl": 9.0, "probe_kl": n / 10, **same} for n in (1, 2)]
+    return dict(label=label, person=person, seed=seed, measures=measures, firsts=firsts, steps=steps)
 
 
 def test_the_table_and_the_picture_are_made_from_the_results(tmp_path):
@@ -125,7 +129,7 @@ def test_the_table_and_the_picture_are_made_from_the_results(tmp_path):
     ]
     rows = users.table(results).splitlines()
     assert len(rows) == 5 and "| hybrid | student (jointly) | 1 | 80 | 5.0 | 84 | 25.0 | 100.0 |" in rows[2]
-    numbers = "25.0 ± 0.0 | 62.5 ± 158.9 | -0.080 | 0.100 | 90 to 90 | 50.0 ± 0.0 | 9 |"
+    numbers = "25.0 ± 0.0 | 62.5 ± 158.9 | -0.080 | 0.100 | 90 to 90 | 50.0 ± 0.0 | 8 |"
     # one run had more sessions than the other: they are compared after 80
     assert f"| opd | ta | 2 | 80 | 5.0 ± 0.0 | 84 | {numbers}" in rows[4]
     users.draw(results, tmp_path / "curve.png")
@@ -150,6 +154,22 @@ def test_a_run_from_its_start_to_the_picture(tiny_model, tmp_path):
     assert again.returncode == 0 and "1 of 1 runs are in" in again.stdout and again.stdout.count("(jointly)") == 2
     other = subprocess.run([*command, "--max_tokens=21"], capture_output=True, text=True, timeout=60)
     assert other.returncode != 0 and "other settings" in other.stderr
+
+
+async def test_the_tokens_that_end_an_answer_are_not_counted(program, tiny_model, monkeypatch):
+    """Else whoever learns to be brief would seem to have got better at everything."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    async with AsyncOpenAI(base_url=f"{program.url}/v1", api_key=program.key) as client:
+        for question, answer in (("When does the train leave?", "Soon."), ("Rhyme with light.", "Night")):
+            asked = [{"role": "user", "content": question}]
+            prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+            ids = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
+            options = {"prompt_logprobs": 0}
+            reply = await client.completions.create(model="policy", prompt=ids, max_tokens=1, extra_body=options)
+            of_answer = list(zip(reply.choices[0].prompt_logprobs, ids, strict=True))[len(prompt) :]
+            logps = [at[str(token)]["logprob"] for at, token in of_answer]
+            monkeypatch.setattr(users, "UNRELATED", ((question, answer),))
+            assert abs(await users.unrelated(client) - sum(logps) / len(logps)) < 0.02
 
 
 async def test_a_model_can_play_the_person(program):
