@@ -353,13 +353,13 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     top, bottom = figure.add_gridspec(2, 1, height_ratios=(2, 1))
     axes = top.subgridspec(1, len(people)).subplots(squeeze=False)[0]
     for axis, name in zip(axes, people, strict=True):
-        for r in results:
+        for r in (r for r in results if name in r["person"].split("+")):
             mine = [m for m in r["measures"] if m["person"] == name]
             jointly = "+" in r["person"]  # then the sessions are those of all of them together
             line, label = ("o:", r["label"] + " (jointly)") if jointly else ("o-", r["label"])
             shown = dict(color=f"C{labels.index(r['label'])}", alpha=0.8, label=label)
             axis.plot([m["talks"] for m in mine], [100 * m["satisfied"] for m in mine], line, **shown)
-        axis.set(title=textwrap.fill(f"wants {PEOPLE[name].wants}", 32), ylim=(0, 100), xlabel="sessions")
+        axis.set(title=textwrap.fill(f"wants {PEOPLE[name].wants}", 32), ylim=(0, 103), xlabel="sessions")
         of_label = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
         axis.legend(of_label.values(), of_label.keys(), loc="upper left", fontsize=7)
     axes[0].set_ylabel("held-out first answers\nthat satisfy (%)")
