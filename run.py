@@ -378,8 +378,8 @@ async def train(
         )
         await wait_for_room(db, state)
         journal.mark_trained(db, ids, state.step + 1)
-        await on_trainer(policy.keep, state)
         state.step, state.baselines, state.probe = state.step + 1, baselines, probe
+        await on_trainer(policy.keep, state)
 
         # 5. one row, one line
         row = {
