@@ -173,7 +173,10 @@ def sessions_to_effect(pleased: list[bool]) -> int | None:
 
 def by_chance(p: float) -> str:
     """The mean of `sessions_to_effect` for one who learns nothing and pleases with probability p."""
-    return f"{(1 - p**STREAK) / ((1 - p) * p**STREAK):.0f}" if 0 < p < 1 else "never" if p == 0 else f"{STREAK}"
+    if not p:
+        return "never"
+    n = STREAK if p == 1 else (1 - p**STREAK) / ((1 - p) * p**STREAK)
+    return f"{n:.0f}" if n < 10_000 else "> 9999"
 
 
 # ---- a run ----

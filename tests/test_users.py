@@ -92,7 +92,7 @@ def test_by_chance_a_streak_takes_so_many_sessions():
     rng = random.Random(0)
     runs = [users.sessions_to_effect([rng.random() < 0.5 for _ in range(200)]) for _ in range(4000)]
     assert abs(sum(runs) / len(runs) - 14) < 0.5 and users.by_chance(0.5) == "14"
-    assert (users.by_chance(0), users.by_chance(1)) == ("never", "3")
+    assert (users.by_chance(0), users.by_chance(1), users.by_chance(0.01)) == ("never", "3", "> 9999")
 
 
 def test_the_interval_is_students():
