@@ -273,10 +273,10 @@ async def push(
     """Swap the engine's weights and prove it: return mean |dlogp| on the probe between the engine and the trainer, and
     the pause as `load` gives it.
 
-    `probe_logps` (L - 1,): the trainer's log-probs of probe_ids[1:] under `weights`. Where anything fails, a tensor was
-    not taken or the probe disagrees by more than `bound`, the engine gets `before` (the weights of version - 1) back
-    and PushError is raised. Running requests may have had a few tokens from the bad weights; their turns carry its
-    version.
+    `probe_logps` (L - 1,): the trainer's log-probs of probe_ids[1:] under `weights`. Where a tensor was not taken,
+    shared memory has no room, or the probe disagrees by more than `bound`, the engine gets `before` (the weights of
+    version - 1) back and PushError is raised. Running requests may have had a few tokens from the bad weights; their
+    turns carry its version. A worker's own error ends the program: what it serves then, nobody knows.
     """
     if weights.keys() != before.keys():  # the engine merges q, k and v, and would not miss one of them by name
         raise PushError(f"missing or unknown tensors: {sorted(weights.keys() ^ before.keys())}")
@@ -287,8 +287,8 @@ async def push(
         gap = (got - probe_logps).abs().mean().item()
         if not gap <= bound:  # also for NaN
             raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {bound}")
-    except Exception as e:  # what failed in a worker comes as a plain Exception
-        if loads > tried:
+    except Exception as e:
+        if loads > tried:  # a reload that failed inside the worker can't be begun again there: this raises then, too
             await load(engine, before, version - 1)
         raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
     return gap, pause
