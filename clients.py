@@ -4,7 +4,7 @@ import json
 
 
 def openclaw(url: str, model: str, key: str, context: int) -> str:
-    """~/.openclaw/openclaw.json. Where its 12,000 tokens of prompt have no room: four tools, and 2,400 tokens."""
+    """~/.openclaw/openclaw.json. Where its 12,000 tokens of prompt have no room: four tools, and 2,100 tokens."""
     entry = {
         "id": model,
         "name": model,

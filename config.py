@@ -44,7 +44,7 @@ class Config:
     w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints alone
     w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores alone
     opd_k: int = 20  # tokens at each place that teacher and student are compared on; 0: the sampled one
-    opd_clip: float = 1.0  # largest |log pi_T - log pi_old| that counts; 0: no bound
+    opd_clip: float = 1.0  # largest |log pi_T - log pi_0| that counts; 0: no bound
     baseline: str = "mean"  # of the reward: mean (running, per user), none (upstream's) or group (same prompt)
     max_staleness: int = 8  # samples from weights older than this many steps are dropped
     row_tokens: int = 256  # tokens per packed row, a micro-batch; a longer sample has a row of its own
@@ -95,8 +95,9 @@ def parse(argv: list[str]) -> Config:
         sys.exit(f"--judge_style={config.judge_style}: expected auto, chat or text")
     if config.print_client not in ("", *clients.CLIENTS):
         sys.exit(f"--print_client={config.print_client}: expected {', '.join(clients.CLIENTS)}")
-    if config.keep < 1:
-        sys.exit(f"--keep={config.keep}: at least one checkpoint is needed to go on from")
+    for name in ("batch_size", "votes", "keep", "row_tokens", "max_seqs"):
+        if getattr(config, name) < 1:
+            sys.exit(f"--{name}={getattr(config, name)}: expected at least 1")
     for share in ("user_share", "session_share", "truncated_share"):
         least = 0 if share == "truncated_share" else 1 / config.batch_size
         if not least <= getattr(config, share) <= 1:
@@ -105,7 +106,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def plan(config: Config, folder: Path) -> SimpleNamespace:
-    """Device, cores and memory, decided once and printed: `VLLM` and the trainer must not fight for the same core."""
+    """Device, cores and memory, decided once and printed: engine and trainer must not fight for the same core."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     cores = sorted(os.sched_getaffinity(0))
     n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))

@@ -86,11 +86,8 @@ def teach(
     teacher, taught = torch.zeros(ids.shape, device=device), torch.zeros(len(ids), device=device)
     for sample, prompts in hinted.items():
         here = row["sample"] == sample  # (N,), true at T places
-        answer, blank = row["target"][here].tolist(), [0.0] * int(here.sum())
-        views = []
-        for prompt in prompts:
-            alone = next(grpo.collate([prompt], [answer], [blank], [0.0], [1.0], len(prompt) + len(answer), device))
-            views.append(grpo.response_hidden(model, alone, grad=False))  # (T, D)
+        answer = row["target"][here].tolist()
+        views = [grpo.response_hidden(model, grpo.alone(prompt, answer, device)) for prompt in prompts]  # (T, D) each
         if len(views) > 1:
             mine = top_k(hidden[here], head, k or 1)
             views.sort(key=lambda view: -shared(mine, top_k(view, head, k or 1)))
@@ -103,7 +100,7 @@ def teach(
 
 
 def advantage(student: Tensor, teacher: Tensor, clip: float) -> Tensor:
-    """log pi_T - log pi_old (the student's at this step's start), within [-clip, clip] unless clip is 0. Any shape."""
+    """log pi_T - log pi_0 (the student's at this step's start), within [-clip, clip] unless clip is 0. Any shape."""
     gap = teacher - student
     return gap.clamp(-clip, clip) if clip else gap
 
@@ -114,8 +111,8 @@ def top_k_loss(
     """Sum over the k tokens v of max(-A_v rho_v, -A_v clip(rho_v, 1 - low, 1 + high)). (N, k) each -> (N,)
 
     A_v = w_v advantage_v, w the student's own probabilities made to sum to 1 over the k, rho_v = exp(log pi - log
-    pi_old). With k = V and no clip its gradient at rho = 1 is exactly that of KL(pi || pi_T). One step of Adam per
-    batch, as here, has rho = 1: the clip binds only for those who take several.
+    pi_0). With k = V and no clip its gradient at rho = 1 is exactly that of KL(pi || pi_T). One step of Adam per batch,
+    as here, has rho = 1: the clip binds only for those who take several.
     """
     adv = advantage(student, teacher, clip) * student.softmax(-1)
     ratio = (logp - student).exp()

@@ -1,4 +1,4 @@
-"""Binary RL: from judged turns to a gradient. Batches, token log-probs, advantages, the PPO-clip loss, the KL guard.
+"""Binary RL: from judged turns to a gradient. Rows, token log-probs, advantages, the PPO-clip loss, the KL penalty.
 
 Notation of the paper (OpenClaw-RL, arXiv 2603.10165): pi_old is the sampler, whose log-probs were recorded when the
 answer was given; pi is the policy now, at the turn's own temperature; rho = exp(log pi - log pi_old) per token.
@@ -65,18 +65,24 @@ def collate(
         }
 
 
+def alone(prompt: Sequence[int], response: Sequence[int], device: str | torch.device) -> dict[str, Tensor]:
+    """A row of one sample at temperature 1, to be read and not trained on."""
+    return next(
+        collate([prompt], [response], [[0.0] * len(response)], [0.0], [1.0], len(prompt) + len(response), device)
+    )
+
+
 # ---- token log-probs ----
 
 
-def response_hidden(model: torch.nn.Module, row: dict[str, Tensor], grad: bool = True) -> Tensor:
+def response_hidden(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
     """The last hidden states from which a row's response tokens are predicted. (N, D)
 
     Samples in a row don't see each other: with no attention mask given, transformers reads the bounds off positions
     that start again at 0.
     """
-    with torch.set_grad_enabled(grad):
-        hidden = model.model(input_ids=row["ids"], position_ids=row["positions"], use_cache=False).last_hidden_state
-        return hidden[0, row["at"]]
+    hidden = model.model(input_ids=row["ids"], position_ids=row["positions"], use_cache=False).last_hidden_state
+    return hidden[0, row["at"]]
 
 
 def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, chunk: int = 256) -> Tensor:
@@ -98,11 +104,10 @@ def head_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor) -
     return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
 
-def response_logps(model: torch.nn.Module, row: dict[str, Tensor], grad: bool = True) -> Tensor:
+def response_logps(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
     """Log-probs of a row's response tokens at their temperatures. (N,) float32"""
-    with torch.set_grad_enabled(grad):
-        hidden, head = response_hidden(model, row, grad), model.get_output_embeddings().weight
-        return token_logps(hidden, head, row["target"][:, None], row["temperature"]).squeeze(-1)
+    hidden, head = response_hidden(model, row), model.get_output_embeddings().weight
+    return token_logps(hidden, head, row["target"][:, None], row["temperature"]).squeeze(-1)
 
 
 # ---- advantages ----

@@ -15,7 +15,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -43,6 +43,8 @@ CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NUL
 """
 
 FORMAT = 3  # of the tables, in the file's user_version
+AS_JSON = ("messages", "template", "versions")  # columns of a Turn that are not stored as they are
+AS_BYTES = {"prompt_ids": np.int32, "response_ids": np.int32, "logprobs": np.float32}
 RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `room`
 
 
@@ -158,28 +160,10 @@ def room(db: sqlite3.Connection) -> bool:
 
 def record_turn(db: sqlite3.Connection, turn: Turn, dropped: str | None = None) -> None:
     """Write an answer down, before its last byte is sent. `dropped`: why it can't be trained on, known already now."""
-    db.execute(
-        "INSERT INTO turns (id, session, user, created, messages, template, digest, text, finish_reason, prompt_ids, "
-        "response_ids, logprobs, versions, temperature, state, reason) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-        (
-            turn.id,
-            turn.session,
-            turn.user,
-            turn.created,
-            json.dumps(turn.messages),
-            json.dumps(turn.template),
-            turn.digest,
-            turn.text,
-            turn.finish_reason,
-            np.asarray(turn.prompt_ids, np.int32).tobytes(),
-            np.asarray(turn.response_ids, np.int32).tobytes(),
-            np.asarray(turn.logprobs, np.float32).tobytes(),
-            json.dumps(turn.versions),
-            turn.temperature,
-            "dropped" if dropped else "waiting",
-            dropped,
-        ),
-    )
+    row = vars(turn) | {"state": "dropped" if dropped else "waiting", "reason": dropped}
+    row |= {name: json.dumps(row[name]) for name in AS_JSON}
+    row |= {name: np.asarray(row[name], dtype).tobytes() for name, dtype in AS_BYTES.items()}
+    db.execute(f"INSERT INTO turns ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
 
 
 def candidates(db: sqlite3.Connection, user: str, digests: Iterable[str]) -> list[sqlite3.Row]:
@@ -333,7 +317,7 @@ def note(db: sqlite3.Connection, turn_id: str, reason: str) -> None:
 
 
 def expire(db: sqlite3.Connection, waited_s: float) -> int:
-    """Drop turns that have waited for longer than this many seconds: side requests, or abandoned talk."""
+    """Drop turns that have waited for longer than this many seconds: nobody goes on from them."""
     return db.execute(
         "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'waiting' AND created <= ?",
         (ALONE, time.time() - waited_s),
@@ -359,23 +343,11 @@ def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
     r = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
     if r is None:
         raise KeyError(turn_id)
-    turn = Turn(
-        id=r["id"],
-        session=r["session"],
-        user=r["user"],
-        messages=json.loads(r["messages"]),
-        template=json.loads(r["template"]),
-        digest=r["digest"],
-        text=r["text"],
-        finish_reason=r["finish_reason"],
-        prompt_ids=np.frombuffer(r["prompt_ids"], np.int32).tolist(),
-        response_ids=np.frombuffer(r["response_ids"], np.int32).tolist(),
-        logprobs=np.frombuffer(r["logprobs"], np.float32).tolist(),
-        versions=[tuple(v) for v in json.loads(r["versions"])],
-        temperature=r["temperature"],
-        created=r["created"],
-    )
-    return turn, json.loads(r["next_messages"] or "[]")
+    values = {f.name: r[f.name] for f in fields(Turn)}
+    values |= {name: json.loads(r[name]) for name in AS_JSON}
+    values |= {name: np.frombuffer(r[name], dtype).tolist() for name, dtype in AS_BYTES.items()}
+    values["versions"] = [tuple(span) for span in values["versions"]]
+    return Turn(**values), json.loads(r["next_messages"] or "[]")
 
 
 def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:

@@ -134,7 +134,7 @@ UNRELATED = (
 
 @dataclass(frozen=True)
 class Person:
-    wants: str  # for the reader and the table; never sent
+    wants: str  # for the picture, and for a model that plays the person; the served one never sees it
     asks: Callable[[random.Random, bool], tuple[str, str]]  # (rng, held out) -> first message, what it is about or ""
     likes: Callable[[str], bool]  # the way an answer is given
     complaints: tuple[str, ...]  # where it is not given that way

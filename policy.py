@@ -89,7 +89,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class State:
-    """All that a training step reads and writes."""
+    """The trainer's side, and what the server and the judge read of it."""
 
     tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
     policy: PreTrainedModel  # what is served and what is trained through: bf16 values, whatever dtype holds them
@@ -106,7 +106,7 @@ class State:
     baselines: dict[str, float] = field(default_factory=dict)  # running mean reward per user
     judge_bias: dict | None = None  # of a small judge, see reward.calibrate
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
-    training: str = "off"  # on, off, or why it stopped; for GET /status
+    training: str = "off"  # on, off, or why it waits or stopped; for GET /status
     stopping: bool = False  # set by the event loop, read by the trainer thread between rows
 
 
@@ -154,7 +154,7 @@ def load_state(folder: Path, start: Path, device: str, lr: float, betas: tuple[f
     for p, master in zip(policy.parameters(), masters, strict=True):
         master.grad = torch.zeros_like(master)
         if p.dtype == torch.float32:
-            p.grad = master.grad  # the backward pass adds up in place; bf16 gradients are added row by row
+            p.grad = master.grad  # the backward pass adds up in place; for bf16 `add_up` does
     adam = torch.optim.Adam(masters, lr=lr, betas=betas)
     for m in masters:  # as Adam's first step would, so that there is something to go back to before it
         adam.state[m] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
@@ -179,8 +179,17 @@ def load_state(folder: Path, start: Path, device: str, lr: float, betas: tuple[f
         copy_weights(saved["state"], mutable(state))
         state.step, state.baselines = saved["step"], saved["baselines"]
         state.probe = guard.probe(policy, probe_ids, prompts, first_logps)
-    keep(state)
+    remember(state)
     return state
+
+
+def add_up(state: State) -> None:
+    """After a row's backward pass: its bf16 gradients go to the masters' fp32 ones, since sums over many rows need
+    that. fp32 gradients are there already: see `load_state`."""
+    for p, master in zip(state.policy.parameters(), state.masters, strict=True):
+        if p.grad is not master.grad:
+            master.grad.add_(p.grad)
+            p.grad = None
 
 
 def mutable(state: State) -> list[Tensor]:
@@ -188,17 +197,15 @@ def mutable(state: State) -> list[Tensor]:
     return [*state.masters, *[t for m in state.masters for t in state.adam.state[m].values()]]
 
 
-@torch.no_grad()
-def keep(state: State) -> None:
-    """Remember the trainer's side as it is now."""
+def remember(state: State) -> None:
+    """The trainer's side as it is now: what checkpoints hold, and `go_back` goes back to."""
     if not state.kept:
         state.kept = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in mutable(state)]
     copy_weights(mutable(state), state.kept)
 
 
-@torch.no_grad()
 def go_back(state: State) -> None:
-    """To what was kept, as if the step had not been begun."""
+    """To what was remembered, as if the step had not been begun."""
     copy_weights(state.kept, mutable(state))
     for p, master in zip(state.policy.parameters(), state.masters, strict=True):
         if p.grad is not master.grad:  # of a row that memory ran out in
@@ -208,14 +215,14 @@ def go_back(state: State) -> None:
 
 
 def kept_weights(state: State) -> dict[str, Tensor]:
-    """The bf16 values that `keep` saw being served, by name, on the CPU."""
+    """The bf16 values that `remember` saw being served, by name, on the CPU."""
     names = [name for name, _ in state.policy.named_parameters()]
     return {name: t.to(torch.bfloat16) for name, t in zip(names, state.kept, strict=False)}
 
 
-def served_weights(policy: PreTrainedModel, device: str | None = None) -> dict[str, Tensor]:
+def served_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
     """The policy's tensors by name in bf16, as the engine takes them (exact: they hold bf16 values); copies."""
-    return {n: p.detach().to(device or p.device, torch.bfloat16, copy=True) for n, p in policy.named_parameters()}
+    return {n: p.detach().to(torch.bfloat16, copy=True) for n, p in policy.named_parameters()}
 
 
 @torch.no_grad()
@@ -231,10 +238,10 @@ def copy_weights(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
         t.copy_(s)
 
 
+@torch.no_grad()
 def probe_logps(policy: PreTrainedModel, ids: list[int]) -> Tensor:
     """The trainer's log-probs of ids[1:], for comparison with the engine's. (L - 1,) on the CPU"""
-    row = next(grpo.collate([ids[:1]], [ids[1:]], [[0.0] * (len(ids) - 1)], [0.0], [1.0], len(ids), policy.device))
-    return grpo.response_logps(policy, row, grad=False).cpu()
+    return grpo.response_logps(policy, grpo.alone(ids[:1], ids[1:], policy.device)).cpu()
 
 
 def settle_trainer_thread(cores: list[int]) -> None:
@@ -248,7 +255,7 @@ def checkpoint_folder(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:06d}"
 
 
-def keep_only(out: Path, steps: list[int]) -> None:
+def remove_other_checkpoints(out: Path, steps: list[int]) -> None:
     """Remove all but these checkpoints: old ones, half-written ones, and those whose step was undone."""
     kept = {checkpoint_folder(out, step) for step in steps}
     for folder in set((out / "checkpoints").glob("step-*")) - kept:

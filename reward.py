@@ -25,7 +25,7 @@ from sessions import words_of
 
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sampler can only say one of the three
-CHARS = 200  # budget of the next state, a quarter of it for request and answer each: give a big judge 10 times more
+TEXT_CHARS, CHAT_CHARS = 200, 2000  # a style's budget for the next state; a quarter of it for request and answer each
 MIN_HINT, MAX_HINT, CANDIDATES = 11, 300, 3  # characters, and how many different hints go on to the trainer
 REPLIES = Path(__file__).parent / "tests" / "replies.jsonl"
 
@@ -118,7 +118,7 @@ def defuse(text: str) -> str:
     return re.sub(r"(?i)\b(request|answer|user reply|tool output|vote|feedback)\s*[:：]", r"\1 -", text)
 
 
-def evidence(request: str, answer: str, next_messages: list[dict], chars: int = CHARS, bare: bool = False) -> str:
+def evidence(request: str, answer: str, next_messages: list[dict], chars: int, bare: bool = False) -> str:
     """What the judge sees of a turn. The next state says most, so it gets `chars`, the other two parts a quarter each;
     `bare` leaves them out."""
     parts = [] if bare else [("Request", request, chars // 4), ("Answer", answer, chars // 4)]
@@ -129,23 +129,35 @@ def evidence(request: str, answer: str, next_messages: list[dict], chars: int = 
     return "\n".join(f"{name}: {cut(defuse(text), budget)}" for name, text, budget in parts)
 
 
-def judge_messages(request: str, answer: str, next_messages: list[dict], chars: int = CHARS) -> list[dict]:
+def few_shot(
+    rules: str,
+    examples: list[tuple[str, str, str, str, str]],
+    request: str,
+    answer: str,
+    next_messages: list[dict],
+) -> list[dict]:
     """The chat: rules, examples (the same for all turns, so the engine caches their prefill), then the evidence."""
-    turns = [{"role": "system", "content": RULES}]
-    for asked, said, role, then, vote in EXAMPLES[:12]:  # four of each vote; more would be prefill for little
-        turns.append({"role": "user", "content": evidence(asked, said, [{"role": role, "content": then}], chars)})
-        turns.append({"role": "assistant", "content": vote})
-    return [*turns, {"role": "user", "content": evidence(request, answer, next_messages, chars)}]
+    turns = [{"role": "system", "content": rules}]
+    for asked, said, role, then, reply in examples:
+        following = [{"role": role, "content": then}]
+        turns.append({"role": "user", "content": evidence(asked, said, following, CHAT_CHARS)})
+        turns.append({"role": "assistant", "content": reply})
+    return [*turns, {"role": "user", "content": evidence(request, answer, next_messages, CHAT_CHARS)}]
 
 
-def judge_prompt(next_messages: list[dict], chars: int = CHARS) -> str:
+def judge_messages(request: str, answer: str, next_messages: list[dict]) -> list[dict]:
+    """The chat that asks for a vote. Four examples of each; more would be prefill for little."""
+    return few_shot(RULES, EXAMPLES[:12], request, answer, next_messages)
+
+
+def judge_prompt(next_messages: list[dict]) -> str:
     """The same as text to complete, for a small model. It shows only the next state: a 135M model isn't helped by the
     request and the answer, and what the answer says can't sway it."""
     blocks = [
-        f"{evidence('', '', [{'role': role, 'content': then}], chars, bare=True)}\nFeedback: {WORDS[vote]}"
+        f"{evidence('', '', [{'role': role, 'content': then}], TEXT_CHARS, bare=True)}\nFeedback: {WORDS[vote]}"
         for _, _, role, then, vote in EXAMPLES
     ]
-    return "\n\n".join([QUESTION, *blocks, evidence("", "", next_messages, chars, bare=True) + "\nFeedback:"])
+    return "\n\n".join([QUESTION, *blocks, evidence("", "", next_messages, TEXT_CHARS, bare=True) + "\nFeedback:"])
 
 
 def draw(seen: dict[str, float], bias: dict[str, float], votes: int, temperature: float) -> list[int]:
@@ -212,14 +224,14 @@ async def label_logps(client: openai.AsyncOpenAI, model: str, prompts: list[str]
     return [{word: top[0].get(" " + word, min(top[0].values())) for word in WORDS.values()} for top in tops]
 
 
-async def calibrate(client: openai.AsyncOpenAI, model: str, chars: int = CHARS) -> dict[str, dict[str, float]]:
+async def calibrate(client: openai.AsyncOpenAI, model: str) -> dict[str, dict[str, float]]:
     """A small judge's bias: role of the next message -> mean log-prob of each of the WORDS after one that says nothing.
 
     To be measured anew whenever the judge is the model in training and got new weights.
     """
     client, bias = client.with_options(max_retries=0), {}
     for role in ("user", "tool"):
-        prompts = [judge_prompt([{"role": role, "content": blank}], chars) for blank in BLANKS]
+        prompts = [judge_prompt([{"role": role, "content": blank}]) for blank in BLANKS]
         seen = await label_logps(client, model, prompts)
         bias[role] = {word: sum(s[word] for s in seen) / len(seen) for word in WORDS.values()}
     return bias
@@ -261,7 +273,6 @@ async def judge(
     backoff_s: float = 1,
     temperature: float = 0.1,
     max_tokens: int = 1024,
-    chars: int = CHARS,
     bias: dict[str, dict[str, float]] | None = None,
 ) -> tuple[int, list[int]]:
     """The score of an answer in {+1, 0, -1} and the single votes; JudgeError when there are none to be had.
@@ -274,9 +285,9 @@ async def judge(
 
     async def ask(extra: dict) -> list[int]:
         if bias is None:
-            messages = judge_messages(request, answer, next_messages, chars)
+            messages = judge_messages(request, answer, next_messages)
             return await samples(client, model, messages, votes, parse_label, temperature, max_tokens, extra)
-        (seen,) = await label_logps(client, model, [judge_prompt(next_messages, chars)])
+        (seen,) = await label_logps(client, model, [judge_prompt(next_messages)])
         role = "tool" if next_messages[-1]["role"] == "tool" else "user"
         return draw(seen, bias[role], votes, temperature)
 
@@ -287,13 +298,9 @@ async def judge(
 # ---- hints ----
 
 
-def hint_messages(request: str, answer: str, next_messages: list[dict], chars: int = CHARS) -> list[dict]:
+def hint_messages(request: str, answer: str, next_messages: list[dict]) -> list[dict]:
     """The chat that asks for a hint."""
-    turns = [{"role": "system", "content": HINT_RULES}]
-    for asked, said, role, then, hint in HINT_EXAMPLES:
-        turns.append({"role": "user", "content": evidence(asked, said, [{"role": role, "content": then}], chars)})
-        turns.append({"role": "assistant", "content": hint})
-    return [*turns, {"role": "user", "content": evidence(request, answer, next_messages, chars)}]
+    return few_shot(HINT_RULES, HINT_EXAMPLES, request, answer, next_messages)
 
 
 def elected(written: list[str]) -> list[str]:
@@ -318,11 +325,10 @@ async def hints(
     backoff_s: float = 1,
     temperature: float = 0.7,
     max_tokens: int = 1024,
-    chars: int = CHARS,
 ) -> list[str]:
     """What should have been done, as rules; [] where the next state corrects nothing. JudgeError as in `judge`."""
     client = client.with_options(max_retries=0)
-    messages = hint_messages(request, answer, next_messages, chars)
+    messages = hint_messages(request, answer, next_messages)
 
     async def ask(extra: dict) -> list[str]:
         return await samples(client, model, messages, votes, str, temperature, max_tokens, extra)
@@ -343,10 +349,10 @@ def own_words(request: str, next_messages: list[dict]) -> list[str]:
     return [] if not MIN_HINT <= len(said) <= MAX_HINT or ORDERS.search(said) or contrary else [said]
 
 
-async def measure(client: openai.AsyncOpenAI, model: str, votes: int, style: str, at_once: int = 4) -> None:
+async def measure(client: openai.AsyncOpenAI, model: str, votes: int, style: str) -> None:
     """Judge the labelled set and print how often, and where, the judge agrees with the person who labelled it."""
     rows = [json.loads(line) for line in REPLIES.read_text(encoding="utf-8").splitlines()]
-    gate, start = asyncio.Semaphore(at_once), time.perf_counter()
+    gate, start = asyncio.Semaphore(4), time.perf_counter()
     bias = await calibrate(client, model) if style == "text" else None
 
     async def one(row: dict) -> int:

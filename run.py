@@ -54,12 +54,10 @@ async def judge_turns(
     while True:
         turn_id = await waiting.get()
         turn, following = journal.load_turn(db, turn_id)
-        asked = sessions.last_request(turn.messages)
-        request = "" if asked is None else sessions.words_of(turn.messages[asked])
+        request = sessions.request_of(turn.messages)
         model, hints, hinted_by = config.judge_model or config.name, [], ""
         small = state.judge_bias is not None
-        tokens = min(4096, config.max_model_len)  # vLLM refuses more
-        options = {"votes": config.votes, "chars": reward.CHARS if small else 2000, "max_tokens": tokens}
+        options = {"votes": config.votes, "max_tokens": min(4096, config.max_model_len)}  # vLLM refuses more
         try:
             score, votes = await reward.judge(
                 client, model, request, turn.text, following, bias=state.judge_bias, **options
@@ -83,7 +81,7 @@ def maintain(config: Config, db: sqlite3.Connection, out: Path) -> None:
     """--rollback and --forget."""
     if config.rollback >= 0:
         undone = journal.rollback(db, config.rollback)
-        policy.keep_only(out, journal.checkpoints(db))
+        policy.remove_other_checkpoints(out, journal.checkpoints(db))
         print(f"step {config.rollback} is the current one; {undone} turns that led on from there are dropped")
     if config.forget:
         removed, first = journal.forget(db, config.forget)
@@ -116,8 +114,8 @@ async def main(config: Config) -> bool:
     start = policy.model_folder(config.model)
     journal.claim(db, start, policy.fingerprint(start))
     step = journal.recover(db)
-    policy.keep_only(out, journal.checkpoints(db))
-    keep_rows(out / "metrics.jsonl", step)
+    policy.remove_other_checkpoints(out, journal.checkpoints(db))
+    trim_metrics(out / "metrics.jsonl", step)
     folder = policy.checkpoint_folder(out, step) if step else start
     policy.check_folder(folder, policy.ROLL_BACK if step else "")
     tool_parser = swap.tool_parser_of(folder) if config.tool_parser == "auto" else config.tool_parser
@@ -256,7 +254,7 @@ async def main(config: Config) -> bool:
     return died.is_set() and not stop.is_set()
 
 
-def keep_rows(metrics: Path, step: int) -> None:
+def trim_metrics(metrics: Path, step: int) -> None:
     """Leave out what was measured in steps that are undone, and a line that was cut off."""
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
@@ -276,7 +274,7 @@ async def save(config: Config, state: policy.State, db: sqlite3.Connection, on_t
         print(f"no checkpoint of step {state.step}: {e}", file=sys.stderr)
         return
     journal.add_checkpoint(db, state.step, config.keep)
-    await on_trainer(policy.keep_only, Path(config.out), journal.checkpoints(db))
+    await on_trainer(policy.remove_other_checkpoints, Path(config.out), journal.checkpoints(db))
 
 
 async def expire_turns(db: sqlite3.Connection, after_s: float) -> None:
@@ -342,11 +340,11 @@ async def train(
                 return
             if config.w_opd and verdict.hints:
                 try:
-                    prompts_of = distill.hinted_prompts(
+                    candidates = await distill.hinted_prompts(
                         client, turn.messages, turn.template, turn.prompt_ids, verdict.hints
                     )
                     room = config.max_train_tokens - len(turn.response_ids)
-                    hinted[i] = [p for p in await prompts_of if len(p) <= room]
+                    hinted[i] = [prompt for prompt in candidates if len(prompt) <= room]
                     if not hinted[i]:
                         raise distill.NoHintedPrompt(f"longer than {config.max_train_tokens} tokens with it")
                 except distill.NoHintedPrompt as e:
@@ -379,7 +377,7 @@ async def train(
         await wait_for_room(db, state)
         journal.mark_trained(db, ids, state.step + 1)
         state.step, state.baselines, state.probe = state.step + 1, baselines, probe
-        await on_trainer(policy.keep, state)
+        await on_trainer(policy.remember, state)
 
         # 5. one row, one line
         row = {
@@ -460,17 +458,15 @@ def update(
             loss = loss + config.w_opd * taught * opd
             gap += (taught * (teacher - student).abs().mean(-1)).sum().item()
         if config.kl:
-            start_logp = grpo.response_logps(state.start, row, grad=False)  # (N,)
+            with torch.no_grad():
+                start_logp = grpo.response_logps(state.start, row)  # (N,)
             # Answers are a step or two old: tokens that the policy has left since then count for less.
             left = (logp.detach() - row["old_logp"]).exp().clamp(max=1.0)  # (N,)
             loss = loss + config.kl * left * grpo.kl_loss(logp, start_logp)
             sums["start_nll"] -= start_logp.sum().item()
             sums["kl"] += (left * grpo.kl_value(logp.detach(), start_logp)).sum().item()
         (loss.sum() / n).backward()
-        for p, master in zip(state.policy.parameters(), state.masters, strict=True):
-            if p.grad is not master.grad:  # bf16: sums over many rows need fp32
-                master.grad.add_(p.grad)
-                p.grad = None
+        policy.add_up(state)
         log_ratio = logp.detach() - row["old_logp"]
         outside = (log_ratio.exp() < 1 - config.clip_low) | (log_ratio.exp() > 1 + config.clip_high)
         sums["loss"] += loss.sum().item()

@@ -34,7 +34,7 @@ import journal
 import reward
 import swap
 from journal import Turn, Verdict
-from sessions import asked_by_the_client, conversation, find_continued, fingerprints, last_request, words_of
+from sessions import asked_by_the_client, conversation, find_continued, fingerprints, request_of
 
 CHAT = "/v1/chat/completions"
 CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
@@ -70,9 +70,7 @@ class Asked:
 
     user: str
     path: str
-    messages: list[
-        dict
-    ]  # for APIs other than chat: the chat messages that vLLM makes of the request, see note_rendered
+    messages: list[dict]  # of APIs other than chat: those that vLLM makes of the request, see note_rendered
     template: dict  # the TEMPLATE_FIELDS that are there
     session: str | None  # user/ID, where a client names one
     side: bool  # X-Turn-Type: side
@@ -82,7 +80,7 @@ class Asked:
 asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 
 
-def openai_error(status: int, message: str, kind: str) -> JSONResponse:
+def openai_error(status: int, message: str, kind: str = "invalid_request_error") -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 
@@ -143,10 +141,10 @@ class Capture:
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         user = "" if scope["path"] in OPEN_PATHS else self.user_of(headers)
         if user is None:
-            error = openai_error(401, "wrong or missing API key", "invalid_request_error")
+            error = openai_error(401, "wrong or missing API key")
             return await error(scope, receive, send)
         if user == "local" and not self.keys and (where := from_elsewhere(headers)):
-            error = openai_error(403, f"from {where}: a key is needed for that, see --key", "invalid_request_error")
+            error = openai_error(403, f"from {where}: a key is needed for that, see --key")
             return await error(scope, receive, send)
         scope.setdefault("state", {})["user"] = user
         if scope["method"] != "POST":
@@ -163,7 +161,7 @@ class Capture:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > MAX_BODY_BYTES:
-                error = openai_error(413, f"the body is over {MAX_BODY_BYTES >> 20} MiB", "invalid_request_error")
+                error = openai_error(413, f"the body is over {MAX_BODY_BYTES >> 20} MiB")
                 return await error(scope, receive, send)
         replayed = False
 
@@ -182,14 +180,14 @@ class Capture:
             try:
                 body_json = json.loads(body)
             except (ValueError, RecursionError) as e:
-                error = openai_error(400, f"the body is not JSON: {e}", "invalid_request_error")
+                error = openai_error(400, f"the body is not JSON: {e}")
                 return await error(scope, replay, send)
             # What is no object, or has no list of messages, gets a 400 from vLLM's app. Beam search asks the engine for
             # many answers of one token, none of them what the client gets.
             fields = body_json if isinstance(body_json, dict) and not body_json.get("use_beam_search") else {}
             messages, chat = fields.get("messages", fields.get("input")), scope["path"] == CHAT
             if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
-                error = openai_error(400, f"more than {MAX_MESSAGES} messages", "invalid_request_error")
+                error = openai_error(400, f"more than {MAX_MESSAGES} messages")
                 return await error(scope, replay, send)
             if scope["path"] == "/v1/responses" and fields:  # the one API that takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
@@ -408,25 +406,22 @@ async def build_app(
             body = json.loads(await request.body())
             turn_id, score, text = body["completion_id"], body["score"], body.get("text", "")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return openai_error(
-                400, 'expected {"completion_id": ..., "score": 1 or -1, "text": optional}', "invalid_request_error"
-            )
+            return openai_error(400, 'expected {"completion_id": ..., "score": 1 or -1, "text": optional}')
         if score not in (1, -1) or isinstance(score, bool) or not isinstance(text, str):
-            return openai_error(400, "score must be 1 or -1, and text a string", "invalid_request_error")
+            return openai_error(400, "score must be 1 or -1, and text a string")
         user = request.scope["state"]["user"]
         try:
             turn, _ = journal.load_turn(db, str(turn_id))
         except KeyError:
             turn = None
         if turn is None or turn.user != user:
-            return openai_error(404, f"no completion {turn_id!r} of yours", "invalid_request_error")
+            return openai_error(404, f"no completion {turn_id!r} of yours")
         try:
-            asked_last = last_request(turn.messages)
-            request_text = "" if asked_last is None else words_of(turn.messages[asked_last])
-            hints = reward.own_words(request_text, [{"role": "user", "content": text}]) if score < 0 else []
+            said = [{"role": "user", "content": text}]
+            hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
             on_feedback(turn.id, Verdict(score, [score], hints, "own words" if hints else "", user, "feedback"))
         except ValueError as e:
-            return openai_error(409, f"too late: {e}", "invalid_request_error")
+            return openai_error(409, f"too late: {e}")
         return JSONResponse({"completion_id": turn.id, "score": score})
 
     async def show_status(request: Request) -> JSONResponse:

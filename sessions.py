@@ -102,6 +102,12 @@ def last_request(messages: list[dict]) -> int | None:
     return max((i for i, by_person in enumerate(spoken) if by_person), default=None)
 
 
+def request_of(messages: list[dict]) -> str:
+    """What the person said last."""
+    last = last_request(messages)
+    return "" if last is None else words_of(messages[last])
+
+
 def asked_by_the_client(messages: list[dict]) -> bool:
     """Is this a title, a summary, a memory flush, a heartbeat: nothing that a person will go on from?"""
     last = last_request(messages)

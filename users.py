@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -42,17 +43,17 @@ class Setup:
     person: str = "one-sentence"  # who talks; a comma: a run each; a plus: at once on one model
     method: str = "hybrid"  # binary, opd or hybrid; a comma: a run each
     seed: str = "0"  # of the questions, the replies and the engine's sampler; a comma: a run each
-    talks: int = 240  # sessions in a run
+    talks: int = 320  # sessions in a run
     every: int = 80  # sessions between two measures
     at_once: int = 16  # sessions at the same time
     held_out: int = 64  # questions of a measure
     max_tokens: int = 128  # the longest answer a person waits for
     temperature: float = 0.7  # that they ask for; at 1 a model of 135M parameters talks nonsense from the start
-    lr: float = 3e-5
+    lr: float = 3e-5  # of run.py, whose own default is the paper's
     out: str = "out"  # everything that a run leaves
-    port: int = 8000
+    port: int = 8000  # of run.py
     user_url: str = ""  # an OpenAI-compatible endpoint that plays the people (key in USER_API_KEY); empty: scripted
-    user_model: str = ""
+    user_model: str = ""  # its model name
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
     curves = {
         "kl": "KL on the batch",
-        "nll": "entropy (nats)",
+        "nll": "-log π of samples",
         "length": "tokens",
         "repeated": "repeated",
         "dlogp": "|Δlogp|",
@@ -388,8 +389,9 @@ def parse(argv: list[str]) -> tuple[Setup, list[Run]]:
         name, given, text = arg.removeprefix("--").partition("=")
         if arg in ("--help", "-h"):
             print(__doc__)
+            meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.MULTILINE))
             for f in fields.values():
-                print(f"  --{f.name}={f.default}")
+                print(f"{f'  --{f.name}={f.default}':<26} {meaning[f.name]}")
             sys.exit(0)
         if not arg.startswith("--") or not given:
             sys.exit(f"{arg!r}: expected --key=value; python users.py --help lists the keys")

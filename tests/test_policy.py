@@ -32,7 +32,7 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
     for seed in range(3):
         train_a_step(state, seed)
     state.baselines = {"alice": -0.25}
-    policy.keep(state)
+    policy.remember(state)
     policy.save_checkpoint(state, tmp_path, 0)
     saved = policy.checkpoint_folder(tmp_path, 3)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
@@ -69,22 +69,21 @@ def test_what_is_trained_through_is_what_is_served(tiny_model):
     assert moved / len(pushed) < 0.9, "at this learning rate many weights wait below bf16's resolution"
 
 
-def test_gradients_of_several_rows_add_up_in_fp32(tiny_model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_several_rows_add_up_in_fp32(tiny_model, monkeypatch, dtype):
+    monkeypatch.setattr(policy, "compute_dtype", lambda device: dtype)
     state = load(tiny_model)
-    parameter, master = next(state.policy.parameters()), state.masters[0]
-    for _ in range(2):
-        (parameter * 1.0).sum().backward()
-        if parameter.grad is not master.grad:
-            master.grad.add_(parameter.grad)
-            parameter.grad = None
-    assert torch.equal(master.grad, torch.full_like(master, 2.0))
+    for _ in range(300):  # bf16 has no 257
+        sum(p.sum() for p in state.policy.parameters()).backward()
+        policy.add_up(state)
+    assert all(torch.equal(m.grad, torch.full_like(m, 300.0)) for m in state.masters)
 
 
 def test_only_listed_checkpoints_stay(tmp_path):
     """Old ones go; so do half-written ones, and those that were whole but never became the current one."""
     for name in ("step-000007.part", "step-000003", "step-000005", "step-000006"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    policy.keep_only(tmp_path, [3, 5])
+    policy.remove_other_checkpoints(tmp_path, [3, 5])
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000005"]
 
 
@@ -104,7 +103,7 @@ def test_a_step_can_be_taken_back(tiny_model, monkeypatch, dtype):
         assert all(torch.equal(w, served[n]) for n, w in policy.kept_weights(state).items())
         for s in (state, other):
             train_a_step(s, seed)
-        policy.keep(state)
+        policy.remember(state)
         for a, b in zip(policy.mutable(state), policy.mutable(other), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 

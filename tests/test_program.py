@@ -158,7 +158,7 @@ async def test_a_client_that_hangs_up_leaves_no_trainable_turn(program):
     for attempt in range(10):  # on a busy machine the answer may be complete before this process gets to hang up
         question = [user(f"hang up on me {attempt}")]
         stream = await ask(client(program), question, 1500, stream=True, extra_body={"ignore_eos": True})
-        seen = [part.choices[0].delta.content async for part, _ in first(stream, 5)]
+        seen = [part.choices[0].delta.content async for part in first(stream, 5)]
         await stream.close()
         assert seen
         (row,) = await until(partial(rows, program, "messages = ?", json.dumps(question)))
@@ -171,7 +171,7 @@ async def test_a_client_that_hangs_up_leaves_no_trainable_turn(program):
 
 async def first(stream, n):
     async for part in stream:
-        yield part, n
+        yield part
         n -= 1
         if n == 0:
             return
@@ -515,7 +515,9 @@ async def test_with_a_full_disk_no_answer_is_begun(tmp_path):
         (["--lr=fast"], "--lr=fast: expected float"),
         (["--batch_size=2.5"], "--batch_size=2.5: expected int"),
         (["lr=1"], "expected --key=value"),
-        (["--keep=0"], "at least one checkpoint"),
+        (["--keep=0"], "--keep=0: expected at least 1"),
+        (["--votes=0"], "--votes=0: expected at least 1"),
+        (["--batch_size=0"], "--batch_size=0: expected at least 1"),
         (["--user_share=2"], "a part from 0.0625 to 1"),
         (["--session_share=0.05"], "a part from 0.0625 to 1"),
         (["--baseline=median"], "expected mean, none or group"),

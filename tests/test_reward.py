@@ -4,13 +4,11 @@ import asyncio
 import json
 import random
 import socket
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import openai
 import pytest
@@ -20,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import reward
 from people import PEOPLE, WRONG
 
@@ -89,10 +86,10 @@ def test_text_cannot_break_out_of_its_part(text: str, place: str) -> None:
 
 def test_content_may_be_parts_or_missing() -> None:
     parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "data:..."}}]
-    assert 'User reply: look / {"image_url"' in reward.evidence("r", "a", [{"role": "user", "content": parts}])
-    assert reward.evidence("r", "a", [{"role": "tool", "content": None}]).endswith("Tool output: ")
+    assert 'User reply: look / {"image_url"' in reward.evidence("r", "a", [{"role": "user", "content": parts}], 200)
+    assert reward.evidence("r", "a", [{"role": "tool", "content": None}], 200).endswith("Tool output: ")
     strings = [{"role": "user", "content": ["No,", "wrong"]}]  # plain strings as parts: vLLM takes them too
-    assert "User reply: No, / wrong" in reward.evidence("r", "a", strings)
+    assert "User reply: No, / wrong" in reward.evidence("r", "a", strings, 200)
 
 
 def test_prompt_has_a_shared_prefix_and_no_labelled_line() -> None:

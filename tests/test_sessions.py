@@ -1,4 +1,4 @@
-"""Which answer does a request go on from? Two recordings of the real OpenClaw client, and what else clients do."""
+"""Which answer does a request go on from? Recordings of the real OpenClaw client, and what else clients do."""
 
 import itertools
 import json

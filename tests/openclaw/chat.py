@@ -3,7 +3,7 @@ journal says of each answer afterwards.
 
     .venv/bin/python -m tests.openclaw.chat FOLDER
 
-The same folder as check.py's. About five minutes on two cores: the agent's prompt has 2,200 tokens.
+The same folder as check.py's. About five minutes on two cores: the agent's prompt has 2,100 tokens.
 """
 
 import json
