@@ -348,6 +348,8 @@ async def train(
                     if not hinted[i]:
                         raise distill.NoHintedPrompt(f"longer than {config.max_train_tokens} tokens with it")
                 except distill.NoHintedPrompt as e:
+                    if state.stopping:  # the server that renders it has gone
+                        return
                     journal.note(db, turn.id, f"hint not used: {e}")
 
         # 3. gradient and Adam, off the event loop: serving and judging go on
