@@ -98,6 +98,8 @@ def parse(argv: list[str]) -> Config:
     for name in ("batch_size", "votes", "keep", "row_tokens", "max_seqs"):
         if getattr(config, name) < 1:
             sys.exit(f"--{name}={getattr(config, name)}: expected at least 1")
+    if config.expire <= 0:
+        sys.exit(f"--expire={config.expire}: expected more than 0 seconds")
     for share in ("user_share", "session_share", "truncated_share"):
         least = 0 if share == "truncated_share" else 1 / config.batch_size
         if not least <= getattr(config, share) <= 1:

@@ -49,7 +49,7 @@ async def hinted_prompts(
         messages = [{"reasoning" if k == "reasoning_content" else k: v for k, v in m.items()} for m in messages]
         try:
             return (await root.post("/tokenize", cast_to=object, body={**template, "messages": messages}))["tokens"]
-        except (openai.APIError, UnicodeError) as e:  # half a surrogate pair is valid JSON and goes into no request
+        except (openai.APIError, ValueError) as e:  # half a surrogate pair, 1e999: valid JSON that goes into no request
             raise NoHintedPrompt(f"{type(e).__name__}: {e}") from e
 
     if await render(messages) != list(prompt_ids):

@@ -199,6 +199,7 @@ def pending(db: sqlite3.Connection) -> int:
 NEUTRAL = "neutral: the next message says nothing about the answer"
 ALONE = "nobody went on from it"
 LAST = "the session is over, by its header"
+REVIVED = (NEUTRAL, ALONE, LAST)  # by a person's rating
 
 
 def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bool:
@@ -213,7 +214,7 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bo
     open_to_all = state in ("waiting", "judging")
     if verdict.source == "judge" and not open_to_all:
         return False
-    if not open_to_all and state != "queued" and reason not in (NEUTRAL, ALONE, LAST):
+    if not open_to_all and state != "queued" and reason not in REVIVED:
         raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
     if verdict.source == "feedback" and verdict.score < 0 and not verdict.hints and known["hints"]:
         verdict = replace(verdict, hints=json.loads(known["hints"]), hinted_by=known["hinted_by"])
@@ -294,10 +295,10 @@ def rollback(db: sqlite3.Connection, step: int) -> int:
         db.execute("BEGIN")
         db.execute("DELETE FROM checkpoints WHERE step > ?", (step,))
         return db.execute(
-            "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'trained' AND step > ? OR state IN "
-            "('waiting', 'judging', 'queued', 'training') AND "
+            "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'trained' AND step > ? OR "
+            "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?)) AND "
             "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?",
-            (f"undone by --rollback={step}", step, step),
+            (f"undone by --rollback={step}", step, *REVIVED, step),
         ).rowcount
 
 

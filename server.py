@@ -58,6 +58,7 @@ SAMPLING_DEFAULTS = {
     "bad_words": None,
     "structured_outputs": None,
     "min_tokens": 0,
+    "thinking_token_budget": None,
 }
 
 

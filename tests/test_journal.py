@@ -149,7 +149,10 @@ def test_rollback_after_a_kill_drops_what_later_weights_said(db):
     for name, version in (("old", 1), ("new", 2), ("newest", 3)):
         journal.record_turn(db, turn(name, versions=[(0, 0, 1), (version, 1, 3)]))
     journal.record_verdict(db, "newest", BAD)
-    assert journal.rollback(db, 1) == 4
+    journal.record_turn(db, turn("last", versions=[(2, 0, 3)]), journal.LAST)
+    assert journal.rollback(db, 1) == 5
+    with pytest.raises(ValueError, match="undone by"):
+        journal.record_verdict(db, "last", BAD)
     assert {state(db, i)[1] for i in ("t2", "t3", "new", "newest")} == {"undone by --rollback=1"}
     assert state(db, "t1")[0] == "trained" and state(db, "old")[0] == "waiting"
 

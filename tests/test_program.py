@@ -218,6 +218,9 @@ async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_mode
         await distill.hinted_prompts(*arguments, prompt_ids[1:], ["Be brief."])
     with pytest.raises(distill.NoHintedPrompt, match="Unicode"):
         await distill.hinted_prompts(*arguments, prompt_ids, ["This is wrong \ud83d"])
+    with pytest.raises(distill.NoHintedPrompt, match="JSON compliant"):  # vLLM takes 1e999 in a tool's schema
+        endless = {"chat_template_kwargs": {"x": float("inf")}}
+        await distill.hinted_prompts(client(program), talk, endless, prompt_ids, ["Be brief."])
     with pytest.raises(distill.NoHintedPrompt, match="BadRequest"):
         await distill.hinted_prompts(client(program), [user("x")], {"tools": 1}, prompt_ids, ["Be brief."])
 
@@ -518,6 +521,7 @@ async def test_with_a_full_disk_no_answer_is_begun(tmp_path):
         (["--keep=0"], "--keep=0: expected at least 1"),
         (["--votes=0"], "--votes=0: expected at least 1"),
         (["--batch_size=0"], "--batch_size=0: expected at least 1"),
+        (["--expire=0"], "more than 0 seconds"),
         (["--user_share=2"], "a part from 0.0625 to 1"),
         (["--session_share=0.05"], "a part from 0.0625 to 1"),
         (["--baseline=median"], "expected mean, none or group"),

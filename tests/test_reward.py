@@ -92,6 +92,12 @@ def test_content_may_be_parts_or_missing() -> None:
     assert "User reply: No, / wrong" in reward.evidence("r", "a", strings, 200)
 
 
+def test_a_message_full_of_spaces_takes_no_time() -> None:
+    start = time.perf_counter()
+    reward.judge_prompt([{"role": "user", "content": "x" + " " * 400_000 + "y"}])
+    assert time.perf_counter() - start < 5
+
+
 def test_prompt_has_a_shared_prefix_and_no_labelled_line() -> None:
     one, two = (reward.judge_messages("r", "a", [{"role": "user", "content": c}]) for c in ("first", "second"))
     same = [a for a, b in zip(one, two, strict=True) if a == b]
