@@ -32,18 +32,19 @@ class Config:
     reasoning_parser: str = ""  # and of its thinking, which then goes out as reasoning_content; empty: none
     engine_memory: float = 0.0  # GiB: KV cache on a CPU, all of the engine on a GPU; 0: from what is there
     engine_cores: int = 0  # CPU cores for the engine, the rest for the trainer; 0: half
-    batch_size: int = 16  # judged turns per step
-    lr: float = 1e-5  # of Adam, constant (the paper's)
+    batch_size: int = 2  # judged turns per step
+    lr: float = 3e-5  # of Adam, constant
     beta1: float = 0.9  # of Adam
     beta2: float = 0.98  # of Adam
     grad_clip: float = 1.0  # largest gradient norm
     clip_low: float = 0.2  # PPO clip below
     clip_high: float = 0.28  # PPO clip above
     dual_clip: float = 3.0  # bound on the loss of a bad token
-    kl: float = 0.1  # weight of the KL to the starting weights; 0: off, and no second copy of the model
+    kl: float = 0.1  # weight of the KL to the starting weights; 0: off
     w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints alone
     w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores alone
     opd_k: int = 20  # tokens at each place that teacher and student are compared on; 0: the sampled one
+    teacher: str = "start"  # who reads the hint: start, the frozen first weights, or policy, those in training
     opd_clip: float = 1.0  # largest |log pi_T - log pi_0| that counts; 0: no bound
     baseline: str = "mean"  # of the reward: mean (running, per user), none (upstream's) or group (same prompt)
     max_staleness: int = 8  # samples from weights older than this many steps are dropped
@@ -58,8 +59,8 @@ class Config:
     max_waiting: int = 10000  # turns that wait for the judge or the trainer; what comes on top is dropped
     judge_url: str = ""  # OpenAI-compatible endpoint of the judge; empty: the served model itself
     judge_model: str = ""  # its model name (the key is read from JUDGE_API_KEY)
-    judge_style: str = "auto"  # chat; text, for a model too small to follow instructions; auto: text below 1 GiB
-    votes: int = 3  # judge votes per turn
+    judge_style: str = "auto"  # chat; head, for a model too small to follow instructions; auto: head below 1 GiB
+    votes: int = 3  # of a chat judge whose endpoint gives no log-probs
     expire: float = 3600.0  # seconds after which an answer that nobody went on from is dropped
     push_bound: float = 0.15  # largest mean |dlogp| between engine and trainer after a push
     print_client: str = ""  # print what to paste into a client (openclaw, openai, curl or open-webui), and end
@@ -91,8 +92,10 @@ def parse(argv: list[str]) -> Config:
         sys.exit("--w_rl and --w_opd: at least one must be above 0")
     if config.baseline not in ("mean", "none", "group"):
         sys.exit(f"--baseline={config.baseline}: expected mean, none or group")
-    if config.judge_style not in ("auto", "chat", "text"):
-        sys.exit(f"--judge_style={config.judge_style}: expected auto, chat or text")
+    if config.judge_style not in ("auto", "chat", "head"):
+        sys.exit(f"--judge_style={config.judge_style}: expected auto, chat or head")
+    if config.teacher not in ("start", "policy"):
+        sys.exit(f"--teacher={config.teacher}: expected start or policy")
     if config.print_client not in ("", *clients.CLIENTS):
         sys.exit(f"--print_client={config.print_client}: expected {', '.join(clients.CLIENTS)}")
     for name in ("batch_size", "votes", "keep", "row_tokens", "max_seqs"):
@@ -113,10 +116,13 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
     cores = sorted(os.sched_getaffinity(0))
     n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**30  # GiB in bf16
-    # policy and its frozen start, the pushed and the last good copy; fp32 masters, gradients and Adam's two moments
-    width = policy.compute_dtype(device).itemsize
+    # bf16 where the processor is quicker with it, as every GPU is
+    gflops = {} if device == "cuda" else policy.measure_gflops(folder, cores[n:] or cores, config.row_tokens)
+    dtype = max(gflops, key=gflops.get) if gflops else torch.bfloat16
+    width = dtype.itemsize
     row = policy.row_memory(folder, min(config.max_train_tokens, config.max_model_len), config.row_tokens, width)
-    trainer = weights * ((2 if config.kl else 1) * width / 2 + 2 + 2 * 4) + row + 0.5
+    # policy and its frozen start, the pushed and the last good copy; fp32 masters, gradients and Adam's two moments
+    trainer = weights * (2 * width / 2 + 2 + 2 * 4) + row + 0.5
     host = 2 * 3 * weights  # masters and moments as they were before the step, on the CPU
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0] / 2**30
@@ -134,10 +140,12 @@ def plan(config: Config, folder: Path) -> SimpleNamespace:
     small = not config.judge_url and weights < 1
     return SimpleNamespace(
         device=device,
+        dtype=dtype,
+        gflops=gflops,
         engine_cores=cores[:n],
         trainer_cores=cores[n:] or cores,
         engine=engine,
         needed=needed,
         free=free,
-        judge_style=config.judge_style if config.judge_style != "auto" else "text" if small else "chat",
+        judge_style=config.judge_style if config.judge_style != "auto" else "head" if small else "chat",
     )

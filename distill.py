@@ -1,8 +1,9 @@
 """On-policy distillation: a correction in words becomes a signal for every token of the answer that it corrects.
 
-The teacher is the policy itself, at the weights of this step's start, with the correction in its prompt as a hint. At
-each place of the recorded answer it says what it would rather have said, and the policy without the hint is moved
-towards that. (OpenClaw-RL v2, arXiv 2603.10165, its section on on-policy distillation; design and notation: README.)
+The teacher is the model with the correction in its prompt as a hint: the frozen first weights, or the policy at this
+step's start. At each place of the recorded answer it says what it would rather have said, and the policy without the
+hint is moved towards that. (OpenClaw-RL v2, arXiv 2603.10165, its section on on-policy distillation; design and
+notation: README.)
 """
 
 from collections.abc import Sequence
@@ -65,35 +66,30 @@ def top_k(hidden: Tensor, head: Tensor, k: int, chunk: int = 256) -> Tensor:
     return torch.cat([F.linear(h, head).topk(k).indices for h in hidden.split(chunk)])
 
 
-def shared(student: Tensor, teacher: Tensor) -> int:
-    """How many of the student's top-k the teacher has too, over all places. (T, k), (T, k)"""
-    return int((student[:, :, None] == teacher[:, None, :]).sum())
-
-
 @torch.no_grad()
 def teach(
-    model: torch.nn.Module, row: dict[str, Tensor], hidden: Tensor, hinted: dict[int, list[list[int]]], k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What to compare at each of a row's N places: ids (N, K), the teacher's log-probs (N, K), and where it says
-    anything (N,), 1.0 in the answers that have a hint.
+    teacher: torch.nn.Module, row: dict[str, Tensor], ids: Tensor, hinted: dict[int, list[list[int]]], plain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probs of `ids` (N, K) at each of a row's N places (N, K), and where it says anything (N,): 1.0
+    in the answers that have a hint which says something against them.
 
-    `hidden` (N, D): the student's, of `grpo.response_hidden` before any update of this step. `hinted`: sample in the
-    row -> its hinted prompts, of which the one is taken whose top-k overlap most with the student's. The ids are the
-    student's top-k (K = k), or for k = 0 the sampled token (K = 1).
+    `hinted`: sample in the row -> a prompt for each candidate hint. `plain` (N,): the teacher's log-probs of the row's
+    response tokens without a hint. The candidate is taken that makes the answer least likely: the person complained
+    about that answer. Where none makes it less likely than no hint does, the candidates miss the point.
     """
-    head, device = model.get_output_embeddings().weight, hidden.device
-    ids = top_k(hidden, head, k) if k else row["target"][:, None]
-    teacher, taught = torch.zeros(ids.shape, device=device), torch.zeros(len(ids), device=device)
+    head, device = teacher.get_output_embeddings().weight, ids.device
+    logps, taught = torch.zeros(ids.shape, device=device), torch.zeros(len(ids), device=device)
     for sample, prompts in hinted.items():
         here = row["sample"] == sample  # (N,), true at T places
-        answer = row["target"][here].tolist()
-        views = [grpo.response_hidden(model, grpo.alone(prompt, answer, device)) for prompt in prompts]  # (T, D) each
-        if len(views) > 1:
-            mine = top_k(hidden[here], head, k or 1)
-            views.sort(key=lambda view: -shared(mine, top_k(view, head, k or 1)))
-        teacher[here] = grpo.token_logps(views[0], head, ids[here], row["temperature"][here])
-        taught[here] = 1.0
-    return ids, teacher, taught
+        answer, temperature = row["target"][here], row["temperature"][here]  # (T,)
+        both = torch.cat([answer[:, None], ids[here]], 1)  # (T, 1 + K): the answer itself, and what is compared
+        lowest = plain[here].sum()
+        for prompt in prompts:
+            hidden = grpo.response_hidden(teacher, grpo.alone(prompt, answer.tolist(), device))  # (T, D)
+            found = grpo.token_logps(hidden, head, both, temperature)  # (T, 1 + K)
+            if found[:, 0].sum() < lowest:
+                lowest, logps[here], taught[here] = found[:, 0].sum(), found[:, 1:], 1.0
+    return logps, taught
 
 
 # ---- losses, per token ----

@@ -113,32 +113,34 @@ def response_logps(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
 # ---- advantages ----
 
 
-def advantages(
-    rewards: Sequence[float],
-    users: Sequence[str],
-    groups: Sequence[object],
-    baselines: dict[str, float],
-    kind: str,
-    decay: float = 0.9,
-) -> tuple[list[float], dict[str, float]]:
-    """A per sample, and the running means after this batch.
+DECAY = 0.9  # of a baseline, per judged turn
 
-    kind "mean": A = r - b, b the exponential moving mean of this user's rewards before this batch (of this batch,
-    where there was none). "none": A = r (upstream, paper v1). "group": samples of an equal `groups` entry (the same
-    prompt) are normalised within it, (r - mean) / std, as in GRPO (arXiv 2402.03300 section 4.1); one that is alone
-    has no group and takes "mean". A neutral turn (r = 0) is no evidence: A = 0, and it moves no mean.
+
+def baseline_key(user: str, from_tool: bool) -> str:
+    """Whose rewards share a running mean. Most tool calls succeed and most messages of people don't praise, so tools
+    have their own: with one for both, each success would be a surprise and each complaint a small one."""
+    return f"{user} tools" if from_tool else user
+
+
+def move_baseline(baselines: dict[str, float], key: str, reward: float) -> None:
+    """A judged turn moves its running mean, in place. It starts at 0, and a neutral turn moves it towards 0."""
+    baselines[key] = DECAY * baselines.get(key, 0.0) + (1 - DECAY) * reward
+
+
+def advantages(
+    rewards: Sequence[float], keys: Sequence[str], groups: Sequence[object], baselines: dict[str, float], kind: str
+) -> list[float]:
+    """A per sample.
+
+    kind "mean": A = r - b, b the running mean of this key's rewards before this batch. "none": A = r (upstream, paper
+    v1). "group": samples of an equal `groups` entry (the same prompt) are normalised within it, (r - mean) / std, as in
+    GRPO (arXiv 2402.03300 section 4.1); one that is alone has no group and takes "mean". A neutral turn (r = 0) is no
+    evidence: A = 0.
     """
     if kind not in ("mean", "none", "group"):
         raise ValueError(f"baseline {kind!r} is not one of mean, none, group")
-    after = dict(baselines)
-    for user in dict.fromkeys(users):
-        rated = [r for r, u in zip(rewards, users, strict=True) if u == user and r]
-        if rated:
-            mean = sum(rated) / len(rated)
-            weight = decay ** len(rated) if user in baselines else 0.0  # each sample moves the mean by 1 - decay
-            after[user] = weight * baselines.get(user, 0.0) + (1 - weight) * mean
     advs = []
-    for r, user, group in zip(rewards, users, groups, strict=True):
+    for r, key, group in zip(rewards, keys, groups, strict=True):
         peers = [q for q, g in zip(rewards, groups, strict=True) if g == group and q]
         if not r:
             advs.append(0.0)
@@ -149,8 +151,8 @@ def advantages(
             std = (sum((q - mean) ** 2 for q in peers) / len(peers)) ** 0.5
             advs.append((r - mean) / std if std > 0 else 0.0)
         else:
-            advs.append(r - baselines.get(user, after[user]))
-    return advs, after
+            advs.append(r - baselines.get(key, 0.0))
+    return advs
 
 
 # ---- losses, per token ----

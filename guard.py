@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import grpo
-from journal import Sample
+from journal import NOTHING, Sample
 
 DLOGP = 1.0  # mean |dlogp| of a batch between the sampler and the trainer before the step
 NLL_RISE = 0.5  # nats per token of the fixed text, against the first weights (0.03 after 14 steps of the hybrid)
@@ -47,7 +47,7 @@ def unfit(
     if len(turn.prompt_ids) + len(turn.response_ids) > max_train_tokens:
         return f"longer than --max_train_tokens={max_train_tokens}"
     if not w_rl and not sample.verdict.hints:
-        return "no hint, and the score is not trained on (w_rl is 0)"
+        return f"{NOTHING}: there is no hint, and the score is not trained on (w_rl is 0)"
     cut = turn.finish_reason == "length"
     alike = {
         "user": sum(s.turn.user == turn.user for s in chosen),

@@ -30,8 +30,8 @@ CREATE TABLE IF NOT EXISTS turns (
   text TEXT NOT NULL, finish_reason TEXT,
   prompt_ids BLOB NOT NULL, response_ids BLOB NOT NULL, logprobs BLOB NOT NULL,  -- int32, int32, float32
   versions TEXT NOT NULL,            -- [[weight version, first token, end], ...]
-  temperature REAL NOT NULL,
-  next_messages TEXT, score INTEGER, votes TEXT, hints TEXT, hinted_by TEXT, judge TEXT, source TEXT,
+  temperature REAL NOT NULL, no_rl TEXT NOT NULL,
+  next_messages TEXT, score INTEGER, votes TEXT, confidence REAL, hints TEXT, hinted_by TEXT, judge TEXT, source TEXT,
   state TEXT NOT NULL, step INTEGER, reason TEXT  -- why it was dropped, or why its hint was not used
 );
 CREATE INDEX IF NOT EXISTS by_digest ON turns (user, digest);
@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS checkpoints (step INTEGER PRIMARY KEY);  -- the highe
 CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NULL);  -- one row: whose answers these are
 """
 
-FORMAT = 3  # of the tables, in the file's user_version
+FORMAT = 4  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of a Turn that are not stored as they are
 AS_BYTES = {"prompt_ids": np.int32, "response_ids": np.int32, "logprobs": np.float32}
 RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `room`
@@ -65,6 +65,7 @@ class Turn:
     logprobs: list[float]  # (T,) of the sampler, after temperature
     versions: list[tuple[int, int, int]]  # (weight version, first token, end), covering 0..T
     temperature: float
+    no_rl: str = ""  # why the score can't be trained on (its log-probs aren't the plain policy's); a hint still can
     created: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -82,6 +83,7 @@ class Verdict:
 
     score: int  # +1 good, -1 bad, 0 neutral
     votes: list[int]
+    confidence: float  # probability of this score as the judge sees it, or its share of the votes
     hints: list[str]  # candidates: what should have been done, as a rule
     hinted_by: str  # "judge", "own words" (the user's, where the judge is too small to write a rule), "" without hints
     judge: str  # model name, or the user's for explicit feedback
@@ -94,6 +96,7 @@ class Sample:
 
     turn: Turn
     verdict: Verdict
+    from_tool: bool  # the next message was a tool's output
 
 
 def hold(out: Path) -> TextIO:
@@ -199,7 +202,9 @@ def pending(db: sqlite3.Connection) -> int:
 NEUTRAL = "neutral: the next message says nothing about the answer"
 ALONE = "nobody went on from it"
 LAST = "the session is over, by its header"
-REVIVED = (NEUTRAL, ALONE, LAST)  # by a person's rating
+NOTHING = "nothing to learn from"
+NO_HINT = NOTHING + ": there is no hint, and the score can't be trained on"
+REVIVED = (NEUTRAL, ALONE, LAST, NO_HINT)  # by a person's rating
 
 
 def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bool:
@@ -218,19 +223,21 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bo
         raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
     if verdict.source == "feedback" and verdict.score < 0 and not verdict.hints and known["hints"]:
         verdict = replace(verdict, hints=json.loads(known["hints"]), hinted_by=known["hinted_by"])
-    now = "queued" if verdict.score or verdict.hints else "dropped"
+    why_not = None if verdict.hints else NEUTRAL if not verdict.score else NO_HINT if known["no_rl"] else None
+    now = "dropped" if why_not else "queued"
     db.execute(
-        "UPDATE turns SET score = ?, votes = ?, hints = ?, hinted_by = ?, judge = ?, source = ?, state = ?, reason = ? "
-        "WHERE id = ?",
+        "UPDATE turns SET score = ?, votes = ?, confidence = ?, hints = ?, hinted_by = ?, judge = ?, source = ?, "
+        "state = ?, reason = ? WHERE id = ?",
         (
             verdict.score,
             json.dumps(verdict.votes),
+            verdict.confidence,
             json.dumps(verdict.hints),
             verdict.hinted_by,
             verdict.judge,
             verdict.source,
             now,
-            NEUTRAL if now == "dropped" else None,
+            why_not,
             turn_id,
         ),
     )
@@ -296,7 +303,7 @@ def rollback(db: sqlite3.Connection, step: int) -> int:
         db.execute("DELETE FROM checkpoints WHERE step > ?", (step,))
         return db.execute(
             "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'trained' AND step > ? OR "
-            "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?)) AND "
+            "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?, ?)) AND "
             "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?",
             (f"undone by --rollback={step}", step, *REVIVED, step),
         ).rowcount
@@ -353,7 +360,8 @@ def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
 
 def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
     """A judged turn with its verdict as it is now."""
-    turn, _ = load_turn(db, turn_id)
+    turn, following = load_turn(db, turn_id)
     r = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
-    votes, hints = json.loads(r["votes"]), json.loads(r["hints"])
-    return Sample(turn, Verdict(r["score"], votes, hints, r["hinted_by"], r["judge"], r["source"]))
+    votes, hints, by = json.loads(r["votes"]), json.loads(r["hints"]), r["hinted_by"]
+    verdict = Verdict(r["score"], votes, r["confidence"], hints, by, r["judge"], r["source"])
+    return Sample(turn, verdict, r["source"] == "judge" and following[-1]["role"] == "tool")

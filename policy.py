@@ -1,7 +1,7 @@
 """The weights: the default model, what the trainer keeps of a model, and checkpoints.
 
-The weights that are served and those that are trained through have the same bf16 values; fp32 masters behind them
-gather updates that bf16 is too coarse for (at lr 1e-5 a pure bf16 step would move about 15 % of the weights).
+The weights that are served and those that are trained through have the same bf16 values. fp32 masters gather updates
+that bf16 is too coarse for, and `dithered` rounds them so that each update is served in full, on average.
 """
 
 import hashlib
@@ -11,11 +11,14 @@ import pickle
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +45,11 @@ def fingerprint(folder: Path) -> str:
             f.seek(-min(file.stat().st_size, 1 << 20), os.SEEK_END)
             digest.update(f.read())
     return digest.hexdigest()
+
+
+def judge_cache(folder: Path) -> Path:
+    """Where a small judge's features are kept, by the model they are of. See `reward.make_head`."""
+    return CACHE / "judge" / fingerprint(folder)[:16]
 
 
 def check_folder(folder: Path, otherwise: str = "") -> None:
@@ -93,7 +101,7 @@ class State:
 
     tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
     policy: PreTrainedModel  # what is served and what is trained through: bf16 values, whatever dtype holds them
-    start: PreTrainedModel | None  # the frozen first weights, for the KL; None without it
+    start: PreTrainedModel  # the frozen first weights: for the KL, the teacher, and a small model's judge
     masters: list[Tensor]  # fp32, in the order of policy.parameters()
     adam: torch.optim.Adam
     kept: list[Tensor]  # `mutable` as of the served step, on the CPU: what checkpoints hold, and what to go back to
@@ -103,8 +111,7 @@ class State:
     first_probe: dict[str, float]  # of guard.probe, for the first weights
     probe: dict[str, float]  # and for those that are served
     step: int = 0
-    baselines: dict[str, float] = field(default_factory=dict)  # running mean reward per user
-    judge_bias: dict | None = None  # of a small judge, see reward.calibrate
+    baselines: dict[str, float] = field(default_factory=dict)  # running mean reward, see grpo.baseline_key
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
     training: str = "off"  # on, off, or why it waits or stopped; for GET /status
     stopping: bool = False  # set by the event loop, read by the trainer thread between rows
@@ -124,21 +131,40 @@ def row_memory(folder: Path, tokens: int, row_tokens: int, width: int) -> float:
     return ((max(long, short) + head) * width + 4 * logits) / 2**30
 
 
-def compute_dtype(device: str) -> torch.dtype:
-    """What the trainer computes in. Without AMX a CPU multiplies bf16 at half the speed of fp32 (75 against 140
-    GFLOP/s a core, measured), with it at twice."""
-    return torch.bfloat16 if device == "cuda" or torch.cpu._is_amx_tile_supported() else torch.float32
+def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dtype, float]:
+    """GFLOP/s of bf16 and fp32 on the trainer's cores, for the forward and backward pass of one of the model's MLP
+    products. Which of the two is faster, and by how much, differs from processor to processor (0.5x to 4x)."""
+    c = AutoConfig.from_pretrained(folder).get_text_config()
+    wide = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    wide = max(wide) if isinstance(wide, list) else wide
+
+    def once(dtype: torch.dtype) -> float:
+        x = torch.randn(tokens, c.hidden_size, dtype=dtype, requires_grad=True)  # (L, D)
+        w = torch.randn(wide, c.hidden_size, dtype=dtype, requires_grad=True)  # (I, D)
+        seconds = []
+        for _ in range(7):
+            began = time.perf_counter()
+            F.linear(x, w).backward(torch.ones(tokens, wide, dtype=dtype))
+            seconds.append(time.perf_counter() - began)
+        return 6 * tokens * wide * c.hidden_size / min(seconds) / 1e9
+
+    # A thread of its own, as the trainer's will be: core binding and the OpenMP team belong to a thread.
+    with ThreadPoolExecutor(1, "measure", settle_trainer_thread, (cores,)) as thread:
+        return {dtype: thread.submit(once, dtype).result() for dtype in (torch.bfloat16, torch.float32)}
 
 
-def load_state(folder: Path, start: Path, device: str, lr: float, betas: tuple[float, float], kl: float) -> State:
+def load_state(
+    folder: Path, start: Path, device: str, dtype: torch.dtype, lr: float, betas: tuple[float, float]
+) -> State:
     """The trainer's side of the model in `folder`, with its optimizer and step if it is a checkpoint of ours.
 
-    `start`: folder of the weights that training began from. SystemExit where a file is damaged.
+    `start`: folder of the weights that training began from. `dtype`: what is computed in. SystemExit where a file is
+    damaged.
     """
 
     def load(source: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        return model.to(device, compute_dtype(device))
+        return model.to(device, dtype)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     probe_ids = tokenizer(PROBE)["input_ids"]
@@ -147,8 +173,6 @@ def load_state(folder: Path, start: Path, device: str, lr: float, betas: tuple[f
     first = load(start).eval()
     first_logps = guard.text_logps(first, probe_ids)
     first_probe = guard.probe(first, probe_ids, prompts, first_logps)
-    frozen = first if kl else None
-    del first
     policy = load(folder).train()
     masters = [p.detach().float().clone().requires_grad_() for p in policy.parameters()]
     for p, master in zip(policy.parameters(), masters, strict=True):
@@ -161,7 +185,7 @@ def load_state(folder: Path, start: Path, device: str, lr: float, betas: tuple[f
     state = State(
         tokenizer=tokenizer,
         policy=policy,
-        start=frozen,
+        start=first.requires_grad_(False),
         masters=masters,
         adam=adam,
         kept=[],
@@ -215,9 +239,9 @@ def go_back(state: State) -> None:
 
 
 def kept_weights(state: State) -> dict[str, Tensor]:
-    """The bf16 values that `remember` saw being served, by name, on the CPU."""
+    """The bf16 values that were served when `remember` was called, by name, on the CPU."""
     names = [name for name, _ in state.policy.named_parameters()]
-    return {name: t.to(torch.bfloat16) for name, t in zip(names, state.kept, strict=False)}
+    return {name: dithered(t, k) for k, (name, t) in enumerate(zip(names, state.kept, strict=False))}
 
 
 def served_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
@@ -225,11 +249,36 @@ def served_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
     return {n: p.detach().to(torch.bfloat16, copy=True) for n, p in policy.named_parameters()}
 
 
+CHUNK = 1 << 18  # weights that `dithered` rounds at a time: their random numbers stay in the processor's cache
+
+
+@torch.no_grad()
+def dithered(master: Tensor, number: int) -> Tensor:
+    """Round a master to bf16 by adding 16 random low bits and cutting them off. Any shape, fp32 -> bf16.
+
+    Rounding to the nearest value would serve 2 to 8 % of the first updates at lr 1e-5 and the rest later in a lump,
+    since masters start on bf16 values and a weight would move only after half a bf16 step. Dithering is unbiased, and
+    it leaves values that bf16 can hold as they are. The random bits are a hash of the weight's place in the tensor and
+    of the tensor's `number`: the same masters give the same values at each push, after a restart, and on each device.
+    """
+    flat = master.detach().contiguous().view(-1)
+    out = torch.empty_like(flat, dtype=torch.bfloat16)
+    for at in range(0, len(flat), CHUNK):
+        bits = flat[at : at + CHUNK].view(torch.int32)
+        noise = torch.arange(at, at + len(bits), dtype=torch.int32, device=flat.device)
+        noise.bitwise_xor_(number * 0x9E3779B1 & 0x7FFFFFFF)
+        noise.bitwise_xor_(noise >> 16).mul_(0x7FEB352D)  # int32 products wrap around, on each device alike
+        noise.bitwise_xor_(noise >> 15).mul_(0x297A2D39)
+        noise = (noise >> 16).bitwise_and_(0xFFFF)
+        out[at : at + CHUNK] = (bits + noise).bitwise_and_(-0x10000).view(torch.float32)
+    return out.view(master.shape)
+
+
 @torch.no_grad()
 def publish(masters: Iterable[Tensor], policy: PreTrainedModel) -> None:
-    """Round the fp32 masters to the bf16 values that are served, and train through those from here on."""
-    for master, p in zip(masters, policy.parameters(), strict=True):
-        p.copy_(master.to(torch.bfloat16))
+    """Round the masters to the bf16 values that are served, and train through those from here on."""
+    for k, (master, p) in enumerate(zip(masters, policy.parameters(), strict=True)):
+        p.copy_(dithered(master, k))
 
 
 @torch.no_grad()

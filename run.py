@@ -14,6 +14,7 @@ sessions and reward fill its queue.
 import asyncio
 import functools
 import json
+import math
 import os
 import secrets
 import signal
@@ -21,12 +22,13 @@ import socket
 import sqlite3
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from openai import APIError, AsyncOpenAI
+from openai import AsyncOpenAI
 
 import clients
 import distill
@@ -49,32 +51,41 @@ async def judge_turns(
     config: Config,
     client: AsyncOpenAI,
     state: policy.State,
+    on_judge: Callable[..., Awaitable[Any]] | None,
 ) -> None:
-    """One of several that judge side by side. A turn whose judge fails keeps waiting: never a score by accident."""
+    """One of several that judge side by side. A turn whose judge fails keeps waiting: never a score by accident.
+
+    `on_judge(request, next_messages)`: the verdict of a small model's head; None: the judge is asked in chat."""
+    biases: dict[str, dict[str, float]] = {}
     while True:
         turn_id = await waiting.get()
         turn, following = journal.load_turn(db, turn_id)
-        request = sessions.request_of(turn.messages)
+        request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
         model, hints, hinted_by = config.judge_model or config.name, [], ""
-        small = state.judge_bias is not None
         options = {"votes": config.votes, "max_tokens": min(4096, config.max_model_len)}  # vLLM refuses more
         try:
-            score, votes = await reward.judge(
-                client, model, request, turn.text, following, bias=state.judge_bias, **options
-            )
-            if config.w_opd and small and score < 0:
+            if on_judge:
+                score, votes, confidence = await on_judge(request, following)
+            else:
+                score, votes, confidence = await reward.judge(
+                    client, model, request, answer, following, biases=biases, **options
+                )
+            if config.w_opd and score < 0 and on_judge:
                 hints, hinted_by = reward.own_words(request, following), "own words"
-            elif config.w_opd and not small and score < 1:
-                hints, hinted_by = await reward.hints(client, model, request, turn.text, following, **options), "judge"
+            elif config.w_opd and score < 0:
+                hints, hinted_by = await reward.hints(client, model, request, answer, following, **options), "judge"
         except reward.JudgeError as e:
             print(f"judge: {e}; {turn_id} is tried again in 30 s", file=sys.stderr)
             asyncio.get_running_loop().call_later(30, waiting.put_nowait, turn_id)
             continue
-        verdict = Verdict(score, votes, hints, hinted_by if hints else "", model, "judge")
+        verdict = Verdict(score, votes, confidence, hints, hinted_by if hints else "", model, "judge")
         while not journal.room(db):
             await asyncio.sleep(1)
         if journal.record_verdict(db, turn_id, verdict):
             queued.put_nowait(turn_id)
+        elif not score:  # it doesn't reach the trainer, but silence counts: most people say nothing of a good answer
+            from_tool = following[-1]["role"] == "tool"
+            grpo.move_baseline(state.baselines, grpo.baseline_key(turn.user, from_tool), 0.0)
 
 
 def maintain(config: Config, db: sqlite3.Connection, out: Path) -> None:
@@ -128,10 +139,12 @@ async def main(config: Config) -> bool:
         signal.signal(s, lambda *_: sys.exit("stopped while starting"))
     print(
         f"model     {folder}\n"
-        f"device    {where.device}; training in {policy.compute_dtype(where.device)}\n"
+        f"device    {where.device}; training in {where.dtype}"
+        f"{', measured GFLOP/s: ' if where.gflops else ''}"
+        f"{', '.join(f'{str(k)[6:]} {v:.0f}' for k, v in where.gflops.items())}\n"
         f"cores     {where.engine_cores} engine, {where.trainer_cores} trainer\n"
         f"memory    {where.needed:.1f} GiB needed, {where.free:.1f} free; engine {where.engine:.1f}\n"
-        f"judge     {config.judge_url or 'the model itself'}, {where.judge_style} style, {config.votes} votes\n"
+        f"judge     {config.judge_url or 'the model itself'}, {where.judge_style} style\n"
         f"parsers   tool calls {tool_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
         f"address   {shown}  model {config.name!r}  key {'needed' if keys else 'any'}\n"
         f"out       {out.resolve()}\n"
@@ -152,23 +165,25 @@ async def main(config: Config) -> bool:
         reasoning_parser=config.reasoning_parser,
         max_seqs=config.max_seqs,
     )
+    # The trainer's side loads, and a small model's judge is fitted, on the trainer's cores while the engine starts.
+    trainer = ThreadPoolExecutor(1, "trainer", policy.settle_trainer_thread, (where.trainer_cores,))
+    judging = ThreadPoolExecutor(1, "judge", policy.settle_trainer_thread, (where.trainer_cores,))
+    loading = trainer.submit(
+        policy.load_state, folder, start, where.device, where.dtype, config.lr, (config.beta1, config.beta2)
+    )
     engine = swap.start_engine(args)
     stop, died = asyncio.Event(), asyncio.Event()
     for s in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(s, stop.set)
-    trainer = ThreadPoolExecutor(1, "trainer", policy.settle_trainer_thread, (where.trainer_cores,))
     tasks: list[asyncio.Task] = []
     try:
         on_trainer = lambda f, *a: asyncio.get_running_loop().run_in_executor(trainer, f, *a)  # noqa: E731
-        state = await on_trainer(
-            policy.load_state,
-            folder,
-            start,
-            where.device,
-            config.lr,
-            (config.beta1, config.beta2),
-            config.kl,
-        )
+        state, on_judge = await asyncio.wrap_future(loading), None
+        if where.judge_style == "head":
+            run_judge = functools.partial(asyncio.get_running_loop().run_in_executor, judging)
+            kept = policy.judge_cache(start)
+            head = await run_judge(reward.make_head, state.start, state.tokenizer, kept)
+            on_judge = functools.partial(run_judge, reward.head_verdict, head, state.start, state.tokenizer)
         await engine.update_weight_version(str(state.step))
 
         waiting: asyncio.Queue[str] = asyncio.Queue()
@@ -214,11 +229,9 @@ async def main(config: Config) -> bool:
         tasks = [asyncio.create_task(web.serve(sockets=[listener]))]
         while not web.started and not tasks[0].done():
             await asyncio.sleep(0.05)
-        if where.judge_style == "text":
-            state.judge_bias = await reward.calibrate(client, config.judge_model or config.name)
         tasks += [
             asyncio.create_task(train(config, engine, state, queued, db, own, on_trainer)),
-            *[asyncio.create_task(judge_turns(waiting, queued, db, config, client, state)) for _ in range(8)],
+            *[asyncio.create_task(judge_turns(waiting, queued, db, config, client, state, on_judge)) for _ in range(8)],
             asyncio.create_task(expire_turns(db, config.expire)),
             asyncio.create_task(died.wait()),
             asyncio.create_task(stop.wait()),
@@ -249,6 +262,7 @@ async def main(config: Config) -> bool:
             ending.append(save(config, state, db, on_trainer))
         await asyncio.gather(*ending)
         trainer.shutdown(wait=False, cancel_futures=True)
+        judging.shutdown(wait=False, cancel_futures=True)
         db.close()
         lock.close()
     return died.is_set() and not stop.is_set()
@@ -332,8 +346,10 @@ async def train(
 
         # 2. what there is to learn from: advantages for the scores, prompts with the hint in them for the corrections
         rewards, turns = [s.verdict.score for s in batch], [s.turn for s in batch]
-        users, prompts = [t.user for t in turns], [tuple(t.prompt_ids) for t in turns]
-        advs, baselines = grpo.advantages(rewards, users, prompts, state.baselines, config.baseline)
+        keys = [grpo.baseline_key(s.turn.user, s.from_tool) for s in batch]
+        # What was sampled otherwise than by the plain policy has no advantage: it can only learn from its hint.
+        scored = [0 if s.turn.no_rl or not config.w_rl else s.verdict.score for s in batch]
+        advs = grpo.advantages(scored, keys, [tuple(t.prompt_ids) for t in turns], state.baselines, config.baseline)
         hinted: list[list[list[int]]] = [[] for _ in batch]  # per turn, a prompt for each candidate hint
         for i, (turn, verdict) in enumerate((s.turn, s.verdict) for s in batch):
             if state.stopping:
@@ -351,12 +367,23 @@ async def train(
                     if state.stopping:  # the server that renders it has gone
                         return
                     journal.note(db, turn.id, f"hint not used: {e}")
+        useful = [i for i in range(len(batch)) if advs[i] or hinted[i]]
+        for i in set(range(len(batch))) - set(useful):
+            grpo.move_baseline(state.baselines, keys[i], rewards[i])
+            journal.drop(db, [ids[i]], journal.NOTHING)
+        if not useful:
+            continue
+        ids, rewards, keys, turns, advs, hinted = (
+            [values[i] for i in useful] for values in (ids, rewards, keys, turns, advs, hinted)
+        )
 
         # 3. gradient and Adam, off the event loop: serving and judging go on
+        before = await on_trainer(policy.served_weights, state.policy)
         try:
             metrics = await on_trainer(update, config, state, turns, advs, hinted)
             if metrics is None:
                 return
+            pointless = metrics.pop("pointless")
             probe = await on_trainer(guard.probe, state.policy, state.probe_ids, state.probe_prompts, state.first_logps)
             guard.check_weights(probe, state.first_probe, state.probe)
         except (guard.Refused, torch.OutOfMemoryError) as e:  # nobody has met these weights
@@ -372,13 +399,16 @@ async def train(
         # 4. swap: the engine gets the new weights while its answers go on
         weights = await on_trainer(policy.served_weights, state.policy)
         probe_logps = await on_trainer(policy.probe_logps, state.policy, state.probe_ids)
-        before = await on_trainer(policy.kept_weights, state)
         gap, state.pause = await swap.push(
             engine, weights, state.step + 1, state.probe_ids, probe_logps, before, config.push_bound
         )
         await wait_for_room(db, state)
         journal.mark_trained(db, ids, state.step + 1)
-        state.step, state.baselines, state.probe = state.step + 1, baselines, probe
+        for turn_id in pointless:
+            journal.note(db, turn_id, "hint not used: it doesn't make the answer less likely")
+        for key, r in zip(keys, rewards, strict=True):
+            grpo.move_baseline(state.baselines, key, r)
+        state.step, state.probe = state.step + 1, probe
         await on_trainer(policy.remember, state)
 
         # 5. one row, one line
@@ -401,31 +431,27 @@ async def train(
         print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
         if state.step - max(journal.checkpoints(db), default=0) >= config.save_every:
             await save(config, state, db, on_trainer)
-
-        # 6. the judge is this model too, unless told otherwise, and has just changed
-        if state.judge_bias and not config.judge_url and not state.stopping:
-            try:
-                state.judge_bias = await reward.calibrate(client, config.name)
-            except (APIError, ValueError) as e:
-                print(f"judge: its bias stays that of step {state.step - 1}: {e}", file=sys.stderr)
     state.training = "off"
 
 
 def update(
     config: Config, state: policy.State, turns: list[Turn], advs: list[float], hinted: list[list[list[int]]]
-) -> dict[str, float] | None:
-    """One step of Adam on a batch, row by row; None, with nothing changed, when the program is to stop."""
+) -> dict[str, Any] | None:
+    """One step of Adam on a batch, row by row; None, with nothing changed, when the program is to stop.
+
+    Returns what a step prints, and under "pointless" the ids of turns whose hints weren't used."""
     n = sum(len(t.response_ids) for t in turns)
-    n_hinted = sum(len(t.response_ids) for t, prompts in zip(turns, hinted, strict=True) if prompts)
+    n_sampled = sum(len(t.response_ids) for t in turns if not t.no_rl)
+    n_hinted, pointless = 0.0, []
     sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "start_nll", "dlogp", "clipped"), 0.0)
     gap = dlogp_max = 0.0
     head = state.policy.get_output_embeddings().weight  # (V, D)
     for row in grpo.collate(
         [t.prompt_ids for t in turns],
         [t.response_ids for t in turns],
-        [t.logprobs for t in turns],
+        [[math.nan] * len(t.logprobs) if t.no_rl else t.logprobs for t in turns],
         advs,
-        [t.temperature for t in turns],
+        [1.0 if t.no_rl else t.temperature for t in turns],
         config.row_tokens,
         state.policy.device,
     ):
@@ -438,13 +464,24 @@ def update(
             state.policy.gradient_checkpointing_disable()
         hidden, ids = grpo.response_hidden(state.policy, row), row["target"][:, None]  # (N, D), (N, 1)
         corrected = {i: hinted[i] for i in row["sample"].unique().tolist() if hinted[i]}
+        if config.kl or corrected:
+            with torch.no_grad():
+                start_logp = grpo.response_logps(state.start, row)  # (N,)
         if corrected:
-            top_ids, teacher, taught = distill.teach(state.policy, row, hidden.detach(), corrected, config.opd_k)
-            ids = torch.cat([ids, top_ids], 1)  # (N, 1 + K): the sampled token's loss and the hint's, one pass
+            if config.opd_k:  # else the sampled token alone, the paper's first form
+                ids = distill.top_k(hidden.detach(), head, config.opd_k)  # (N, K)
+            frozen = config.teacher == "start"
+            with torch.no_grad():
+                plain = start_logp if frozen else grpo.response_logps(state.policy, row)  # (N,)
+            teacher, taught = distill.teach(state.start if frozen else state.policy, row, ids, corrected, plain)
+            pointless += [turns[i].id for i in corrected if not taught[row["sample"] == i].any()]
+            ids = torch.cat([row["target"][:, None], ids], 1)  # (N, 1 + K): the score's loss and the hint's, one pass
         logps = grpo.token_logps(hidden, head, ids, row["temperature"])  # (N, 1 or 1 + K)
         logp = logps[:, 0]
+        sampled = ~row["old_logp"].isnan()  # (N,); not those of a turn that is here for its hint alone
+        old_logp = torch.where(sampled, row["old_logp"], logp.detach())  # (N,)
         loss = config.w_rl * grpo.ppo_clip_loss(
-            logp, row["old_logp"], row["adv"], config.clip_low, config.clip_high, config.dual_clip
+            logp, old_logp, row["adv"], config.clip_low, config.clip_high, config.dual_clip
         )  # (N,)
         if corrected:
             student = logps[:, 1:].detach()  # (N, K)
@@ -455,21 +492,21 @@ def update(
             else:  # the paper's first form: an advantage for the sampled token
                 adv = distill.advantage(student, teacher, config.opd_clip).squeeze(-1)  # (N,)
                 opd = grpo.ppo_clip_loss(
-                    logp, row["old_logp"], adv, config.clip_low, config.clip_high, config.dual_clip
+                    logp, old_logp, adv, config.clip_low, config.clip_high, config.dual_clip
                 )  # (N,)
             loss = loss + config.w_opd * taught * opd
             gap += (taught * (teacher - student).abs().mean(-1)).sum().item()
+            n_hinted += taught.sum().item()
         if config.kl:
-            with torch.no_grad():
-                start_logp = grpo.response_logps(state.start, row)  # (N,)
             # Answers are a step or two old: tokens that the policy has left since then count for less.
-            left = (logp.detach() - row["old_logp"]).exp().clamp(max=1.0)  # (N,)
+            left = (logp.detach() - old_logp).exp().clamp(max=1.0)  # (N,)
             loss = loss + config.kl * left * grpo.kl_loss(logp, start_logp)
             sums["start_nll"] -= start_logp.sum().item()
             sums["kl"] += (left * grpo.kl_value(logp.detach(), start_logp)).sum().item()
-        (loss.sum() / n).backward()
+        # A gradient through logits / T is 1 / T as large: without the factor a cold turn would outweigh its batch.
+        ((loss * row["temperature"]).sum() / n).backward()
         policy.add_up(state)
-        log_ratio = logp.detach() - row["old_logp"]
+        log_ratio = logp.detach() - old_logp  # (N,)
         outside = (log_ratio.exp() < 1 - config.clip_low) | (log_ratio.exp() > 1 + config.clip_high)
         sums["loss"] += loss.sum().item()
         sums["nll"] -= logp.sum().item()
@@ -477,17 +514,18 @@ def update(
         dlogp_max = max(dlogp_max, log_ratio.abs().max().item())
         sums["clipped"] += outside.sum().item()
     norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
-    guard.check_batch(sums["loss"] / n, norm, sums["dlogp"] / n)
+    guard.check_batch(sums["loss"] / n, norm, sums["dlogp"] / max(1, n_sampled))
     state.adam.step()
     state.adam.zero_grad(set_to_none=False)
     policy.publish(state.masters, state.policy)
     return {
         "tokens": n,
         "grad_norm": norm,
-        **{k: v / n for k, v in sums.items()},
+        **{k: v / (max(1, n_sampled) if k == "dlogp" else n) for k, v in sums.items()},
         "dlogp_max": dlogp_max,
-        "hinted": sum(map(bool, hinted)) / len(turns),
+        "hinted": (sum(map(bool, hinted)) - len(pointless)) / len(turns),
         "teacher_gap": gap / max(1, n_hinted),
+        "pointless": pointless,
         "repeated": sum(grpo.repetition(t.response_ids) for t in turns) / len(turns),
     }
 

@@ -48,7 +48,7 @@ TEMPLATE_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "add_genera
 
 SAMPLING_DEFAULTS = {
     "top_p": 1.0,
-    "top_k": 0,
+    "top_k": 0,  # and -1: both mean "off" in vLLM
     "min_p": 0.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -60,6 +60,7 @@ SAMPLING_DEFAULTS = {
     "min_tokens": 0,
     "thinking_token_budget": None,
 }
+MIN_TEMPERATURE = 0.3  # below it log-probs are so steep that rounding alone moves them by more than PPO's clip range
 
 
 # ---- capture ----
@@ -261,6 +262,16 @@ def note_rendered(renderer: Any) -> None:
     renderer.preprocess_chat = preprocess_chat
 
 
+def why_no_rl(params: Any) -> str:
+    """Why an answer sampled with these vLLM SamplingParams is no sample of the plain policy; "" where it is one."""
+    if params.temperature < MIN_TEMPERATURE:
+        return f"temperature {params.temperature:g} is below {MIN_TEMPERATURE}"
+    changed = [k for k, v in SAMPLING_DEFAULTS.items() if (getattr(params, k) or v) != v]
+    if "top_k" in changed and params.top_k == -1:
+        changed.remove("top_k")
+    return f"sampled with {', '.join(changed)}" if changed else ""
+
+
 class Recorder:
     """The engine, as vLLM's app sees it: `generate` also writes the turn down; all else goes straight through."""
 
@@ -292,17 +303,12 @@ class Recorder:
         if before is not None and following and not side and journal.record_next(self._db, before["id"], following):
             self._on_next(before["id"])
         session = request.session or (before["session"] if before is not None else uuid.uuid4().hex[:12])
-        changed = [k for k, v in SAMPLING_DEFAULTS.items() if (getattr(sampling_params, k) or v) != v]
         dropped = None
         if side:
             dropped = (
                 "side request, by its header" if request.side else "side request: the client's own, not a person's"
             )
-        elif sampling_params.temperature == 0:
-            dropped = "temperature 0: not a sample of the policy"
-        elif changed:
-            dropped = f"sampled with {', '.join(changed)}: its log-probs are not those of the plain policy"
-        elif request.done:  # the last, since a rating brings it back
+        elif request.done:
             dropped = journal.LAST
 
         # As the client knows it: /v1/responses numbers the calls to the engine.
@@ -334,6 +340,7 @@ class Recorder:
                 logprobs=logprobs,
                 versions=spans,
                 temperature=sampling_params.temperature,
+                no_rl=why_no_rl(sampling_params),
             )
             journal.record_turn(self._db, turn, why_not)
             written.add(index)
@@ -420,7 +427,7 @@ async def build_app(
         try:
             said = [{"role": "user", "content": text}]
             hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
-            on_feedback(turn.id, Verdict(score, [score], hints, "own words" if hints else "", user, "feedback"))
+            on_feedback(turn.id, Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback"))
         except ValueError as e:
             return openai_error(409, f"too late: {e}")
         return JSONResponse({"completion_id": turn.id, "score": score})

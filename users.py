@@ -43,13 +43,12 @@ class Setup:
     person: str = "one-sentence"  # who talks; a comma: a run each; a plus: at once on one model
     method: str = "hybrid"  # binary, opd or hybrid; a comma: a run each
     seed: str = "0"  # of the questions, the replies and the engine's sampler; a comma: a run each
-    talks: int = 320  # sessions in a run
-    every: int = 80  # sessions between two measures
-    at_once: int = 16  # sessions at the same time
+    talks: int = 40  # sessions in a run
+    every: int = 20  # sessions between two measures
+    at_once: int = 1  # sessions at the same time; 1: the next begins when all was learned that can be from the last
     held_out: int = 64  # questions of a measure
     max_tokens: int = 128  # the longest answer a person waits for
     temperature: float = 0.7  # that they ask for; at 1 a model of 135M parameters talks nonsense from the start
-    lr: float = 3e-5  # of run.py, whose own default is the paper's
     out: str = "out"  # everything that a run leaves
     port: int = 8000  # of run.py
     user_url: str = ""  # an OpenAI-compatible endpoint that plays the people (key in USER_API_KEY); empty: scripted
@@ -184,7 +183,8 @@ def by_chance(p: float) -> str:
 
 
 async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str, Any]:
-    """Measure, talk, measure. The people hold back while a batch waits for the trainer: more would only grow stale."""
+    """Measure, talk, measure. Nobody begins while a batch waits for the trainer: more would only grow stale. One at a
+    time (`at_once` is 1) also waits for the step: a person's sessions are hours apart, a step takes seconds."""
     names = run.person.split("+")
     clients = {name: AsyncOpenAI(base_url=f"{url}/v1", api_key=f"{name}-key", timeout=600) for name in names}
     measures: list[dict] = []
@@ -198,7 +198,11 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
             if firsts and status["training"] != "on":
                 raise RuntimeError(f"the server does not train: {status['training']}")
             bar.set_postfix_str(f"step {status['step']}")
-            return status, status["turns"].get("judging", 0) + status["turns"].get("queued", 0)
+            turns = status["turns"]
+            unread = turns.get("judging", 0) + turns.get("queued", 0)
+            if setup.at_once == 1 and (turns.get("judging") or turns.get("training")):
+                unread = max(unread, status["batch_size"])
+            return status, unread
 
         async def measured() -> None:
             bar.set_description("measuring")
@@ -227,9 +231,7 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
                 if len(firsts) < goal and len(talking) < setup.at_once and unread < status["batch_size"]:
                     firsts.append({"person": names[len(firsts) % len(names)], "step": status["step"]})
                     talking.add(asyncio.create_task(session(len(firsts), firsts[-1])))
-                    await asyncio.sleep(0.2)
-                else:
-                    await asyncio.sleep(1)
+                await asyncio.sleep(0.2)
             status, unread = await now()
             while status["turns"].get("judging") or status["turns"].get("training") or unread >= status["batch_size"]:
                 await asyncio.sleep(1)
@@ -245,7 +247,7 @@ def start_server(setup: Setup, run: Run, out: Path) -> subprocess.Popen:
     """run.py as a user would start it, its output in out/run.log."""
     keys = ",".join(f"{name}:{name}-key" for name in run.person.split("+"))
     command = [sys.executable, str(Path(__file__).with_name("run.py")), f"--out={out}", f"--port={setup.port}"]
-    command += [f"--key={keys}", f"--seed={run.seed}", f"--lr={setup.lr}", "--max_model_len=2048"]
+    command += [f"--key={keys}", f"--seed={run.seed}", "--max_model_len=2048"]
     command += [*METHODS[run.method], *run.extra]
     print("\n$", " ".join(["python", "run.py", *command[2:]]), f"> {out}/run.log", flush=True)
     with open(out / "run.log", "w") as log:
@@ -284,6 +286,7 @@ def perform(setup: Setup, run: Run) -> dict[str, Any]:
             server.wait(60)
         except subprocess.TimeoutExpired:
             server.kill()
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # 2 GB
     metrics = out / "metrics.jsonl"  # not there where nothing was learned from
     steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     return dataclasses.asdict(run) | {"label": run.label, "steps": steps} | result

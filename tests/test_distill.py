@@ -82,17 +82,22 @@ def slow_logps(model, prompt, response, temperature=1.0):
     return (out / temperature).log_softmax(-1)
 
 
-@pytest.mark.parametrize("k", [0, 1, 5, 320])
-@torch.no_grad()
-def test_ids_and_teacher_are_what_separate_passes_say(model, k):
+def taught_row(model, k):
     prompts, responses, draw = samples()
-    temperatures = [1.0, 0.7, 1.3]
-    hinted = {0: [draw(12)], 2: [draw(30)]}
-    zeros = [[0.0] * len(r) for r in responses]
+    zeros, temperatures = [[0.0] * len(r) for r in responses], [1.0, 0.7, 1.3]
     row = next(grpo.collate(prompts, responses, zeros, [0.0] * 3, temperatures, 1000))
-    hidden = grpo.response_hidden(model, row)
-    ids, teacher, taught = distill.teach(model, row, hidden, hinted, k)
-    assert ids.shape == teacher.shape == (33, k or 1) and taught.shape == (33,)
+    hidden, head = grpo.response_hidden(model, row).detach(), model.get_output_embeddings().weight
+    ids = distill.top_k(hidden, head, k) if k else row["target"][:, None]
+    return row, ids, prompts, responses, temperatures, draw
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_ids_and_teacher_are_what_separate_passes_say(model, k):
+    row, ids, prompts, responses, temperatures, draw = taught_row(model, k)
+    hinted = {0: [draw(12)], 2: [draw(30)]}
+    low = torch.zeros(33)  # as if every answer were certain without a hint: any hint makes it less likely
+    teacher, taught = distill.teach(model, row, ids, hinted, low)
+    assert teacher.shape == ids.shape and taught.shape == (33,)
     for i in range(3):
         here = row["sample"] == i
         plain = slow_logps(model, prompts[i], responses[i], temperatures[i])
@@ -104,21 +109,20 @@ def test_ids_and_teacher_are_what_separate_passes_say(model, k):
             torch.testing.assert_close(teacher[here], other.gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
 
 
-def test_of_several_hints_the_one_that_overlaps_most_is_taken(model):
-    prompts, responses, draw = samples()
-    zeros = [[0.0] * len(r) for r in responses]
-    row = next(grpo.collate(prompts, responses, zeros, [0.0] * 3, [1.0] * 3, 1000))
-    hidden = grpo.response_hidden(model, row).detach()
-    same = prompts[2]  # its top-k are the student's own
-    for candidates in ([draw(30), same, draw(8)], [same, draw(30)], [draw(30), same]):
-        ids, teacher, taught = distill.teach(model, row, hidden, {2: candidates}, 4)
-        student = grpo.token_logps(hidden, model.get_output_embeddings().weight, ids, row["temperature"])
-        torch.testing.assert_close(teacher[taught == 1], student[taught == 1], atol=1e-4, rtol=1e-4)
-
-
-def test_shared_counts_tokens_whatever_their_order():
-    a, b = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[3, 1, 9], [7, 8, 6]])
-    assert distill.shared(a, b) == 3 and distill.shared(a, a) == 6
+def test_the_hint_is_taken_that_makes_the_answer_least_likely_and_none_that_does_not(model):
+    row, ids, prompts, responses, temperatures, draw = taught_row(model, 4)
+    candidates = [draw(30), draw(8), prompts[2], draw(5)]
+    here = row["sample"] == 2
+    answer = torch.tensor(responses[2])[:, None]
+    of = lambda prompt: slow_logps(model, prompt, responses[2], temperatures[2])  # noqa: E731
+    sums = [of(p).gather(-1, answer).sum().item() for p in candidates]
+    best = candidates[min(range(4), key=sums.__getitem__)]
+    plain = torch.zeros(len(ids))
+    teacher, taught = distill.teach(model, row, ids, {2: candidates}, plain)
+    torch.testing.assert_close(teacher[here], of(best).gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
+    plain[here] = (min(sums) - 0.1) / here.sum()
+    _, taught = distill.teach(model, row, ids, {2: candidates}, plain)
+    assert not taught.any()
 
 
 # ---- the hinted prompt (the rendering itself: test_program.py) ----
@@ -161,8 +165,8 @@ def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
     answer = tokenizer("A good name for your dog is Max.<|im_end|>")["input_ids"]
     (word,), (said,) = (tokenizer(w)["input_ids"] for w in (" Luna", " Max"))
     at = answer.index(said)
-    config = Config(lr=1e-4, opd_k=k, w_rl=0.0, kl=0.0)
-    state = policy.load_state(folder, folder, "cpu", config.lr, (config.beta1, config.beta2), config.kl)
+    config = Config(lr=1e-5, opd_k=k, w_rl=0.0, kl=0.0)
+    state = policy.load_state(folder, folder, "cpu", torch.float32, config.lr, (config.beta1, config.beta2))
 
     @torch.no_grad()
     def probabilities():
@@ -170,7 +174,7 @@ def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
 
     before, logps = probabilities(), slow_logps(state.policy, prompt(question), answer).detach()
     old = logps.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1).tolist()
-    turn = SimpleNamespace(prompt_ids=prompt(question), response_ids=answer, logprobs=old, temperature=1.0)
+    turn = SimpleNamespace(prompt_ids=prompt(question), response_ids=answer, logprobs=old, temperature=1.0, no_rl="")
     hinted = [[prompt(question + distill.HINT + "I want the name Luna. Say Luna.")]]
     metrics = run.update(config, state, [turn], [0.0], hinted)
     after = probabilities()

@@ -71,24 +71,38 @@ def test_kl_value_is_the_kl_in_expectation():
 
 
 def test_running_mean_baseline():
-    advs, after = grpo.advantages([1, -1, -1, -1], ["u"] * 4, range(4), {}, "mean", decay=0.5)
-    assert advs == [1.5, -0.5, -0.5, -0.5] and after == {"u": -0.5}  # first batch: its own mean
-    advs, after = grpo.advantages([1, 1], ["u"] * 2, range(2), after, "mean", decay=0.5)
-    assert advs == [1.5, 1.5]  # the mean before this batch
-    assert after["u"] == pytest.approx(0.25 * -0.5 + 0.75 * 1.0)
+    baselines = {}
+    assert grpo.advantages([1, -1, -1], ["u"] * 3, range(3), baselines, "mean") == [1, -1, -1]  # it begins at 0
+    for r in (1, -1, 0):
+        grpo.move_baseline(baselines, "u", r)
+    b = ((0.9 * 0 + 0.1) * 0.9 - 0.1) * 0.9
+    assert baselines == {"u": pytest.approx(b)}
+    assert grpo.advantages([1, -1, 0], ["u"] * 3, range(3), baselines, "mean") == [1 - b, -1 - b, 0.0]
 
 
-def test_baseline_is_per_user_and_neutral_is_no_evidence():
-    advs, after = grpo.advantages([1, -1, 0], ["a", "b", "a"], range(3), {"a": 0.5, "b": -1.0}, "mean", decay=0.9)
-    assert advs == [0.5, 0.0, 0.0]
-    assert after == {"a": pytest.approx(0.55), "b": -1.0}
+def test_a_first_batch_of_complaints_pushes_and_silence_keeps_the_next_one_strong():
+    baselines = {}
+    assert grpo.advantages([-1] * 4, ["u"] * 4, range(4), baselines, "mean") == [-1.0] * 4
+    for r in [0] * 12 + [-1] * 7 + [1]:  # 60 % silence, 35 % complaints, 5 % thanks
+        grpo.move_baseline(baselines, "u", r)
+    silent = {}
+    for r in [-1, 0, 0, -1, 0] * 20:
+        grpo.move_baseline(silent, "u", r)
+    assert -0.5 < silent["u"] < -0.3 and grpo.advantages([-1], ["u"], [0], silent, "mean")[0] < -0.5
+
+
+def test_baselines_are_per_user_and_apart_for_tools():
+    keys = [grpo.baseline_key("a", False), grpo.baseline_key("a", True), grpo.baseline_key("b", False)]
+    assert len(set(keys)) == 3
+    baselines = {keys[0]: -0.5, keys[1]: 0.75}
+    assert grpo.advantages([-1, 1, -1], keys, range(3), baselines, "mean") == [-0.5, 0.25, -1.0]
 
 
 def test_raw_and_group_advantages():
-    assert grpo.advantages([1, -1, 0], ["u"] * 3, range(3), {"u": 0.7}, "none")[0] == [1.0, -1.0, 0.0]
-    advs, _ = grpo.advantages([1, 1, -1, -1, 1], ["u"] * 5, ["p", "p", "p", "p", "q"], {"u": 0.25}, "group")
+    assert grpo.advantages([1, -1, 0], ["u"] * 3, range(3), {"u": 0.7}, "none") == [1.0, -1.0, 0.0]
+    advs = grpo.advantages([1, 1, -1, -1, 1], ["u"] * 5, ["p", "p", "p", "p", "q"], {"u": 0.25}, "group")
     assert advs == [1.0, 1.0, -1.0, -1.0, 0.75]  # q has no group: the running mean
-    assert grpo.advantages([1, 1], ["u"] * 2, ["p", "p"], {}, "group")[0] == [0.0, 0.0]
+    assert grpo.advantages([1, 1], ["u"] * 2, ["p", "p"], {}, "group") == [0.0, 0.0]
     with pytest.raises(ValueError, match="gropu"):
         grpo.advantages([1], ["u"], [0], {}, "gropu")
 

@@ -16,7 +16,7 @@ FINE = dict(
 
 
 def sample(verdict=BAD, **changes):
-    return Sample(turn(**changes), verdict)
+    return Sample(turn(**changes), verdict, False)
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,12 @@ def sample(verdict=BAD, **changes):
         ({"versions": [(2, 0, 1), (5, 1, 3)]}, {}, "stale: more than 2 steps old"),
         ({"prompt_ids": list(range(7))}, {}, None),
         ({"prompt_ids": list(range(8))}, {}, "longer than --max_train_tokens=10"),
-        ({"verdict": Verdict(1, [1], [], "", "j", "judge")}, {}, None),
-        ({"verdict": Verdict(1, [1], [], "", "j", "judge")}, {"w_rl": 0}, "no hint, and the score"),
+        ({"verdict": Verdict(1, [1], 1.0, [], "", "j", "judge")}, {}, None),
+        (
+            {"verdict": Verdict(1, [1], 1.0, [], "", "j", "judge")},
+            {"w_rl": 0},
+            "nothing to learn from: there is no hint, and the score",
+        ),
         ({}, {"shares": {"user": 0.5, "session": 1.0, "truncated": 1.0}}, "over the share of a batch: user, 0.5"),
         ({"user": "bob"}, {"shares": {"user": 0.5, "session": 1.0, "truncated": 1.0}}, None),
         ({}, {"shares": {"user": 1.0, "session": 0.5, "truncated": 1.0}}, "over the share of a batch: session, 0.5"),

@@ -40,8 +40,8 @@ def state(db, turn_id="t1"):
     return tuple(db.execute("SELECT state, reason, step, score FROM turns WHERE id = ?", (turn_id,)).fetchone())
 
 
-GOOD = Verdict(1, [1, 1, 0], [], "", "policy", "judge")
-BAD = Verdict(-1, [-1], ["say less, please"], "own words", "alice", "feedback")
+GOOD = Verdict(1, [1, 1, 0], 1.0, [], "", "policy", "judge")
+BAD = Verdict(-1, [-1], 1.0, ["say less, please"], "own words", "alice", "feedback")
 
 
 def test_from_waiting_to_trained(db):
@@ -71,11 +71,11 @@ def test_feedback_outranks_the_judge_before_and_after(db):
 def test_a_bad_score_without_words_keeps_the_judges_hint(db):
     journal.record_turn(db, turn())
     journal.record_next(db, "t1", [{"role": "user", "content": "no"}])
-    assert journal.record_verdict(db, "t1", Verdict(-1, [-1], ["Be brief, please."], "judge", "policy", "judge"))
-    assert not journal.record_verdict(db, "t1", Verdict(-1, [-1], [], "", "alice", "feedback"))
+    assert journal.record_verdict(db, "t1", Verdict(-1, [-1], 1.0, ["Be brief, please."], "judge", "policy", "judge"))
+    assert not journal.record_verdict(db, "t1", Verdict(-1, [-1], 1.0, [], "", "alice", "feedback"))
     verdict = journal.load_sample(db, "t1").verdict
     assert (verdict.source, verdict.hints, verdict.hinted_by) == ("feedback", ["Be brief, please."], "judge")
-    journal.record_verdict(db, "t1", Verdict(1, [1], [], "", "alice", "feedback"))
+    journal.record_verdict(db, "t1", Verdict(1, [1], 1.0, [], "", "alice", "feedback"))
     assert journal.load_sample(db, "t1").verdict.hints == []
 
 
@@ -89,7 +89,7 @@ def test_a_file_of_another_format_is_refused(tmp_path):
 
 def test_neutral_is_dropped_and_feedback_may_still_queue_it(db):
     journal.record_turn(db, turn())
-    assert not journal.record_verdict(db, "t1", Verdict(0, [0, 0, 1], [], "", "policy", "judge"))
+    assert not journal.record_verdict(db, "t1", Verdict(0, [0, 0, 1], 1.0, [], "", "policy", "judge"))
     assert state(db)[:2] == ("dropped", journal.NEUTRAL)
     assert journal.record_verdict(db, "t1", BAD)
     journal.mark_trained(db, ["t1"], 1)

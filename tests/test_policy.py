@@ -11,8 +11,8 @@ import policy
 from tests.conftest import ROOT, make_tiny_model
 
 
-def load(folder, start=None, lr=1e-3):
-    return policy.load_state(folder, start or folder, "cpu", lr, (0.9, 0.98), 0.01)
+def load(folder, start=None, lr=1e-3, dtype=torch.float32):
+    return policy.load_state(folder, start or folder, "cpu", dtype, lr, (0.9, 0.98))
 
 
 def train_a_step(state, seed):
@@ -69,10 +69,61 @@ def test_what_is_trained_through_is_what_is_served(tiny_model):
     assert moved / len(pushed) < 0.9, "at this learning rate many weights wait below bf16's resolution"
 
 
+def served_share(state, start):
+    """Of the masters' displacement, <served, moved> / |moved|^2."""
+    moved = torch.cat([(m.detach() - s).flatten() for m, s in zip(state.masters, start, strict=True)])
+    served = [p.detach().float() - s for p, s in zip(state.policy.parameters(), start, strict=True)]
+    return (torch.cat([t.flatten() for t in served]) @ moved / (moved @ moved)).item()
+
+
+def test_an_update_is_served_in_full_from_the_first_step(tmp_path, tiny_model):
+    """Rounding to the nearest bf16 value would serve a few percent of it."""
+    state = load(tiny_model, lr=1e-5)
+    start = [m.detach().clone() for m in state.masters]
+    for step in (1, 2, 3):
+        train_a_step(state, step)
+        assert 0.95 < served_share(state, start) < 1.05
+    nearest = [m.detach().to(torch.bfloat16).float() - s for m, s in zip(state.masters, start, strict=True)]
+    moved = [m.detach() - s for m, s in zip(state.masters, start, strict=True)]
+    dot = lambda a, b: sum((x * y).sum().item() for x, y in zip(a, b, strict=True))  # noqa: E731
+    assert dot(nearest, moved) / dot(moved, moved) < 0.5, "what this test can tell apart"
+
+    policy.remember(state)
+    served = policy.served_weights(state.policy)
+    assert all(torch.equal(w, served[n]) for n, w in policy.kept_weights(state).items()), "what an undo serves"
+    policy.save_checkpoint(state, tmp_path, 0)
+    again = load(policy.checkpoint_folder(tmp_path, 3), tiny_model, lr=1e-5)
+    assert all(torch.equal(w, served[n]) for n, w in policy.served_weights(again.policy).items()), "after a restart"
+    policy.publish(again.masters, again.policy)
+    assert all(torch.equal(w, served[n]) for n, w in policy.served_weights(again.policy).items())
+
+
+def test_dithering_is_unbiased_and_leaves_bf16_values_alone(monkeypatch):
+    exact = torch.randn(100_000).to(torch.bfloat16)
+    assert torch.equal(policy.dithered(exact.float(), 7), exact)
+    assert torch.equal(
+        policy.dithered(torch.tensor([torch.inf, -torch.inf, 0.0]), 0).float(),
+        torch.tensor([torch.inf, -torch.inf, 0.0]),
+    )
+    for share in (0.1, 0.5, 0.9):
+        value = torch.full((300_000,), 1.0 + share * 2**-7)  # between the bf16 values 1 and 1 + 2^-7
+        found = policy.dithered(value, 3).float()
+        assert set(found.tolist()) == {1.0, 1.0 + 2**-7}
+        assert abs(found.mean().item() - value[0].item()) < 0.01 * 2**-7
+    whole = policy.dithered(torch.full((5000,), 1.003), 1)
+    assert not torch.equal(whole, policy.dithered(torch.full((5000,), 1.003), 2)), "each tensor has its own noise"
+    monkeypatch.setattr(policy, "CHUNK", 64)
+    assert torch.equal(policy.dithered(torch.full((50, 100), 1.003), 1).view(-1), whole)
+
+
+def test_the_faster_arithmetic_is_measured(tiny_model):
+    found = policy.measure_gflops(tiny_model, [0], 256)
+    assert set(found) == {torch.bfloat16, torch.float32} and all(0.1 < v < 1e5 for v in found.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_several_rows_add_up_in_fp32(tiny_model, monkeypatch, dtype):
-    monkeypatch.setattr(policy, "compute_dtype", lambda device: dtype)
-    state = load(tiny_model)
+def test_gradients_of_several_rows_add_up_in_fp32(tiny_model, dtype):
+    state = load(tiny_model, dtype=dtype)
     for _ in range(300):  # bf16 has no 257
         sum(p.sum() for p in state.policy.parameters()).backward()
         policy.add_up(state)
@@ -88,10 +139,9 @@ def test_only_listed_checkpoints_stay(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_can_be_taken_back(tiny_model, monkeypatch, dtype):
+def test_a_step_can_be_taken_back(tiny_model, dtype):
     """Weights, moments and gradients are as if it had not been begun, also for the very first one."""
-    monkeypatch.setattr(policy, "compute_dtype", lambda device: dtype)
-    state, other = load(tiny_model), load(tiny_model)
+    state, other = load(tiny_model, dtype=dtype), load(tiny_model, dtype=dtype)
     for seed in (1, 2):
         served = policy.served_weights(state.policy)
         train_a_step(state, 100 + seed)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import random
 import socket
 import threading
@@ -12,14 +13,17 @@ from contextlib import contextmanager
 
 import openai
 import pytest
+import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import policy
 import reward
-from people import PEOPLE, WRONG
+from people import PEOPLE, THANKS, WRONG
 
 NEXT = [{"role": "user", "content": "Thanks, great!"}]
 
@@ -94,7 +98,7 @@ def test_content_may_be_parts_or_missing() -> None:
 
 def test_a_message_full_of_spaces_takes_no_time() -> None:
     start = time.perf_counter()
-    reward.judge_prompt([{"role": "user", "content": "x" + " " * 400_000 + "y"}])
+    reward.judge_messages("r", "a", [{"role": "user", "content": "x" + " " * 400_000 + "y"}])
     assert time.perf_counter() - start < 5
 
 
@@ -103,35 +107,24 @@ def test_prompt_has_a_shared_prefix_and_no_labelled_line() -> None:
     same = [a for a, b in zip(one, two, strict=True) if a == b]
     assert len(same) >= 2 and json.dumps(one).replace("first", "second") == json.dumps(two)
     prefix = json.dumps(same, ensure_ascii=False)
-    for row in rows():
+    for row in reward.labelled("unseen"):
         for message in row["next"]:
             assert json.dumps(message["content"], ensure_ascii=False)[1:-1] not in prefix
 
 
-def rows() -> list[dict]:
-    return [json.loads(line) for line in reward.REPLIES.read_text(encoding="utf-8").splitlines()]
-
-
-def test_labelled_set() -> None:
-    data = rows()
-    kinds, labels = Counter(row["kind"] for row in data), Counter(row["label"] for row in data)
-    assert len(data) >= 140 and kinds["injection"] >= 30 and kinds["other_language"] >= 12
-    assert set(kinds) == {"user", "tool_ok", "tool_error", "neutral", "other_language", "injection"}
-    assert set(labels) == set(reward.VOTES) and min(labels.values()) >= 0.2 * len(data)
-    assert len({json.dumps(row) for row in data}) == len(data)
-    for row in data:
-        assert set(row) == {"request", "answer", "next", "label", "kind"} and row["next"]
-        assert all(set(m) == {"role", "content"} and m["role"] in ("user", "tool") for m in row["next"])
-
-
-def test_options_name_the_wrong_one() -> None:
-    good = ["--url=http://x/v1", "--model=m", "--votes=5"]
-    assert reward.options(good)["votes"] == "5"
-    for wrong in ("--vote=3", "votes=3", "--votes", "--votes=0", "--style=x"):
-        with pytest.raises(SystemExit, match=wrong):
-            reward.options([*good, wrong])
-    with pytest.raises(SystemExit, match="--model"):
-        reward.options(good[:1])
+def test_labelled_sets() -> None:
+    fit, unseen = reward.labelled("fit"), reward.labelled("unseen")
+    assert len(fit) >= 300 and len(unseen) >= 100
+    people = [text for person in PEOPLE.values() for text in person.complaints] + [*WRONG, *THANKS]
+    for data in (fit, unseen):
+        labels = Counter(row["label"] for row in data)
+        assert set(labels) == set(reward.VOTES) and min(labels.values()) >= 0.15 * len(data)
+        for row in data:
+            assert set(row) == {"request", "answer", "next", "label", "kind"} and row["next"]
+            assert all(set(m) == {"role", "content"} and m["role"] in ("user", "tool") for m in row["next"])
+            assert row["next"][-1]["content"] not in people
+    known = {json.dumps(row["next"]) for row in fit}
+    assert len(known) == len(fit) and not [r for r in unseen if json.dumps(r["next"]) in known]
 
 
 def said(*texts: str, finish_reason: str = "stop") -> JSONResponse:
@@ -171,10 +164,10 @@ def endpoint(play: Callable[[int, dict], Response | float]) -> Iterator[tuple[op
         listener.close()
 
 
-def ask(client: openai.AsyncOpenAI, **options: float | str) -> tuple[int, list[int]]:
-    settings = {"timeout_s": 5, "backoff_s": 0.01} | options
+def ask(client: openai.AsyncOpenAI, **options: float | str | dict) -> tuple[int, list[int], float]:
+    settings = {"timeout_s": 5, "backoff_s": 0.01, "biases": {reward.NO_LOGPROBS: {}}} | options
 
-    async def judged() -> tuple[int, list[int]]:
+    async def judged() -> tuple[int, list[int], float]:
         async with client:
             return await reward.judge(client, "m", "r", "a", NEXT, **settings)
 
@@ -183,7 +176,7 @@ def ask(client: openai.AsyncOpenAI, **options: float | str) -> tuple[int, list[i
 
 def test_votes_are_samples_of_one_constrained_request() -> None:
     with endpoint(lambda number, body: said("good", "bad", "good")) as (client, seen):
-        assert ask(client) == (1, [1, -1, 1])
+        assert ask(client) == (1, [1, -1, 1], pytest.approx(2 / 3))
     assert len(seen) == 1 and seen[0]["n"] == 3 and seen[0]["temperature"] > 0
     assert seen[0]["structured_outputs"] == {"choice": ["good", "bad", "neutral"]}
 
@@ -191,13 +184,13 @@ def test_votes_are_samples_of_one_constrained_request() -> None:
 def test_a_500_and_nonsense_are_asked_again() -> None:
     replies = [JSONResponse({"error": "busy"}, 500), said("no idea"), said("The vote: bad.", "bad", "good")]
     with endpoint(lambda number, body: replies[number - 1]) as (client, seen):
-        assert ask(client, retries=2) == (-1, [-1, -1, 1])
+        assert ask(client, retries=2)[:2] == (-1, [-1, -1, 1])
     assert len(seen) == 3
 
 
 def test_an_endpoint_that_ignores_n_is_asked_for_the_rest() -> None:
     with endpoint(lambda number, body: said("neutral")) as (client, seen):
-        assert ask(client, votes=3) == (0, [0, 0, 0])
+        assert ask(client, votes=3) == (0, [0, 0, 0], 1.0)
     assert [body["n"] for body in seen] == [3, 2, 1]
 
 
@@ -206,7 +199,7 @@ def test_an_endpoint_that_refuses_the_constraint_is_asked_without() -> None:
         return JSONResponse({"error": "structured_outputs?"}, 400) if "structured_outputs" in body else said("good")
 
     with endpoint(play) as (client, _):
-        assert ask(client, votes=1) == (1, [1])
+        assert ask(client, votes=1, biases={}) == (1, [1], 1.0)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +245,7 @@ def test_a_judge_that_hangs_is_given_up_in_time() -> None:
 
 def test_a_slow_first_try_is_asked_again() -> None:
     with endpoint(lambda number, body: 30.0 if number == 1 else said("good", "good", "neutral")) as (client, _):
-        assert ask(client, timeout_s=1, retries=1) == (1, [1, 1, 0])
+        assert ask(client, timeout_s=1, retries=1)[:2] == (1, [1, 1, 0])
 
 
 def test_nobody_there() -> None:
@@ -262,44 +255,86 @@ def test_nobody_there() -> None:
 
 
 def logprobs(number: int, body: dict) -> Response:
-    """A small model with a bias to "negative", which only thanks shift a little; its first reply lacks a choice."""
-    assert body["max_tokens"] == 1
-    biased = {" negative": -0.5, " positive": -6.0, " neutral": -4.0}
-    thanks = {" negative": -0.6, " positive": -2.0, " neutral": -4.5}
-    choices = [
-        {
-            "index": i,
-            "text": "x",
-            "finish_reason": "length",
-            "logprobs": {"top_logprobs": [thanks if "Thanks, great!\nFeedback:" in prompt else biased]},
-        }
-        for i, prompt in enumerate(body["prompt"])
-    ]
-    if number == 3:
-        choices.pop()
-    return JSONResponse({"id": "c", "object": "text_completion", "created": 0, "model": "m", "choices": choices})
+    """A judge that says "good" to nearly everything, and a little less so to complaints."""
+    assert body["top_logprobs"] == 20 and body["temperature"] == 1
+    bad = "No, wrong" in body["messages"][-1]["content"]
+    tops = {"good": -0.3, " Bad": -1.5, "neut": -4.0} if bad else {"good": -0.1, "bad": -4.0, "neutral": -3.0}
+    reply = json.loads(said("good").body)
+    listed = [{"token": token, "logprob": logp, "bytes": None, "top_logprobs": []} for token, logp in tops.items()]
+    reply["choices"][0]["logprobs"] = {"content": [{**listed[0], "top_logprobs": listed}]}
+    return JSONResponse(reply)
 
 
-def test_a_small_judges_bias_is_measured_and_taken_off() -> None:
+def test_votes_are_read_as_log_probs_and_the_bias_is_taken_off() -> None:
+    wrong = [{"role": "user", "content": "No, wrong."}]
+    biases: dict[str, dict[str, float]] = {}
     with endpoint(logprobs) as (client, seen):
 
-        async def calibrated() -> dict[str, dict[str, float]]:
-            async with openai.AsyncOpenAI(base_url=client.base_url, api_key="none") as first:
-                return await reward.calibrate(first, "m")
+        async def judged() -> list[tuple[int, list[int], float]]:
+            async with client:
+                return [await reward.judge(client, "m", "r", "a", wrong, biases=biases) for _ in range(2)]
 
-        bias = asyncio.run(calibrated())  # requests 1 and 2: one a role
-        assert bias["user"] == bias["tool"] == {"negative": -0.5, "positive": -6.0, "neutral": -4.0}
-        assert ask(client, votes=3, temperature=0.1, bias=bias) == (1, [1, 1, 1])  # 3 lacks a choice: asked again
-    assert len(seen) == 4 and len(seen[3]["prompt"]) == 1
-    shared = seen[3]["prompt"][0].split("\n\n")[:-1]
-    assert all(p.split("\n\n")[:-1] == shared for body in seen for p in body["prompt"]), "one cached prefix"
+        first, second = asyncio.run(judged())
+    assert first == second and first[:2] == (-1, [-1]), "as samples, most votes would be good"
+    weights = [math.exp(x) for x in (-0.3 + 0.1, -1.5 + 4.0, -4.0 + 3.0)]
+    assert first[2] == pytest.approx(weights[1] / sum(weights), rel=1e-3)
+    assert len(seen) == 2 + len(reward.BLANKS), "the bias is measured once"
 
 
-def test_draw_is_by_the_corrected_weights() -> None:
-    seen, bias = {"positive": -2.0, "negative": -1.0, "neutral": -9.0}, {"positive": -2.0, "negative": -1.0}
-    votes = Counter(reward.draw(seen, bias | {"neutral": -2.0}, 4000, 1.0))
-    assert abs(votes[1] - votes[-1]) < 400 and votes[0] < 40
-    assert set(reward.draw(seen, bias | {"neutral": -12.0}, 50, 0.01)) == {0}
+def test_a_reply_that_begins_with_no_label_is_no_log_prob_of_one() -> None:
+    choice = openai.types.chat.ChatCompletion.model_validate_json(
+        logprobs(1, {"top_logprobs": 20, "temperature": 1, "messages": [{"content": ""}]}).body
+    ).choices[0]
+    assert set(reward.read_labels(choice)) == set(reward.VOTES)
+    choice.logprobs.content[0].top_logprobs[0].token = "<think>"
+    assert reward.read_labels(choice) is None
+    choice.logprobs = None
+    assert reward.read_labels(choice) is None
+
+
+# ---- the head ----
+
+
+def test_the_head_is_a_logistic_regression() -> None:
+    """It separates what is linear, its gradient is 0 at what was found, and probabilities sum to 1."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 8, generator=g)
+    labels = (x[:, :3] * 3).argmax(1)
+    head = reward.fit_head(x, labels, l2=1.0)
+    p = head.probabilities(x)
+    torch.testing.assert_close(p.sum(-1), torch.ones(300))
+    assert (p.argmax(1) == labels).float().mean() > 0.95
+    weight, bias = head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()
+    logits = (x - head.mean) / head.std @ weight + bias
+    loss = torch.nn.functional.cross_entropy(logits, labels) + 1.0 * weight.square().sum() / 300
+    assert all(g.abs().max() < 1e-3 for g in torch.autograd.grad(loss, (weight, bias)))
+
+
+def test_features_are_kept_and_are_of_the_next_message(tiny_model, tmp_path, monkeypatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    one, two = (reward.features(model, tokenizer, "r", [{"role": "user", "content": c}]) for c in ("Thanks!", "No!"))
+    assert one.shape == (4 * 128,) and not torch.equal(one, two)
+    rows = reward.labelled("fit")[:20]
+    monkeypatch.setattr(reward, "labelled", lambda name: rows)
+    first = reward.make_head(model, tokenizer, tmp_path / "cache" / "m")
+    monkeypatch.setattr(reward, "features", None)  # not asked again
+    again = reward.make_head(model, tokenizer, tmp_path / "cache" / "m")
+    assert torch.equal(first.weight, again.weight)
+
+
+def test_the_real_head_on_replies_that_it_never_saw(tmp_path, monkeypatch) -> None:
+    """Fitted on a third of its set here, to save a minute: `python reward.py` measures the whole."""
+    folder = policy.model_folder("")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    fit, rows = reward.labelled("fit")[::3], reward.labelled("unseen")[::2]
+    monkeypatch.setattr(reward, "labelled", lambda name: fit)
+    head = reward.make_head(model, tokenizer, tmp_path / "m")
+    scores = [reward.head_verdict(head, model, tokenizer, r["request"], r["next"])[0] for r in rows]
+    assert sum(s == reward.VOTES[r["label"]] for s, r in zip(scores, rows, strict=True)) > 0.75 * len(rows)
+    wish = complaint("Please put the result in the first line.")
+    assert reward.head_verdict(head, model, tokenizer, "What is yeast?", wish)[0] == -1, "no praise, however polite"
 
 
 # ---- hints ----
@@ -341,16 +376,21 @@ def complaint(text: str, role: str = "user") -> list[dict]:
     return [{"role": role, "content": text}]
 
 
-def test_own_words_are_the_users_complaint_as_it_stands() -> None:
+def test_own_words_are_the_users_complaint_and_its_parts() -> None:
     said = "No, you should have checked the file first."
-    assert reward.own_words("Fix the test.", complaint(said)) == [said]
-    assert reward.own_words("Fix the test.", complaint(f"[Sun 2026-11-22 23:33 UTC] {said}")) == [said]
+    assert reward.own_words("Fix the test.", complaint(said)) == [said, "you should have checked the file first."]
+    assert reward.own_words("Fix the test.", complaint(f"[Sun 2026-11-22 23:33 UTC] {said}"))[0] == said
+    two = reward.own_words("What is yeast?", complaint("Not like that! Name the sources, please."))
+    assert two == ["Not like that! Name the sources, please.", "Not like that!", "Name the sources, please."]
+    assert len(reward.own_words("What is yeast?", complaint("This is a part. " * 15))) <= reward.MAX_PARTS
     assert reward.own_words("Fix the test.", complaint("KeyError: no such file", "tool")) == []
     assert reward.own_words("Fix the test.", complaint("No, wrong!")) == []  # 10 characters
     assert reward.own_words("Fix the test.", complaint("x" * 301)) == []
-    real = [r for r in rows() if r["label"] == "bad" and r["next"][-1]["role"] == "user"]
-    kept = [r for r in real if reward.own_words(r["request"], r["next"])]
-    assert len(kept) > 0.75 * len(real), [r["next"][-1]["content"] for r in real if r not in kept]
+
+
+def test_no_example_in_a_prompt_has_the_wish_of_a_person_who_is_used_for_measuring() -> None:
+    shown = " ".join(" ".join(parts) for parts in (*reward.EXAMPLES, *reward.HINT_EXAMPLES)).lower()
+    assert not [w for w in ("sentence", "short", "long", "brief", "list", "bold", "detail", "warm") if w in shown]
 
 
 @pytest.mark.parametrize(
@@ -397,11 +437,11 @@ def test_orders_to_the_judge_make_no_hint(text: str) -> None:
     ],
 )
 def test_a_wish_that_the_request_contradicts_makes_no_hint(request_text: str, text: str, taken: bool) -> None:
-    assert reward.own_words(request_text, complaint(text)) == ([text] if taken else [])
+    assert reward.own_words(request_text, complaint(text))[:1] == ([text] if taken else [])
 
 
 def test_every_scripted_complaint_is_taken_for_a_hint() -> None:
     for person in PEOPLE.values():
         asked, _ = person.asks(random.Random(0), False)
-        assert all(reward.own_words(asked, complaint(text)) == [text] for text in person.complaints)
+        assert all(reward.own_words(asked, complaint(text))[0] == text for text in person.complaints)
     assert not any(reward.own_words("What is yeast?", complaint(text)) for text in WRONG), "a score without a hint"

@@ -30,6 +30,7 @@ RULES = (
 async def reply(request: Request) -> JSONResponse:
     body = await request.json()
     said = body["messages"][-1]["content"].rpartition("User reply: ")[2]
+    body.setdefault("n", 1)
     if "choice" in body["structured_outputs"]:
         texts = ["good" if "thank" in said.lower() else "bad"] * body["n"]
     elif len(said) < 12:  # "No, wrong.": no rule would have mended it
