@@ -33,7 +33,7 @@ class Config:
     engine_memory: float = 0.0  # GiB: KV cache on a CPU, all of the engine on a GPU; 0: from what is there
     engine_cores: int = 0  # CPU cores for the engine, the rest for the trainer; 0: half
     batch_size: int = 2  # judged turns per step
-    lr: float = 3e-5  # of Adam, constant
+    lr: float = 5e-5  # of Adam, constant
     beta1: float = 0.9  # of Adam
     beta2: float = 0.98  # of Adam
     grad_clip: float = 1.0  # largest gradient norm

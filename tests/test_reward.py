@@ -21,9 +21,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import journal
 import policy
 import reward
+import run
+from config import Config
 from people import PEOPLE, THANKS, WRONG
+from tests.test_journal import turn
 
 NEXT = [{"role": "user", "content": "Thanks, great!"}]
 
@@ -445,3 +449,26 @@ def test_every_scripted_complaint_is_taken_for_a_hint() -> None:
         asked, _ = person.asks(random.Random(0), False)
         assert all(reward.own_words(asked, complaint(text))[0] == text for text in person.complaints)
     assert not any(reward.own_words("What is yeast?", complaint(text)) for text in WRONG), "a score without a hint"
+
+
+def test_the_judge_sees_the_answer_and_not_the_thinking_before_it(tmp_path) -> None:
+    """A model that thinks for pages: what the judge reads of it is what the person read."""
+    db = journal.open_journal(tmp_path / "journal.db")
+    text = f"<think>{'hm, let me see. ' * 200}</think>\n\nParis."
+    journal.record_turn(db, turn(text=text))
+    journal.record_next(db, "t1", [{"role": "user", "content": "Thanks, great!"}])
+
+    async def judged(client: openai.AsyncOpenAI) -> None:
+        waiting, queued = asyncio.Queue(), asyncio.Queue()
+        waiting.put_nowait("t1")
+        async with client:
+            config = Config(judge_url="x", judge_model="m")
+            task = asyncio.create_task(run.judge_turns(waiting, queued, db, config, client, None, None))
+            assert await asyncio.wait_for(queued.get(), 20) == "t1"
+            task.cancel()
+
+    with endpoint(lambda number, body: said(*["good"] * body.get("n", 1))) as (client, seen):
+        asyncio.run(judged(client))
+    assert "Answer: Paris.\n" in seen[-1]["messages"][-1]["content"]
+    assert journal.load_sample(db, "t1").verdict.score == 1
+    db.close()
