@@ -137,7 +137,7 @@ async def test_tool_calls_and_their_results(program, tiny_model, api):
         call_id = call.id
     assert call_id.isalnum(), "OpenClaw would send another one back"
     first, second = [r for r in rows(program) if question in r["messages"]]
-    assert "structured_outputs" in first["reason"] and second["state"] == "waiting"
+    assert "structured_outputs" in first["no_rl"] and second["state"] == "waiting"
     ids = np.frombuffer(second["prompt_ids"], np.int32).tolist()
     arguments = json.loads(second["messages"]), json.loads(second["template"]), ids
     assert await distill.hinted_prompts(client(program), *arguments, ["Be brief, please."])

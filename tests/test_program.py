@@ -212,9 +212,15 @@ async def test_explicit_feedback(program):
         assert (await http.post("/v1/feedback", json=body)).status_code == 200
         (row,) = rows(program, "id = ?", reply.id)
         assert (row["score"], row["hints"]) == (1, "[]"), "praise is no correction"
-        side = await ask(c, [user("no use")], temperature=0)
+        side = await ask(c, [user("no use")], extra_headers={"X-Turn-Type": "side"})
         late = await http.post("/v1/feedback", json=body | {"completion_id": side.id})
-        assert late.status_code == 409 and "temperature 0" in late.json()["error"]["message"]
+        assert late.status_code == 409 and "side request" in late.json()["error"]["message"]
+        greedy = await ask(c, [user("no chance")], temperature=0)
+        assert (
+            await http.post("/v1/feedback", json=body | {"completion_id": greedy.id, "text": ""})
+        ).status_code == 200
+        (row,) = rows(program, "id = ?", greedy.id)
+        assert row["state"] == "dropped" and row["reason"].startswith("nothing to learn from: there is no hint")
         for wrong in ({}, {"completion_id": reply.id, "score": 7}, {"completion_id": reply.id, "score": True}, []):
             error = await http.post("/v1/feedback", json=wrong)
             assert error.status_code == 400 and error.json()["error"]["message"]
