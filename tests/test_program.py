@@ -478,12 +478,17 @@ async def test_broken_steps_are_taken_back_and_the_judge_is_down(fresh):
 
 
 async def test_what_teaches_nothing_takes_no_step_and_a_cold_turn_learns_from_its_hint(fresh):
-    program = fresh(batch_size=2, key="me:k").wait_ready()
+    program = fresh(batch_size=2, key="me:k", max_train_tokens=200).wait_ready()
     score_alone = await rated(program, "greedy", -1, temperature=0)
     await rated(program, "a", 1, top_p=0.5)
     found = {r["id"]: r for r in rows(program, "no_rl != ''")}
     assert all(r["state"] == "dropped" and r["reason"].startswith("nothing to learn from") for r in found.values())
     assert len(found) == 2
+    too_long = "Name the river that it ends in and " * 5  # a prompt with this hint in it is too long to train on
+    empty = [await rated(program, f"empty {i}", -1, too_long, temperature=0) for i in (1, 2)]
+    await until(lambda: all(r["state"] == "dropped" for r in rows(program, "id IN (?, ?)", *empty)))
+    assert {r["reason"] for r in rows(program, "id IN (?, ?)", *empty)} == {"nothing to learn from"}
+    assert program.status()["step"] == 0 and not program.metrics(), "a batch of these is no step"
     body = {"completion_id": score_alone, "score": -1, "text": "Name the river. Say where it ends, please."}
     headers = {"Authorization": "Bearer k"}
     assert httpx.post(f"{program.url}/v1/feedback", json=body, headers=headers, timeout=30).status_code == 200
