@@ -408,8 +408,8 @@ async def hints(
 def own_words(request: str, next_messages: list[dict]) -> list[str]:
     """Candidate hints where the judge is too small to write one: the user's complaint as it stands, and its parts.
 
-    "No, much too long. Redo it as one short sentence." answers the answer; "Redo it as one short sentence." helps
-    before it, and leaks no "I'm sorry" into what is learned. `distill.teach` takes the one that works best. [] for a
+    "No, much too long. Redo it as one short sentence." answers the answer; "Redo it as one short sentence." reads
+    like a rule that was there before it. `distill.teach` takes the one that works best. [] for a
     tool's output, for words that give orders to a judge, and for a wish that the request contradicts.
     """
     if next_messages[-1].get("role") != "user":

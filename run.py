@@ -165,7 +165,7 @@ async def main(config: Config) -> bool:
         reasoning_parser=config.reasoning_parser,
         max_seqs=config.max_seqs,
     )
-    # The trainer's side loads, and a small model's judge is fitted, on the trainer's cores while the engine starts.
+    # The trainer's side loads on its own cores while the engine starts; a small model's judge is fitted after that.
     trainer = ThreadPoolExecutor(1, "trainer", policy.settle_trainer_thread, (where.trainer_cores,))
     judging = ThreadPoolExecutor(1, "judge", policy.settle_trainer_thread, (where.trainer_cores,))
     loading = trainer.submit(
