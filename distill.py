@@ -6,6 +6,7 @@ hint is moved towards that. (OpenClaw-RL v2, arXiv 2603.10165, its section on on
 notation: README.)
 """
 
+import math
 from collections.abc import Sequence
 
 import openai
@@ -66,29 +67,38 @@ def top_k(hidden: Tensor, head: Tensor, k: int, chunk: int = 256) -> Tensor:
     return torch.cat([F.linear(h, head).topk(k).indices for h in hidden.split(chunk)])
 
 
+def shift(hinted: Tensor, plain: Tensor) -> Tensor:
+    """How far a hint moves the teacher's mind: KL(hinted || plain) over K tokens and "any other". (N, K) each -> (N,)
+
+    Both are log-probs of the same tokens. At least 0, up to rounding."""
+    rest_hinted, rest_plain = ((1 - logps.exp().sum(-1)).clamp(min=1e-6) for logps in (hinted, plain))  # (N,)
+    return (hinted.exp() * (hinted - plain)).sum(-1) + rest_hinted * (rest_hinted / rest_plain).log()
+
+
 @torch.no_grad()
 def teach(
     teacher: torch.nn.Module, row: dict[str, Tensor], ids: Tensor, hinted: dict[int, list[list[int]]], plain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probs of `ids` (N, K) at each of a row's N places (N, K), and where it says anything (N,): 1.0
-    in the answers that have a hint which says something against them.
+    """The teacher's log-probs of `ids` (N, K) at each of a row's N places (N, K), and where it has a hint (N,): 1.0 in
+    the answers of `hinted`, 0.0 elsewhere.
 
-    `hinted`: sample in the row -> a prompt for each candidate hint. `plain` (N,): the teacher's log-probs of the row's
-    response tokens without a hint. The candidate is taken that makes the answer least likely: the person complained
-    about that answer. Where none makes it less likely than no hint does, the candidates miss the point.
+    `hinted`: sample in the row -> a prompt for each candidate hint. `plain` (N, K): the teacher's log-probs without a
+    hint. The candidate is taken that changes the teacher's mind most along the answer: "Redo it in one sentence."
+    moves a model much further than "That is too long." does, and is what the person wants.
     """
     head, device = teacher.get_output_embeddings().weight, ids.device
     logps, taught = torch.zeros(ids.shape, device=device), torch.zeros(len(ids), device=device)
     for sample, prompts in hinted.items():
         here = row["sample"] == sample  # (N,), true at T places
-        answer, temperature = row["target"][here], row["temperature"][here]  # (T,)
-        both = torch.cat([answer[:, None], ids[here]], 1)  # (T, 1 + K): the answer itself, and what is compared
-        lowest = plain[here].sum()
+        answer, temperature = row["target"][here].tolist(), row["temperature"][here]  # T ids, (T,)
+        taught[here] = 1.0
+        furthest = -math.inf
         for prompt in prompts:
-            hidden = grpo.response_hidden(teacher, grpo.alone(prompt, answer.tolist(), device))  # (T, D)
-            found = grpo.token_logps(hidden, head, both, temperature)  # (T, 1 + K)
-            if found[:, 0].sum() < lowest:
-                lowest, logps[here], taught[here] = found[:, 0].sum(), found[:, 1:], 1.0
+            hidden = grpo.response_hidden(teacher, grpo.alone(prompt, answer, device))  # (T, D)
+            found = grpo.token_logps(hidden, head, ids[here], temperature)  # (T, K)
+            moved = shift(found, plain[here]).sum().item() if len(prompts) > 1 else 0.0
+            if moved > furthest:
+                furthest, logps[here] = moved, found
     return logps, taught
 
 

@@ -18,7 +18,8 @@ import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sessions import words_of
 
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sampler can only say one of the three
+LOGPROBS = {"logprobs": True, "top_logprobs": 20}
 HEAD_CHARS, CHAT_CHARS = 400, 2000  # budget for the next state; a quarter of it for request and answer each
 MIN_HINT, MAX_HINT, CANDIDATES = 11, 300, 3  # characters, and how many different hints go on to the trainer
 MAX_PARTS = 5  # of a complaint that are tried as hints
@@ -56,7 +58,6 @@ EXAMPLES: list[tuple[str, str, str, str, str]] = [  # request, answer, role, nex
     ("Open.", "open()", "tool", '{"error": "door not found"}', "bad"),
     ("2+2?", "4", "user", "By the way, tell me a joke.", "neutral"),
 ]
-NO_LOGPROBS = "the endpoint gives none"  # a key of `biases` in `judge`
 BLANKS = ("N/A", "...", "[text]", "-")  # next states that say nothing: what a judge answers to them is its bias
 QUESTION = "Is the feedback positive, negative or neutral?"  # what a small model reads before the next message
 
@@ -162,35 +163,9 @@ def majority(votes: list[int]) -> int:
     return ranked[0][0]
 
 
-async def samples(
-    client: openai.AsyncOpenAI,
-    model: str,
-    messages: list[dict],
-    n: int,
-    parse: Callable[[str], Any],
-    temperature: float,
-    max_tokens: int,
-    extra: dict,
-) -> list[Any]:
-    """n constrained samples of one chat request. An endpoint that ignores n is asked again for the rest.
-
-    ValueError where one was cut off, or nothing was said: that is no vote."""
-    said: list[Any] = []
-    while len(said) < n:
-        reply = await client.chat.completions.create(
-            model=model,
-            messages=messages,
-            n=n - len(said),
-            temperature=temperature,
-            max_tokens=max_tokens,
-            extra_body=extra,
-        )
-        if not getattr(reply, "choices", None):
-            raise ValueError("the judge's reply has no choices")
-        if any(choice.finish_reason == "length" or not choice.message.content for choice in reply.choices):
-            raise ValueError(f"the judge said nothing within {max_tokens} tokens")
-        said += [parse(choice.message.content) for choice in reply.choices]
-    return said[:n]
+def endpoint(url: str) -> openai.AsyncOpenAI:
+    """A client of a judge elsewhere; its key is read from JUDGE_API_KEY."""
+    return openai.AsyncOpenAI(base_url=url, api_key=os.environ.get("JUDGE_API_KEY", "none"))
 
 
 def read_labels(choice: Any) -> dict[str, float] | None:
@@ -209,80 +184,122 @@ def read_labels(choice: Any) -> dict[str, float] | None:
     return {label: math.log(max(p, 1e-6)) for label, p in mass.items()}
 
 
-async def insist(
-    ask: Callable[[dict], Awaitable[Any]], extra: dict, timeout_s: float, retries: int, backoff_s: float
-) -> Any:
-    """What `ask(extra)` returns, after `retries` more tries where it fails or is slow; JudgeError where all fail.
-
-    `extra` is left out after a "bad request": perhaps the endpoint refuses a field that it doesn't know.
-    """
-    failures = 0
-    while True:
-        try:
-            async with asyncio.timeout(timeout_s):  # all of it, where the client's own timeout is per read
-                return await ask(extra)
-        except (openai.APIError, TimeoutError, ValueError, AttributeError, TypeError, LookupError) as error:
-            failures += 1  # the last three: JSON of another form than that of a reply, which the client lets through
-            if isinstance(error, openai.BadRequestError) and extra:
-                extra = {}
-            elif isinstance(error, openai.APIStatusError) and error.status_code in (400, 401, 403, 404):
-                failures = retries + 1  # asking again won't help
-            if failures > retries:
-                raise JudgeError(f"no verdict from the judge: {type(error).__name__}: {error}") from error
-            await asyncio.sleep(backoff_s * 2 ** (failures - 1))
+Scored = tuple[int, list[int], float]  # the score in {+1, 0, -1}, the single votes, how sure the judge is of it
 
 
-async def judge(
-    client: openai.AsyncOpenAI,
-    model: str,
-    request: str,
-    answer: str,
-    next_messages: list[dict],
-    *,
-    votes: int = 3,
-    timeout_s: float = 60,
-    retries: int = 2,
-    backoff_s: float = 1,
-    temperature: float = 0.1,
-    max_tokens: int = 1024,
-    biases: dict[str, dict[str, float]] | None = None,
-) -> tuple[int, list[int], float]:
-    """The score of an answer in {+1, 0, -1}, the single votes, and how sure the judge is; JudgeError where there are
-    none to be had.
+@dataclass
+class ChatJudge:
+    """A judge behind an OpenAI-compatible endpoint, and what was found out about that endpoint."""
 
-    Where the endpoint gives log-probs, the labels' are read after taking off what empty next states got (contextual
-    calibration, Zhao et al. 2021, arXiv 2102.09690), and that is one vote. `biases`, role -> label -> log-prob, is
-    filled here once for each role. Else the score is the majority of `votes` samples; their temperature is above 0, or
-    they would all be the same. `max_tokens` is for a judge that thinks first.
-    """
-    client = client.with_options(max_retries=0)  # the retries are ours: they also cover nonsense and slowness
-    role = "tool" if next_messages[-1]["role"] == "tool" else "user"
-    biases = {} if biases is None else biases
+    client: openai.AsyncOpenAI
+    model: str
+    votes: int = 3  # where the endpoint gives no log-probs, and for hints
+    max_tokens: int = 1024  # of a reply: a judge may think first
+    timeout_s: float = 60
+    retries: int = 2
+    backoff_s: float = 1
+    # Request fields, the best first: those that the endpoint refuses are taken out.
+    score_fields: list[dict] = field(default_factory=lambda: [STRUCTURED | LOGPROBS, STRUCTURED, LOGPROBS, {}])
+    hint_fields: list[dict] = field(default_factory=lambda: [HINT_PATTERN, {}])
+    biases: dict[str, dict[str, float]] = field(default_factory=dict)  # role of the next state -> label -> log-prob
+    hinted_by = "judge"
 
-    async def first(messages: list[dict], extra: dict) -> dict[str, float] | None:
-        reply = await client.chat.completions.create(
-            model=model, messages=messages, temperature=1, max_tokens=max_tokens, extra_body=extra
+    def __post_init__(self) -> None:
+        self.client = self.client.with_options(max_retries=0)  # ours also cover nonsense and slowness
+
+    async def score(self, request: str, answer: str, next_messages: list[dict]) -> Scored:
+        """JudgeError where there is no verdict to be had.
+
+        Where the endpoint gives log-probs, the labels' are read after taking off what empty next states got
+        (contextual calibration, Zhao et al. 2021, arXiv 2102.09690), and that is one vote. Else, and where the reply
+        doesn't begin with a label, the score is the majority of `votes` samples.
+        """
+        messages = judge_messages(request, answer, next_messages)
+        role = "tool" if next_messages[-1]["role"] == "tool" else "user"
+
+        async def ask(fields: dict) -> Scored:
+            if "logprobs" in fields and (seen := await self.label_logps(messages, fields)):
+                if role not in self.biases:
+                    self.biases[role] = await self.bias(role, fields)
+                weights = {label: math.exp(seen[label] - self.biases[role][label]) for label in VOTES}
+                best = max(weights, key=weights.get)
+                return VOTES[best], [VOTES[best]], weights[best] / sum(weights.values())
+            fields = {k: v for k, v in fields.items() if k in STRUCTURED}
+            # Their temperature is above 0, or the votes would all be the same.
+            cast = await self.samples(messages, parse_label, 0.1, fields)
+            score = majority(cast)
+            return score, cast, cast.count(score) / len(cast)
+
+        return await self.with_retries(ask, self.score_fields)
+
+    async def hints(self, request: str, answer: str, next_messages: list[dict]) -> list[str]:
+        """What should have been done, as rules; [] where the next state corrects nothing. JudgeError as in `score`."""
+        messages = hint_messages(request, answer, next_messages)
+        ask = lambda fields: self.samples(messages, str, 0.7, fields)  # noqa: E731
+        return elected(await self.with_retries(ask, self.hint_fields))
+
+    async def label_logps(self, messages: list[dict], fields: dict) -> dict[str, float] | None:
+        """`read_labels` of a reply of one token."""
+        reply = await self.client.chat.completions.create(
+            model=self.model, messages=messages, temperature=1, max_tokens=1, extra_body=fields
         )
         return read_labels(reply.choices[0])
 
-    async def ask(extra: dict) -> tuple[int, list[int], float]:
-        messages = judge_messages(request, answer, next_messages)
-        seen = await first(messages, extra) if "logprobs" in extra and NO_LOGPROBS not in biases else None
-        if seen is None:
-            biases[NO_LOGPROBS] = {}
-            without = {k: v for k, v in extra.items() if k in STRUCTURED}
-            cast = await samples(client, model, messages, votes, parse_label, temperature, max_tokens, without)
-            score = majority(cast)
-            return score, cast, cast.count(score) / len(cast)
-        if role not in biases:
-            blanks = [judge_messages(request, answer, [{"role": role, "content": blank}]) for blank in BLANKS]
-            said = [await first(blank, extra) or seen for blank in blanks]
-            biases[role] = {label: sum(s[label] for s in said) / len(said) for label in VOTES}
-        weights = {label: math.exp(seen[label] - biases[role][label]) for label in VOTES}
-        best = max(weights, key=weights.get)
-        return VOTES[best], [VOTES[best]], weights[best] / sum(weights.values())
+    async def bias(self, role: str, fields: dict) -> dict[str, float]:
+        """The mean log-prob of each label where request, answer and next state say nothing."""
+        blanks = [judge_messages("N/A", "N/A", [{"role": role, "content": blank}]) for blank in BLANKS]
+        seen = [logps for blank in blanks if (logps := await self.label_logps(blank, fields))]
+        if not seen:
+            raise ValueError("the judge gives labels to next states, but none to empty ones: its bias is unknown")
+        return {label: sum(logps[label] for logps in seen) / len(seen) for label in VOTES}
 
-    return await insist(ask, STRUCTURED | {"logprobs": True, "top_logprobs": 20}, timeout_s, retries, backoff_s)
+    async def samples(
+        self, messages: list[dict], parse: Callable[[str], Any], temperature: float, fields: dict
+    ) -> list[Any]:
+        """`votes` samples of one chat request. An endpoint that ignores n is asked again for the rest.
+
+        ValueError where one was cut off, or nothing was said: that is no vote."""
+        said: list[Any] = []
+        while len(said) < self.votes:
+            reply = await self.client.chat.completions.create(
+                model=self.model,
+                messages=messages,
+                n=self.votes - len(said),
+                temperature=temperature,
+                max_tokens=self.max_tokens,
+                extra_body=fields,
+            )
+            if not getattr(reply, "choices", None):
+                raise ValueError("the judge's reply has no choices")
+            if any(choice.finish_reason == "length" or not choice.message.content for choice in reply.choices):
+                raise ValueError(f"the judge said nothing within {self.max_tokens} tokens")
+            said += [parse(choice.message.content) for choice in reply.choices]
+        return said[: self.votes]
+
+    async def with_retries(self, ask: Callable[[dict], Awaitable[Any]], all_fields: list[dict]) -> Any:
+        """What `ask(fields)` returns, after `retries` more tries where it fails or is slow; JudgeError where all fail.
+
+        A "bad request" is tried again with the next of `all_fields`: perhaps the endpoint refuses a field that it
+        doesn't know. Where that helps, it isn't sent the refused fields again.
+        """
+        failures = refused = 0
+        while True:
+            try:
+                async with asyncio.timeout(self.timeout_s):  # all of it, where the client's own timeout is per read
+                    result = await ask(all_fields[refused])
+                del all_fields[:refused]
+                return result
+            except (openai.APIError, TimeoutError, ValueError, AttributeError, TypeError, LookupError) as error:
+                # the last three: JSON of another form than that of a reply, which the client lets through
+                if isinstance(error, openai.BadRequestError) and refused + 1 < len(all_fields):
+                    refused += 1
+                    continue
+                failures += 1
+                if isinstance(error, openai.APIStatusError) and error.status_code in (400, 401, 403, 404):
+                    failures = self.retries + 1  # asking again won't help
+                if failures > self.retries:
+                    raise JudgeError(f"no verdict from the judge: {type(error).__name__}: {error}") from error
+                await asyncio.sleep(self.backoff_s * 2 ** (failures - 1))
 
 
 # ---- the head: a judge for a small model ----
@@ -347,6 +364,7 @@ def make_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: 
     if kept.exists():
         x = torch.load(kept, weights_only=True)
     else:
+        print(f"judge     reads {len(rows)} labelled replies, once for this model", flush=True)
         x = torch.stack([features(model, tokenizer, r["request"], r["next"]) for r in rows])  # (N, D)
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}.part")
@@ -357,11 +375,32 @@ def make_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: 
 
 def head_verdict(
     head: Head, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, next_messages: list[dict]
-) -> tuple[int, list[int], float]:
-    """As `judge`: the likeliest score, as the one vote, and its probability."""
+) -> Scored:
+    """The likeliest score, as the one vote, and its probability."""
     p = head.probabilities(features(model, tokenizer, request, next_messages))
     score = list(VOTES.values())[int(p.argmax())]
     return score, [score], p.max().item()
+
+
+@dataclass
+class HeadJudge:
+    """The judge that a small model has: a head on its frozen first weights, and the user's own words as hints.
+
+    `fitting`: the head, as soon as it is fitted. `threads`: where the model runs, beside serving and training."""
+
+    fitting: Future[Head]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    threads: Executor
+    hinted_by = "own words"
+
+    async def score(self, request: str, answer: str, next_messages: list[dict]) -> Scored:
+        head = await asyncio.wrap_future(self.fitting)
+        run = self.threads.submit(head_verdict, head, self.model, self.tokenizer, request, next_messages)
+        return await asyncio.wrap_future(run)
+
+    async def hints(self, request: str, answer: str, next_messages: list[dict]) -> list[str]:
+        return own_words(request, next_messages)
 
 
 # ---- hints ----
@@ -381,36 +420,12 @@ def elected(written: list[str]) -> list[str]:
     return [text for text, _ in Counter(texts).most_common(CANDIDATES)]
 
 
-async def hints(
-    client: openai.AsyncOpenAI,
-    model: str,
-    request: str,
-    answer: str,
-    next_messages: list[dict],
-    *,
-    votes: int = 3,
-    timeout_s: float = 60,
-    retries: int = 2,
-    backoff_s: float = 1,
-    temperature: float = 0.7,
-    max_tokens: int = 1024,
-) -> list[str]:
-    """What should have been done, as rules; [] where the next state corrects nothing. JudgeError as in `judge`."""
-    client = client.with_options(max_retries=0)
-    messages = hint_messages(request, answer, next_messages)
-
-    async def ask(extra: dict) -> list[str]:
-        return await samples(client, model, messages, votes, str, temperature, max_tokens, extra)
-
-    return elected(await insist(ask, HINT_PATTERN, timeout_s, retries, backoff_s))
-
-
 def own_words(request: str, next_messages: list[dict]) -> list[str]:
     """Candidate hints where the judge is too small to write one: the user's complaint as it stands, and its parts.
 
     "No, much too long. Redo it as one short sentence." answers the answer; "Redo it as one short sentence." reads
-    like a rule that was there before it. `distill.teach` takes the one that works best. [] for a
-    tool's output, for words that give orders to a judge, and for a wish that the request contradicts.
+    like a rule that was there before it. `distill.teach` takes the one that works best. [] for a tool's output, for
+    words that give orders to a judge, and for a wish that the request contradicts.
     """
     if next_messages[-1].get("role") != "user":
         return []
@@ -437,12 +452,12 @@ def report(rows: list[dict], scores: list[int], seconds: float) -> None:
     print(f"\n{len(rows)} verdicts in {seconds:.1f} s")
 
 
-async def measure_chat(client: openai.AsyncOpenAI, model: str, votes: int, rows: list[dict]) -> list[int]:
-    gate, biases = asyncio.Semaphore(4), {}
+async def measure_chat(judge: ChatJudge, rows: list[dict]) -> list[int]:
+    at_once = asyncio.Semaphore(4)
 
     async def one(r: dict) -> int:
-        async with gate:
-            return (await judge(client, model, r["request"], r["answer"], r["next"], votes=votes, biases=biases))[0]
+        async with at_once:
+            return (await judge.score(r["request"], r["answer"], r["next"]))[0]
 
     return await asyncio.gather(*map(one, rows))
 
@@ -458,8 +473,7 @@ def main() -> None:
         parser.error("--url needs --model, and --votes at least 1")
     rows, start = labelled(args.set), time.perf_counter()
     if args.url:
-        endpoint = openai.AsyncOpenAI(base_url=args.url, api_key=os.environ.get("JUDGE_API_KEY", "none"))
-        scores = asyncio.run(measure_chat(endpoint, args.model, args.votes, rows))
+        scores = asyncio.run(measure_chat(ChatJudge(endpoint(args.url), args.model, args.votes), rows))
     else:
         import policy  # it imports this file's neighbours; nothing but this command needs it here
 

@@ -22,8 +22,7 @@ import socket
 import sqlite3
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,36 +48,23 @@ async def judge_turns(
     queued: "asyncio.Queue[str | None]",
     db: sqlite3.Connection,
     config: Config,
-    client: AsyncOpenAI,
+    judge: reward.ChatJudge | reward.HeadJudge,
     state: policy.State,
-    on_judge: Callable[..., Awaitable[Any]] | None,
 ) -> None:
-    """One of several that judge side by side. A turn whose judge fails keeps waiting: never a score by accident.
-
-    `on_judge(request, next_messages)`: the verdict of a small model's head; None: the judge is asked in chat."""
-    biases: dict[str, dict[str, float]] = {}
+    """One of several that judge side by side. A turn whose judge fails keeps waiting: never a score by accident."""
+    model = config.judge_model or config.name
     while True:
         turn_id = await waiting.get()
         turn, following = journal.load_turn(db, turn_id)
         request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
-        model, hints, hinted_by = config.judge_model or config.name, [], ""
-        options = {"votes": config.votes, "max_tokens": min(4096, config.max_model_len)}  # vLLM refuses more
         try:
-            if on_judge:
-                score, votes, confidence = await on_judge(request, following)
-            else:
-                score, votes, confidence = await reward.judge(
-                    client, model, request, answer, following, biases=biases, **options
-                )
-            if config.w_opd and score < 0 and on_judge:
-                hints, hinted_by = reward.own_words(request, following), "own words"
-            elif config.w_opd and score < 0:
-                hints, hinted_by = await reward.hints(client, model, request, answer, following, **options), "judge"
+            score, votes, confidence = await judge.score(request, answer, following)
+            hints = await judge.hints(request, answer, following) if config.w_opd and score < 0 else []
         except reward.JudgeError as e:
             print(f"judge: {e}; {turn_id} is tried again in 30 s", file=sys.stderr)
             asyncio.get_running_loop().call_later(30, waiting.put_nowait, turn_id)
             continue
-        verdict = Verdict(score, votes, confidence, hints, hinted_by if hints else "", model, "judge")
+        verdict = Verdict(score, votes, confidence, hints, judge.hinted_by if hints else "", model, "judge")
         while not journal.room(db):
             await asyncio.sleep(1)
         if journal.record_verdict(db, turn_id, verdict):
@@ -86,6 +72,12 @@ async def judge_turns(
         elif not score:  # it doesn't reach the trainer, but silence counts: most people say nothing of a good answer
             from_tool = following[-1]["role"] == "tool"
             grpo.move_baseline(state.baselines, grpo.baseline_key(turn.user, from_tool), 0.0)
+
+
+def fit_judge(loading: "Future[policy.State]", kept: Path) -> reward.Head:
+    """On the judge's thread, while the engine starts: the trainer loads the model that the head reads."""
+    state = loading.result()
+    return reward.make_head(state.start, state.tokenizer, kept)
 
 
 def maintain(config: Config, db: sqlite3.Connection, out: Path) -> None:
@@ -165,12 +157,14 @@ async def main(config: Config) -> bool:
         reasoning_parser=config.reasoning_parser,
         max_seqs=config.max_seqs,
     )
-    # The trainer's side loads on its own cores while the engine starts; a small model's judge is fitted after that.
+    # The trainer loads, and a small model's judge is fitted, on their own cores while the engine starts.
     trainer = ThreadPoolExecutor(1, "trainer", policy.settle_trainer_thread, (where.trainer_cores,))
     judging = ThreadPoolExecutor(1, "judge", policy.settle_trainer_thread, (where.trainer_cores,))
     loading = trainer.submit(
         policy.load_state, folder, start, where.device, where.dtype, config.lr, (config.beta1, config.beta2)
     )
+    if where.judge_style == "head":
+        fitting = judging.submit(fit_judge, loading, policy.judge_cache(start))
     engine = swap.start_engine(args)
     stop, died = asyncio.Event(), asyncio.Event()
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -178,12 +172,7 @@ async def main(config: Config) -> bool:
     tasks: list[asyncio.Task] = []
     try:
         on_trainer = lambda f, *a: asyncio.get_running_loop().run_in_executor(trainer, f, *a)  # noqa: E731
-        state, on_judge = await asyncio.wrap_future(loading), None
-        if where.judge_style == "head":
-            run_judge = functools.partial(asyncio.get_running_loop().run_in_executor, judging)
-            kept = policy.judge_cache(start)
-            head = await run_judge(reward.make_head, state.start, state.tokenizer, kept)
-            on_judge = functools.partial(run_judge, reward.head_verdict, head, state.start, state.tokenizer)
+        state = await asyncio.wrap_future(loading)
         await engine.update_weight_version(str(state.step))
 
         waiting: asyncio.Queue[str] = asyncio.Queue()
@@ -221,8 +210,12 @@ async def main(config: Config) -> bool:
         app = await server.build_app(engine, args, db, keys, judge_key, on_next, on_feedback, status)
         web = server.web_server(app)
         own = AsyncOpenAI(base_url=address, api_key=judge_key)
-        judge_api_key = os.environ.get("JUDGE_API_KEY", "none")
-        client = AsyncOpenAI(base_url=config.judge_url, api_key=judge_api_key) if config.judge_url else own
+        if where.judge_style == "head":
+            judge = reward.HeadJudge(fitting, state.start, state.tokenizer, judging)
+        else:
+            client = reward.endpoint(config.judge_url) if config.judge_url else own
+            longest = min(4096, config.max_model_len)  # vLLM refuses more
+            judge = reward.ChatJudge(client, config.judge_model or config.name, config.votes, longest)
         watch = asyncio.create_task(
             swap.watch(engine, died)
         )  # to the very end, so that no call waits for a dead engine
@@ -231,7 +224,7 @@ async def main(config: Config) -> bool:
             await asyncio.sleep(0.05)
         tasks += [
             asyncio.create_task(train(config, engine, state, queued, db, own, on_trainer)),
-            *[asyncio.create_task(judge_turns(waiting, queued, db, config, client, state, on_judge)) for _ in range(8)],
+            *[asyncio.create_task(judge_turns(waiting, queued, db, config, judge, state)) for _ in range(8)],
             asyncio.create_task(expire_turns(db, config.expire)),
             asyncio.create_task(died.wait()),
             asyncio.create_task(stop.wait()),
@@ -383,7 +376,6 @@ async def train(
             metrics = await on_trainer(update, config, state, turns, advs, hinted)
             if metrics is None:
                 return
-            pointless = metrics.pop("pointless")
             probe = await on_trainer(guard.probe, state.policy, state.probe_ids, state.probe_prompts, state.first_logps)
             guard.check_weights(probe, state.first_probe, state.probe)
         except (guard.Refused, torch.OutOfMemoryError) as e:  # nobody has met these weights
@@ -404,8 +396,6 @@ async def train(
         )
         await wait_for_room(db, state)
         journal.mark_trained(db, ids, state.step + 1)
-        for turn_id in pointless:
-            journal.note(db, turn_id, "hint not used: it doesn't make the answer less likely")
         for key, r in zip(keys, rewards, strict=True):
             grpo.move_baseline(state.baselines, key, r)
         state.step, state.probe = state.step + 1, probe
@@ -439,13 +429,13 @@ def update(
 ) -> dict[str, Any] | None:
     """One step of Adam on a batch, row by row; None, with nothing changed, when the program is to stop.
 
-    Returns what a step prints, and under "pointless" the ids of turns whose hints weren't used."""
+    Returns what a step prints."""
     n = sum(len(t.response_ids) for t in turns)
     n_sampled = sum(len(t.response_ids) for t in turns if not t.no_rl)
-    n_hinted, pointless = 0.0, []
+    n_hinted = 0.0
     sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "start_nll", "dlogp", "clipped"), 0.0)
     gap = dlogp_max = 0.0
-    head = state.policy.get_output_embeddings().weight  # (V, D)
+    head, start_head = (m.get_output_embeddings().weight for m in (state.policy, state.start))  # (V, D)
     for row in grpo.collate(
         [t.prompt_ids for t in turns],
         [t.response_ids for t in turns],
@@ -464,20 +454,21 @@ def update(
             state.policy.gradient_checkpointing_disable()
         hidden, ids = grpo.response_hidden(state.policy, row), row["target"][:, None]  # (N, D), (N, 1)
         corrected = {i: hinted[i] for i in row["sample"].unique().tolist() if hinted[i]}
-        if config.kl or corrected:
-            with torch.no_grad():
-                start_logp = grpo.response_logps(state.start, row)  # (N,)
         if corrected:
-            if config.opd_k:  # else the sampled token alone, the paper's first form
-                ids = distill.top_k(hidden.detach(), head, config.opd_k)  # (N, K)
-            frozen = config.teacher == "start"
-            with torch.no_grad():
-                plain = start_logp if frozen else grpo.response_logps(state.policy, row)  # (N,)
-            teacher, taught = distill.teach(state.start if frozen else state.policy, row, ids, corrected, plain)
-            pointless += [turns[i].id for i in corrected if not taught[row["sample"] == i].any()]
-            ids = torch.cat([row["target"][:, None], ids], 1)  # (N, 1 + K): the score's loss and the hint's, one pass
+            # Behind the sampled token, for the score's loss, those for the hint's: of k = 0, the sampled one again.
+            likely = distill.top_k(hidden.detach(), head, config.opd_k) if config.opd_k else ids  # (N, K)
+            ids = torch.cat([ids, likely], 1)  # (N, 1 + K)
         logps = grpo.token_logps(hidden, head, ids, row["temperature"])  # (N, 1 or 1 + K)
         logp = logps[:, 0]
+        if config.kl or corrected:
+            with torch.no_grad():
+                start_logps = grpo.token_logps(
+                    grpo.response_hidden(state.start, row), start_head, ids, row["temperature"]
+                )  # (N, 1 or 1 + K)
+        if corrected:
+            frozen = config.teacher == "start"
+            model, plain = (state.start, start_logps) if frozen else (state.policy, logps.detach())
+            teacher, taught = distill.teach(model, row, ids[:, 1:], corrected, plain[:, 1:])  # (N, K), (N,)
         sampled = ~row["old_logp"].isnan()  # (N,); not those of a turn that is here for its hint alone
         old_logp = torch.where(sampled, row["old_logp"], logp.detach())  # (N,)
         loss = config.w_rl * grpo.ppo_clip_loss(
@@ -500,6 +491,7 @@ def update(
         if config.kl:
             # Answers are a step or two old: tokens that the policy has left since then count for less.
             left = (logp.detach() - old_logp).exp().clamp(max=1.0)  # (N,)
+            start_logp = start_logps[:, 0]
             loss = loss + config.kl * left * grpo.kl_loss(logp, start_logp)
             sums["start_nll"] -= start_logp.sum().item()
             sums["kl"] += (left * grpo.kl_value(logp.detach(), start_logp)).sum().item()
@@ -523,9 +515,8 @@ def update(
         "grad_norm": norm,
         **{k: v / (max(1, n_sampled) if k == "dlogp" else n) for k, v in sums.items()},
         "dlogp_max": dlogp_max,
-        "hinted": (sum(map(bool, hinted)) - len(pointless)) / len(turns),
+        "hinted": sum(map(bool, hinted)) / len(turns),
         "teacher_gap": gap / max(1, n_hinted),
-        "pointless": pointless,
         "repeated": sum(grpo.repetition(t.response_ids) for t in turns) / len(turns),
     }
 

@@ -1,6 +1,7 @@
 """The distillation loss against slow, obvious references; and that a hint teaches."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -95,8 +96,7 @@ def taught_row(model, k):
 def test_ids_and_teacher_are_what_separate_passes_say(model, k):
     row, ids, prompts, responses, temperatures, draw = taught_row(model, k)
     hinted = {0: [draw(12)], 2: [draw(30)]}
-    low = torch.zeros(33)  # as if every answer were certain without a hint: any hint makes it less likely
-    teacher, taught = distill.teach(model, row, ids, hinted, low)
+    teacher, taught = distill.teach(model, row, ids, hinted, torch.zeros(ids.shape))
     assert teacher.shape == ids.shape and taught.shape == (33,)
     for i in range(3):
         here = row["sample"] == i
@@ -109,20 +109,32 @@ def test_ids_and_teacher_are_what_separate_passes_say(model, k):
             torch.testing.assert_close(teacher[here], other.gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
 
 
-def test_the_hint_is_taken_that_makes_the_answer_least_likely_and_none_that_does_not(model):
-    row, ids, prompts, responses, temperatures, draw = taught_row(model, 4)
+@pytest.mark.parametrize("k", [1, 6, 8])
+def test_shift_is_the_kl_over_the_named_tokens_and_the_rest(k):
+    p, q = (torch.randn(5, 8, generator=torch.Generator().manual_seed(i)).softmax(-1) for i in (1, 2))
+    expected = [
+        sum(a * math.log(a / b) for a, b in zip(x[:k], y[:k], strict=True))
+        + (0 if k == 8 else (1 - sum(x[:k])) * math.log((1 - sum(x[:k])) / (1 - sum(y[:k]))))
+        for x, y in zip(p.tolist(), q.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(distill.shift(p[:, :k].log(), q[:, :k].log()), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_of_several_hints_the_one_is_taken_that_moves_the_teacher_furthest(model, k):
+    row, ids, prompts, responses, temperatures, draw = taught_row(model, k)
     candidates = [draw(30), draw(8), prompts[2], draw(5)]
     here = row["sample"] == 2
-    answer = torch.tensor(responses[2])[:, None]
-    of = lambda prompt: slow_logps(model, prompt, responses[2], temperatures[2])  # noqa: E731
-    sums = [of(p).gather(-1, answer).sum().item() for p in candidates]
-    best = candidates[min(range(4), key=sums.__getitem__)]
-    plain = torch.zeros(len(ids))
-    teacher, taught = distill.teach(model, row, ids, {2: candidates}, plain)
-    torch.testing.assert_close(teacher[here], of(best).gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
-    plain[here] = (min(sums) - 0.1) / here.sum()
-    _, taught = distill.teach(model, row, ids, {2: candidates}, plain)
-    assert not taught.any()
+    logps = [slow_logps(model, p, responses[2], temperatures[2]).gather(-1, ids[here]) for p in candidates]
+    plain = torch.zeros(ids.shape)
+    plain[here] = logps[2]  # the third candidate is the prompt itself: it moves nothing
+    moved = [distill.shift(found, plain[here]).sum().item() for found in logps]
+    assert abs(moved[2]) < 1e-4 and len(set(moved)) == 4
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        best = max(order, key=moved.__getitem__)
+        teacher, taught = distill.teach(model, row, ids, {2: [candidates[i] for i in order]}, plain)
+        torch.testing.assert_close(teacher[here], logps[best], atol=1e-4, rtol=1e-4)
+        assert torch.equal(taught, here.float())
 
 
 # ---- the hinted prompt (the rendering itself: test_program.py) ----

@@ -250,7 +250,8 @@ async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_mode
 async def test_a_judge_that_writes_hints_keeps_to_the_form(program):
     """The random model under the judge's constraint: NONE, or a line long enough."""
     messages = reward.hint_messages("q", "a", [user("No, too long.")])
-    written = await reward.samples(client(program, BOB), "policy", messages, 8, str, 1.0, 1024, reward.HINT_PATTERN)
+    judge = reward.ChatJudge(client(program, BOB), "policy", votes=8)
+    written = await judge.samples(messages, str, 1.0, reward.HINT_PATTERN)
     assert all(re.fullmatch(r"NONE|[A-Z][^\n]{10,300}", text) for text in written)
 
 
@@ -349,7 +350,7 @@ async def test_it_trains_and_swaps_while_a_client_streams_on(program):
     hinted = rows(program, "state = 'trained' AND hints != '[]'")
     assert {"tools" in json.loads(r["template"]) for r in hinted} == {True, False}
     assert all(r["hinted_by"] == "own words" for r in hinted)
-    assert {r["reason"] for r in hinted} <= {None, "hint not used: it doesn't make the answer less likely"}
+    assert {r["reason"] for r in hinted} == {None}
     trained = rows(program, "state = 'trained'")
     assert len(trained) >= 40 and {r["step"] for r in trained} >= {m["step"] for m in steps}
     spans = [json.loads(r["versions"]) for r in rows(program, "messages LIKE '%go on%'")]

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import openai
 import pytest
@@ -168,19 +169,27 @@ def endpoint(play: Callable[[int, dict], Response | float]) -> Iterator[tuple[op
         listener.close()
 
 
-def ask(client: openai.AsyncOpenAI, **options: float | str | dict) -> tuple[int, list[int], float]:
-    settings = {"timeout_s": 5, "backoff_s": 0.01, "biases": {reward.NO_LOGPROBS: {}}} | options
+VOTES_ONLY = [reward.STRUCTURED, {}]  # an endpoint that gives no log-probs
 
-    async def judged() -> tuple[int, list[int], float]:
+
+def ask(client: openai.AsyncOpenAI, next_messages: list[dict] = NEXT, times: int = 1, **options: Any) -> list:
+    """The verdicts of a `ChatJudge`, asked `times` times."""
+    settings = {"timeout_s": 5, "backoff_s": 0.01, "score_fields": [*VOTES_ONLY]} | options
+
+    async def judged() -> list[reward.Scored]:
         async with client:
-            return await reward.judge(client, "m", "r", "a", NEXT, **settings)
+            judge = reward.ChatJudge(client, "m", **settings)
+            return [await judge.score("r", "a", next_messages) for _ in range(times)]
 
     return asyncio.run(judged())
 
 
+ALL_FIELDS = [reward.STRUCTURED | reward.LOGPROBS, reward.STRUCTURED, reward.LOGPROBS, {}]
+
+
 def test_votes_are_samples_of_one_constrained_request() -> None:
     with endpoint(lambda number, body: said("good", "bad", "good")) as (client, seen):
-        assert ask(client) == (1, [1, -1, 1], pytest.approx(2 / 3))
+        assert ask(client) == [(1, [1, -1, 1], pytest.approx(2 / 3))]
     assert len(seen) == 1 and seen[0]["n"] == 3 and seen[0]["temperature"] > 0
     assert seen[0]["structured_outputs"] == {"choice": ["good", "bad", "neutral"]}
 
@@ -188,22 +197,48 @@ def test_votes_are_samples_of_one_constrained_request() -> None:
 def test_a_500_and_nonsense_are_asked_again() -> None:
     replies = [JSONResponse({"error": "busy"}, 500), said("no idea"), said("The vote: bad.", "bad", "good")]
     with endpoint(lambda number, body: replies[number - 1]) as (client, seen):
-        assert ask(client, retries=2)[:2] == (-1, [-1, -1, 1])
+        assert ask(client, retries=2)[0][:2] == (-1, [-1, -1, 1])
     assert len(seen) == 3
 
 
 def test_an_endpoint_that_ignores_n_is_asked_for_the_rest() -> None:
     with endpoint(lambda number, body: said("neutral")) as (client, seen):
-        assert ask(client, votes=3) == (0, [0, 0, 0], 1.0)
+        assert ask(client, votes=3) == [(0, [0, 0, 0], 1.0)]
     assert [body["n"] for body in seen] == [3, 2, 1]
 
 
-def test_an_endpoint_that_refuses_the_constraint_is_asked_without() -> None:
+def test_an_endpoint_that_refuses_the_constraint_is_asked_without_and_only_once_with_it() -> None:
     def play(number: int, body: dict) -> Response:
         return JSONResponse({"error": "structured_outputs?"}, 400) if "structured_outputs" in body else said("good")
 
-    with endpoint(play) as (client, _):
-        assert ask(client, votes=1, biases={}) == (1, [1], 1.0)
+    with endpoint(play) as (client, seen):
+        assert ask(client, votes=1, times=2) == [(1, [1], 1.0)] * 2
+    assert ["structured_outputs" in body for body in seen] == [True, False, False]
+
+
+def test_an_endpoint_that_refuses_log_probs_still_gets_the_constraint() -> None:
+    def play(number: int, body: dict) -> Response:
+        return JSONResponse({"error": "logprobs?"}, 400) if "logprobs" in body else said("good")
+
+    with endpoint(play) as (client, seen):
+        assert ask(client, votes=1, times=2, score_fields=[*ALL_FIELDS]) == [(1, [1], 1.0)] * 2
+    assert [("logprobs" in body, "structured_outputs" in body) for body in seen] == [
+        (True, True),
+        (False, True),
+        (False, True),
+    ]
+
+
+def test_a_request_that_is_refused_in_every_form_keeps_every_form() -> None:
+    """Too long, say: the next turn is asked for log-probs again."""
+
+    def play(number: int, body: dict) -> Response:
+        return JSONResponse({"error": "too long"}, 400)
+
+    fields = [*ALL_FIELDS]
+    with endpoint(play) as (client, seen), pytest.raises(reward.JudgeError, match="400"):
+        ask(client, score_fields=fields)
+    assert len(seen) == 4 and fields == ALL_FIELDS
 
 
 @pytest.mark.parametrize(
@@ -231,7 +266,7 @@ def test_no_verdict_is_an_error_and_never_a_zero(play: Callable, requests: int) 
 def test_a_hint_that_was_not_written_is_no_vote_for_none(finish_reason: str) -> None:
     async def hints(client: openai.AsyncOpenAI) -> list[str]:
         async with client:
-            return await reward.hints(client, "m", "r", "a", NEXT, backoff_s=0.01)
+            return await reward.ChatJudge(client, "m", backoff_s=0.01).hints("r", "a", NEXT)
 
     cut = said("", "", "", finish_reason=finish_reason)
     with endpoint(lambda number, body: cut) as (client, _), pytest.raises(reward.JudgeError, match="said nothing"):
@@ -249,7 +284,7 @@ def test_a_judge_that_hangs_is_given_up_in_time() -> None:
 
 def test_a_slow_first_try_is_asked_again() -> None:
     with endpoint(lambda number, body: 30.0 if number == 1 else said("good", "good", "neutral")) as (client, _):
-        assert ask(client, timeout_s=1, retries=1)[:2] == (1, [1, 1, 0])
+        assert ask(client, timeout_s=1, retries=1)[0][:2] == (1, [1, 1, 0])
 
 
 def test_nobody_there() -> None:
@@ -258,37 +293,57 @@ def test_nobody_there() -> None:
         ask(client, retries=1)
 
 
-def logprobs(number: int, body: dict) -> Response:
-    """A judge that says "good" to nearly everything, and a little less so to complaints."""
-    assert body["top_logprobs"] == 20 and body["temperature"] == 1
-    bad = "No, wrong" in body["messages"][-1]["content"]
-    tops = {"good": -0.3, " Bad": -1.5, "neut": -4.0} if bad else {"good": -0.1, "bad": -4.0, "neutral": -3.0}
+def labels(**tops: float) -> Response:
+    """A reply of one token, with the log-probs of what it might have been."""
     reply = json.loads(said("good").body)
     listed = [{"token": token, "logprob": logp, "bytes": None, "top_logprobs": []} for token, logp in tops.items()]
     reply["choices"][0]["logprobs"] = {"content": [{**listed[0], "top_logprobs": listed}]}
     return JSONResponse(reply)
 
 
+def logprobs(number: int, body: dict) -> Response:
+    """A judge that says "good" to nearly everything, and a little less so to complaints."""
+    assert body["top_logprobs"] == 20 and body["temperature"] == 1 and body["max_tokens"] == 1
+    if "No, wrong" in body["messages"][-1]["content"]:
+        return labels(**{"good": -0.3, " Bad": -1.5, "neut": -4.0})
+    assert body["messages"][-1]["content"].startswith("Request: N/A\nAnswer: N/A\n"), "the bias is no turn's"
+    return labels(good=-0.1, bad=-4.0, neutral=-3.0)
+
+
+WRONG_NEXT = [{"role": "user", "content": "No, wrong."}]
+
+
 def test_votes_are_read_as_log_probs_and_the_bias_is_taken_off() -> None:
-    wrong = [{"role": "user", "content": "No, wrong."}]
-    biases: dict[str, dict[str, float]] = {}
     with endpoint(logprobs) as (client, seen):
-
-        async def judged() -> list[tuple[int, list[int], float]]:
-            async with client:
-                return [await reward.judge(client, "m", "r", "a", wrong, biases=biases) for _ in range(2)]
-
-        first, second = asyncio.run(judged())
+        first, second = ask(client, WRONG_NEXT, times=2, score_fields=[*ALL_FIELDS])
     assert first == second and first[:2] == (-1, [-1]), "as samples, most votes would be good"
     weights = [math.exp(x) for x in (-0.3 + 0.1, -1.5 + 4.0, -4.0 + 3.0)]
     assert first[2] == pytest.approx(weights[1] / sum(weights), rel=1e-3)
     assert len(seen) == 2 + len(reward.BLANKS), "the bias is measured once"
 
 
+def test_one_reply_without_a_label_is_voted_on_and_the_next_one_read_again() -> None:
+    def play(number: int, body: dict) -> Response:
+        if number == 1:
+            return labels(Well=-0.1)
+        return said("good", "good", "good") if body["n"] == 3 else logprobs(number, body)
+
+    with endpoint(lambda number, body: play(number, {"n": 1} | body)) as (client, _):
+        one, two = ask(client, WRONG_NEXT, times=2, score_fields=[*ALL_FIELDS])
+    assert one == (1, [1, 1, 1], 1.0) and two[:2] == (-1, [-1])
+
+
+def test_no_label_for_an_empty_next_state_is_no_verdict() -> None:
+    def play(number: int, body: dict) -> Response:
+        return logprobs(number, body) if "No, wrong" in body["messages"][-1]["content"] else labels(Well=-0.1)
+
+    with endpoint(play) as (client, _), pytest.raises(reward.JudgeError, match="bias"):
+        ask(client, WRONG_NEXT, score_fields=[*ALL_FIELDS], retries=0)
+
+
 def test_a_reply_that_begins_with_no_label_is_no_log_prob_of_one() -> None:
-    choice = openai.types.chat.ChatCompletion.model_validate_json(
-        logprobs(1, {"top_logprobs": 20, "temperature": 1, "messages": [{"content": ""}]}).body
-    ).choices[0]
+    reply = labels(good=-0.1, bad=-4.0, neutral=-3.0)
+    choice = openai.types.chat.ChatCompletion.model_validate_json(reply.body).choices[0]
     assert set(reward.read_labels(choice)) == set(reward.VOTES)
     choice.logprobs.content[0].top_logprobs[0].token = "<think>"
     assert reward.read_labels(choice) is None
@@ -367,7 +422,7 @@ def test_hints_are_samples_of_one_constrained_request() -> None:
 
         async def written() -> list[str]:
             async with client:
-                return await reward.hints(client, "m", "the request", "the answer", NEXT)
+                return await reward.ChatJudge(client, "m").hints("the request", "the answer", NEXT)
 
         assert asyncio.run(written()) == ["Be brief, please."]
     (body,) = seen
@@ -462,8 +517,8 @@ def test_the_judge_sees_the_answer_and_not_the_thinking_before_it(tmp_path) -> N
         waiting, queued = asyncio.Queue(), asyncio.Queue()
         waiting.put_nowait("t1")
         async with client:
-            config = Config(judge_url="x", judge_model="m")
-            task = asyncio.create_task(run.judge_turns(waiting, queued, db, config, client, None, None))
+            judge = reward.ChatJudge(client, "m")
+            task = asyncio.create_task(run.judge_turns(waiting, queued, db, Config(), judge, None))
             assert await asyncio.wait_for(queued.get(), 20) == "t1"
             task.cancel()
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/evaluation/hints.py        complaints.jsonl -> a line each: the hint, and what it does
 
-Nats per token: how much less likely the teacher finds the answer that was complained about, with the hint than without.
+Nats: how far the hint moves the model's mind along the answer that was complained about, see `distill.shift`.
 """
 
 import json
@@ -22,15 +22,21 @@ import reward  # noqa: E402
 folder = policy.model_folder("")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+head = model.get_output_embeddings().weight
 for line in (HERE / "complaints.jsonl").read_text().splitlines():
     case = json.loads(line)
     asked = [{"role": "user", "content": case["request"]}]
     answer = tokenizer(case["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    found = {}
-    for hint in ["", *reward.own_words(case["request"], [{"role": "user", "content": case["complaint"]}])]:
-        messages = distill.with_hint(asked, hint) if hint else asked
+
+    @torch.no_grad()
+    def logps(messages: list[dict], ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        with torch.no_grad():
-            found[hint] = grpo.response_logps(model, grpo.alone(prompt, answer, "cpu")).mean().item()
-    best = min(found, key=found.get)
-    print(f"{found[''] - found[best]:+.2f}  {best or '(none)'}   <- {case['complaint']}", flush=True)
+        hidden = grpo.response_hidden(model, grpo.alone(prompt, answer, "cpu"))  # noqa: B023
+        ids = distill.top_k(hidden, head, 20) if ids is None else ids
+        return ids, grpo.token_logps(hidden, head, ids, torch.ones(len(hidden)))
+
+    ids, plain = logps(asked)
+    hints = reward.own_words(case["request"], [{"role": "user", "content": case["complaint"]}])
+    moved = {hint: distill.shift(logps(distill.with_hint(asked, hint), ids)[1], plain).sum().item() for hint in hints}
+    best = max(moved, key=moved.get, default="(none)")
+    print(f"{moved.get(best, 0):5.1f}  {best}   <- {case['complaint']}", flush=True)
