@@ -3,10 +3,10 @@ PY := .venv/bin/python
 PIP := .venv/bin/pip install -q
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 COMMON := openai==3.54.0 anthropic==2.12.0 accelerate==1.15.0 gguf==0.19.0 matplotlib==3.11.2 tqdm==4.70.1 httpx==0.28.1 \
-	pytest==9.2.0 pytest-asyncio==1.5.0 pytest-timeout==2.4.0 hypothesis==6.170.15 ruff==0.17.6
+	tyro==1.0.16 pytest==9.2.0 pytest-asyncio==1.5.0 pytest-timeout==2.4.0 hypothesis==6.170.15 ruff==0.17.6
 
 run: .venv/ready
-	$(PY) users.py
+	$(PY) -m evaluation.talk
 
 serve: .venv/ready
 	$(PY) run.py --out=mine
@@ -25,7 +25,7 @@ openclaw: .venv/ready
 lint: .venv/ready
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-# torchvision, torchaudio and torchcodec, which vLLM pulls in, want CUDA and break transformers beside a CPU torch.
+# vLLM pulls in torchvision, torchaudio and torchcodec: they need CUDA, and break transformers with a CPU torch.
 .venv/ready: Makefile
 	python3 -m venv .venv
 ifeq ($(filter-out 0,$(GPU)),)

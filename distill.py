@@ -1,9 +1,8 @@
 """On-policy distillation: a correction in words becomes a signal for every token of the answer that it corrects.
 
-The teacher is the model with the correction in its prompt as a hint: the frozen first weights, or the policy at this
-step's start. At each place of the recorded answer it says what it would rather have said, and the policy without the
-hint is moved towards that. (OpenClaw-RL v2, arXiv 2603.10165, its section on on-policy distillation; design and
-notation: README.)
+The teacher is the model with the correction in its prompt as a hint: the frozen first weights, or the policy at the
+start of this step. It gives its own log-probs at each token of the recorded answer, and the policy without the hint is
+moved towards them. (OpenClaw-RL v2, arXiv 2603.10165, section on on-policy distillation; notation: README.)
 """
 
 import math
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import grpo
-from sessions import last_request
+from clients.sessions import last_request
 
 HINT = "\n\n[user's hint / instruction]\n"
 
@@ -41,8 +40,8 @@ async def hinted_prompts(
 ) -> list[list[int]]:
     """A prompt for each hint, token ids as the server's own chat template makes them.
 
-    `template`: what else went into the prompt, tools for one. The server (vLLM's /tokenize) first renders the prompt
-    without a hint: where that isn't `prompt_ids`, NoHintedPrompt, for then nobody knows what a hint would do to it.
+    `template`: the other fields that went into the prompt, such as tools. The server (vLLM's /tokenize) first renders
+    the prompt without a hint. NoHintedPrompt where that isn't `prompt_ids`, since a hint would not be the only change.
     """
     root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
 
@@ -55,7 +54,7 @@ async def hinted_prompts(
             raise NoHintedPrompt(f"{type(e).__name__}: {e}") from e
 
     if await render(messages) != list(prompt_ids):
-        raise NoHintedPrompt("the prompt doesn't come out the same when it is rendered again")
+        raise NoHintedPrompt("the prompt is not the same when it is rendered again")
     return [await render(with_hint(messages, hint)) for hint in hints]
 
 
@@ -63,14 +62,14 @@ async def hinted_prompts(
 
 
 def top_k(hidden: Tensor, head: Tensor, k: int, chunk: int = 256) -> Tensor:
-    """The k likeliest tokens at each place, likeliest first: (N, D), (V, D) -> ids (N, k)."""
+    """The k most likely tokens at each place, most likely first: (N, D), (V, D) -> ids (N, k)."""
     return torch.cat([F.linear(h, head).topk(k).indices for h in hidden.split(chunk)])
 
 
 def shift(hinted: Tensor, plain: Tensor) -> Tensor:
-    """How far a hint moves the teacher's mind: KL(hinted || plain) over K tokens and "any other". (N, K) each -> (N,)
+    """How much a hint changes the teacher's prediction: KL(hinted || plain) over K tokens and "any other token".
 
-    Both are log-probs of the same tokens. At least 0, up to rounding."""
+    (N, K) log-probs of the same tokens each -> (N,), at least 0 up to rounding."""
     rest_hinted, rest_plain = ((1 - logps.exp().sum(-1)).clamp(min=1e-6) for logps in (hinted, plain))  # (N,)
     return (hinted.exp() * (hinted - plain)).sum(-1) + rest_hinted * (rest_hinted / rest_plain).log()
 
@@ -79,27 +78,27 @@ def shift(hinted: Tensor, plain: Tensor) -> Tensor:
 def teach(
     teacher: torch.nn.Module, row: dict[str, Tensor], ids: Tensor, hinted: dict[int, list[list[int]]], plain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probs of `ids` (N, K) at each of a row's N places (N, K), and where it has a hint (N,): 1.0 in
-    the answers of `hinted`, 0.0 elsewhere.
+    """The teacher's log-probs of `ids` (N, K) at each of a row's N places (N, K), and the hint mask (N,): 1.0 in the
+    answers of `hinted`, 0.0 elsewhere.
 
     `hinted`: sample in the row -> a prompt for each candidate hint. `plain` (N, K): the teacher's log-probs without a
-    hint. The candidate is taken that changes the teacher's mind most along the answer: "Redo it in one sentence."
-    moves a model much further than "That is too long." does, and is what the person wants.
+    hint. Of several candidates, the one that changes the teacher's prediction most is used: "Redo it in one sentence."
+    changes it much more than "That is too long." does, and is what the person wants.
     """
     head, device = teacher.get_output_embeddings().weight, ids.device
-    logps, taught = torch.zeros(ids.shape, device=device), torch.zeros(len(ids), device=device)
+    logps, hint_mask = torch.zeros(ids.shape, device=device), torch.zeros(len(ids), device=device)
     for sample, prompts in hinted.items():
         here = row["sample"] == sample  # (N,), true at T places
         answer, temperature = row["target"][here].tolist(), row["temperature"][here]  # T ids, (T,)
-        taught[here] = 1.0
-        furthest = -math.inf
+        hint_mask[here] = 1.0
+        most = -math.inf
         for prompt in prompts:
             hidden = grpo.response_hidden(teacher, grpo.alone(prompt, answer, device))  # (T, D)
             found = grpo.token_logps(hidden, head, ids[here], temperature)  # (T, K)
-            moved = shift(found, plain[here]).sum().item() if len(prompts) > 1 else 0.0
-            if moved > furthest:
-                furthest, logps[here] = moved, found
-    return logps, taught
+            change = shift(found, plain[here]).sum().item() if len(prompts) > 1 else 0.0
+            if change > most:
+                most, logps[here] = change, found
+    return logps, hint_mask
 
 
 # ---- losses, per token ----

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 # ---- batch ----
 
 
-def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Which samples share a row: first fit, longest first, so that a row holds at most `limit` tokens.
 
     A sample longer than `limit` gets a row of its own: nothing is ever cut.
@@ -39,12 +39,12 @@ def collate(
     limit: int,
     device: str | torch.device = "cpu",
 ) -> Iterator[dict[str, Tensor]]:
-    """Packed rows of B samples: no padding, samples told apart by positions that start again at 0.
+    """Packed rows of B samples, without padding: positions start again at 0 with each sample.
 
     Yields dicts: ids, positions (1, L); at (N,) where in the row each response token is predicted; and per response
     token target, old_logp, adv, temperature, sample (N,).
     """
-    for members in pack([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], limit):
+    for members in pack_rows([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], limit):
         ids, positions, at, target, old_logp, adv, temperature, sample = [], [], [], [], [], [], [], []
         for i in members:
             start, P, T = len(ids), len(prompts[i]), len(responses[i])
@@ -66,7 +66,7 @@ def collate(
 
 
 def alone(prompt: Sequence[int], response: Sequence[int], device: str | torch.device) -> dict[str, Tensor]:
-    """A row of one sample at temperature 1, to be read and not trained on."""
+    """A row of one sample at temperature 1, for reading log-probs only."""
     return next(
         collate([prompt], [response], [[0.0] * len(response)], [0.0], [1.0], len(prompt) + len(response), device)
     )
@@ -78,8 +78,8 @@ def alone(prompt: Sequence[int], response: Sequence[int], device: str | torch.de
 def response_hidden(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
     """The last hidden states from which a row's response tokens are predicted. (N, D)
 
-    Samples in a row don't see each other: with no attention mask given, transformers reads the bounds off positions
-    that start again at 0.
+    Samples in a row don't attend to each other: without an attention mask, transformers finds their bounds where
+    positions start again at 0.
     """
     hidden = model.model(input_ids=row["ids"], position_ids=row["positions"], use_cache=False).last_hidden_state
     return hidden[0, row["at"]]
@@ -88,8 +88,8 @@ def response_hidden(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
 def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, chunk: int = 256) -> Tensor:
     """Log-probs of K tokens at each of N places: (N, D), head (V, D), ids (N, K), temperature (N,) -> (N, K) float32.
 
-    `chunk` places at a time meet the vocabulary, and the backward pass makes each chunk's logits anew: no (N, V)
-    tensor ever lives.
+    The logits of `chunk` places at a time exist, and the backward pass computes them again: there is never an (N, V)
+    tensor.
     """
     parts = [
         checkpoint(head_logps, h, head, i, t, use_reentrant=False)
@@ -117,8 +117,8 @@ DECAY = 0.9  # of a baseline, per judged turn
 
 
 def baseline_key(user: str, from_tool: bool) -> str:
-    """Whose rewards share a running mean. Most tool calls succeed and most messages of people don't praise, so tools
-    have their own: with one for both, each success would be a surprise and each complaint a small one."""
+    """Whose rewards share a running mean. Tools have their own: most tool calls succeed, but most people don't praise.
+    With one mean for both, successes would have small advantages and complaints large ones."""
     return f"{user} tools" if from_tool else user
 
 

@@ -1,21 +1,19 @@
-"""The judge: what the next message says about the answer before it, as a score good / bad / neutral, and as a hint.
+"""The judge: it scores an answer good / bad / neutral from the message that follows it, and extracts a hint.
 
 A model too small to follow instructions judges by a linear head on its frozen first weights, fitted at the start on
-replies/fit.jsonl. A judge that follows instructions is asked in chat: the log-probs of the three labels where the
-endpoint gives them, else the majority of m votes. Where the score is bad, it is asked for a rule too.
+replies/fit.jsonl (`HeadJudge`). A judge that follows instructions is asked in chat (`ChatJudge`): by the log-probs of
+the three labels where the endpoint gives them, otherwise by the majority of m votes. Bad answers also get a rule.
 
-    python reward.py                                                     the head, on replies/unseen.jsonl
-    python reward.py --url=http://127.0.0.1:8000/v1 --model=NAME         the chat judge behind any endpoint
+How often it is right: python -m evaluation.judge_accuracy
 """
 
-import argparse
 import asyncio
 import hashlib
 import json
 import math
 import os
 import re
-import time
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
@@ -26,15 +24,16 @@ from typing import Any
 import openai
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sessions import words_of
+from clients.sessions import words_of
+from durable.atomic import replacing
 
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sampler can only say one of the three
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}
 HEAD_CHARS, CHAT_CHARS = 400, 2000  # budget for the next state; a quarter of it for request and answer each
-MIN_HINT, MAX_HINT, CANDIDATES = 11, 300, 3  # characters, and how many different hints go on to the trainer
+MIN_HINT, MAX_HINT, CANDIDATES = 11, 300, 3  # characters, and how many different hints the trainer gets
 MAX_PARTS = 5  # of a complaint that are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
 
@@ -93,7 +92,7 @@ OPPOSITES = [(SHORT, LONG), (LONG, SHORT), (PLAIN, LISTS), (LISTS, PLAIN)]
 
 
 class JudgeError(RuntimeError):
-    """The judge gave no verdict. The turn goes on waiting: a failure is never a score of 0."""
+    """The judge gave no verdict. The turn keeps waiting: a failure is never a score of 0."""
 
 
 def cut(text: str, chars: int) -> str:
@@ -189,7 +188,7 @@ Scored = tuple[int, list[int], float]  # the score in {+1, 0, -1}, the single vo
 
 @dataclass
 class ChatJudge:
-    """A judge behind an OpenAI-compatible endpoint, and what was found out about that endpoint."""
+    """A judge behind an OpenAI-compatible endpoint, and which of its features work."""
 
     client: openai.AsyncOpenAI
     model: str
@@ -355,9 +354,12 @@ def labelled(name: str) -> list[dict]:
     return [json.loads(line) for line in (REPLIES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def make_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: Path) -> Head:
-    """The head for a model. The features of the labelled replies take minutes on one core: they are kept in `kept`,
-    whose name should tell the model, under a hash of the replies and of this way to read them."""
+def make_head(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: Path, stopping: threading.Event | None = None
+) -> Head:
+    """The head for a model. Reading the labelled replies takes minutes on one core, so their features are kept in
+    `kept`, whose name should tell the model, under a hash of the replies and of how they are read. InterruptedError
+    where `stopping` is set meanwhile."""
     rows = labelled("fit")
     source = (REPLIES / "fit.jsonl").read_bytes() + f"{QUESTION} {HEAD_CHARS} 1".encode()
     kept = kept.with_name(f"{kept.name}-{hashlib.sha256(source).hexdigest()[:16]}.pt")
@@ -365,11 +367,14 @@ def make_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: 
         x = torch.load(kept, weights_only=True)
     else:
         print(f"judge     reads {len(rows)} labelled replies, once for this model", flush=True)
-        x = torch.stack([features(model, tokenizer, r["request"], r["next"]) for r in rows])  # (N, D)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}.part")
-        torch.save(x, part)
-        part.replace(kept)
+        read = []
+        for row in rows:
+            if stopping and stopping.is_set():
+                raise InterruptedError("the program stops")
+            read.append(features(model, tokenizer, row["request"], row["next"]))
+        x = torch.stack(read)  # (N, D)
+        with replacing(kept) as part:
+            torch.save(x, part)
     return fit_head(x, torch.tensor([list(VOTES).index(r["label"]) for r in rows]))
 
 
@@ -386,7 +391,7 @@ def head_verdict(
 class HeadJudge:
     """The judge that a small model has: a head on its frozen first weights, and the user's own words as hints.
 
-    `fitting`: the head, as soon as it is fitted. `threads`: where the model runs, beside serving and training."""
+    `fitting`: the head, as soon as it is fitted. `threads`: where the model runs, next to serving and training."""
 
     fitting: Future[Head]
     model: PreTrainedModel
@@ -421,10 +426,10 @@ def elected(written: list[str]) -> list[str]:
 
 
 def own_words(request: str, next_messages: list[dict]) -> list[str]:
-    """Candidate hints where the judge is too small to write one: the user's complaint as it stands, and its parts.
+    """Candidate hints where the judge is too small to write one: the user's whole complaint, and its parts.
 
-    "No, much too long. Redo it as one short sentence." answers the answer; "Redo it as one short sentence." reads
-    like a rule that was there before it. `distill.teach` takes the one that works best. [] for a tool's output, for
+    "No, much too long. Redo it as one short sentence." replies to an answer; "Redo it as one short sentence." could
+    have been said before it. `distill.teach` takes the one that works best. [] for a tool's output, for
     words that give orders to a judge, and for a wish that the request contradicts.
     """
     if next_messages[-1].get("role") != "user":
@@ -437,54 +442,3 @@ def own_words(request: str, next_messages: list[dict]) -> list[str]:
     parts = [said, *re.split(r"(?<=[.!?;])\s+", said)]
     parts += [tail for part in parts[1:] for tail in re.split(r"[:,]\s+", part, maxsplit=1)[1:]]
     return [part for part in dict.fromkeys(parts) if len(part) >= MIN_HINT][:MAX_PARTS]
-
-
-def report(rows: list[dict], scores: list[int], seconds: float) -> None:
-    """Print how often, and where, a judge agrees with the person who labelled the replies."""
-    right = [score == VOTES[row["label"]] for row, score in zip(rows, scores, strict=True)]
-    for kind in ("all", *sorted({row["kind"] for row in rows})):
-        hits = [hit for hit, row in zip(right, rows, strict=True) if kind in ("all", row["kind"])]
-        print(f"{kind:16}{sum(hits) / len(hits):7.1%}  {sum(hits)}/{len(hits)}")
-    print(f"\n{'label / judged':16}" + "".join(f"{label:>9}" for label in VOTES))
-    for label in VOTES:
-        said = Counter(score for score, row in zip(scores, rows, strict=True) if row["label"] == label)
-        print(f"{label:16}" + "".join(f"{said[vote]:9}" for vote in VOTES.values()))
-    print(f"\n{len(rows)} verdicts in {seconds:.1f} s")
-
-
-async def measure_chat(judge: ChatJudge, rows: list[dict]) -> list[int]:
-    at_once = asyncio.Semaphore(4)
-
-    async def one(r: dict) -> int:
-        async with at_once:
-            return (await judge.score(r["request"], r["answer"], r["next"]))[0]
-
-    return await asyncio.gather(*map(one, rows))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="OpenAI-compatible endpoint of a chat judge; none: the head of a local model")
-    parser.add_argument("--model", default="", help="the endpoint's model name, or the head's model folder")
-    parser.add_argument("--votes", type=int, default=3, help="of a chat judge whose endpoint gives no log-probs")
-    parser.add_argument("--set", choices=("unseen", "fit"), default="unseen", help="which labelled replies")
-    args = parser.parse_args()
-    if args.url and not args.model or args.votes < 1:
-        parser.error("--url needs --model, and --votes at least 1")
-    rows, start = labelled(args.set), time.perf_counter()
-    if args.url:
-        scores = asyncio.run(measure_chat(ChatJudge(endpoint(args.url), args.model, args.votes), rows))
-    else:
-        import policy  # it imports this file's neighbours; nothing but this command needs it here
-
-        folder = policy.model_folder(args.model)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        head = make_head(model, tokenizer, policy.judge_cache(folder))
-        start = time.perf_counter()
-        scores = [head_verdict(head, model, tokenizer, r["request"], r["next"])[0] for r in rows]
-    report(rows, scores, time.perf_counter() - start)
-
-
-if __name__ == "__main__":
-    main()

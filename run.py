@@ -1,529 +1,436 @@
-"""OpenClaw-RL in one program: serve a model, judge what people say next, train on it, swap the weights, go on serving.
+"""OpenClaw-RL in one program: serve a model, judge its answers by what people say next, train, swap the weights.
 
-    python run.py                         serve and train until stopped
-    python run.py --lr=2e-5 --out=mine    --key=value overrides config.py; a wrong key is an error
+    python run.py --out=mine        every option: python run.py --help
 
-    python run.py --print_client=openclaw       what to paste into a client, and end
-    python run.py --out=mine --rollback=50      make the checkpoint of step 50 the current one, and end
-    python run.py --out=mine --forget=SESSION   remove a conversation from the journal, and end
-
-The loop is `train`, near the end. What it calls is one file away: journal, grpo, distill, guard, policy, swap; server,
-sessions and reward fill its queue.
+Read `train` first: it is the loop. `judge_turns` feeds it, `server.py` records the turns, and `setup`, `serve` and
+`stop` are the program around them.
 """
 
 import asyncio
-import functools
 import json
-import math
 import os
 import secrets
 import signal
 import socket
 import sqlite3
 import sys
+import threading
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from openai import AsyncOpenAI
 
-import clients
 import distill
 import grpo
-import guard
-import journal
-import policy
+import machine
 import reward
 import server
-import sessions
 import swap
-from config import Config, parse, plan
-from journal import Sample, Turn, Verdict
+import trainer
+from clients import keys, paste, sessions
+from config import Config, parse
+from durable import checkpoint, guard, journal
+from durable.errors import UsageError
+from durable.journal import Sample, Verdict
+from durable.model import CACHE, check_folder, fingerprint, model_folder
 
 
-async def judge_turns(
-    waiting: "asyncio.Queue[str]",
-    queued: "asyncio.Queue[str | None]",
-    db: sqlite3.Connection,
-    config: Config,
-    judge: reward.ChatJudge | reward.HeadJudge,
-    state: policy.State,
-) -> None:
-    """One of several that judge side by side. A turn whose judge fails keeps waiting: never a score by accident."""
-    model = config.judge_model or config.name
+@dataclass
+class Program:
+    """What the parts of the running program share."""
+
+    config: Config
+    lock: TextIO  # on config.out
+    db: sqlite3.Connection
+    listener: socket.socket
+    users: dict[str, str]  # API key -> user
+    url: str  # of this server
+    engine_args: Any
+    engine: Any
+    state: trainer.State
+    trainer: ThreadPoolExecutor  # one thread
+    judging: ThreadPoolExecutor  # one thread
+    fitting: "Future[reward.Head] | None"  # of a small model's judge
+    own_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # of our own requests: not recorded
+    to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns that have a next message
+    to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of judged turns
+    training: str = "on"  # or why it waits or stopped
+    swapping: asyncio.Lock = field(default_factory=asyncio.Lock)  # a swap is never left half-way
+    pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
+
+    def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
+        """Run f(*args) on the trainer's thread, while serving and judging continue."""
+        return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
+
+    @cached_property
+    def own_client(self) -> AsyncOpenAI:
+        """A client of this server, for the judge and the hinted prompts."""
+        return AsyncOpenAI(base_url=self.url, api_key=self.own_key)
+
+    def on_next(self, turn_id: str) -> None:
+        """The server calls this when a conversation continued from a turn."""
+        self.enqueue(self.to_judge, turn_id)
+
+    def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
+        """The server calls this when a user rates a turn. ValueError where that comes too late."""
+        if journal.record_verdict(self.db, turn_id, verdict):
+            self.enqueue(self.to_train, turn_id)
+
+    def enqueue(self, queue: "asyncio.Queue[str]", turn_id: str) -> None:
+        if journal.pending(self.db) > (most := self.config.max_waiting):
+            journal.drop(self.db, [turn_id], f"more than {most} turns wait for the judge or the trainer")
+        else:
+            queue.put_nowait(turn_id)
+
+    def status(self) -> dict[str, Any]:
+        """What GET /status shows."""
+        return {
+            "step": self.state.step,
+            "training": self.training,
+            "batch_size": self.config.batch_size,
+            "pause": self.pause,
+            "turns": journal.counts(self.db),
+            "dropped": journal.drop_reasons(self.db),
+        }
+
+
+# ---- the judge's loop ----
+
+
+async def judge_turns(p: Program, judge: reward.ChatJudge | reward.HeadJudge) -> None:
+    """One of several that judge side by side. A turn whose judge fails keeps waiting: an error is never a score."""
     while True:
-        turn_id = await waiting.get()
-        turn, following = journal.load_turn(db, turn_id)
+        turn_id = await p.to_judge.get()
+        turn, following = journal.load_turn(p.db, turn_id)
         request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
         try:
             score, votes, confidence = await judge.score(request, answer, following)
-            hints = await judge.hints(request, answer, following) if config.w_opd and score < 0 else []
+            hints = await judge.hints(request, answer, following) if p.config.w_opd and score < 0 else []
         except reward.JudgeError as e:
             print(f"judge: {e}; {turn_id} is tried again in 30 s", file=sys.stderr)
-            asyncio.get_running_loop().call_later(30, waiting.put_nowait, turn_id)
+            asyncio.get_running_loop().call_later(30, p.to_judge.put_nowait, turn_id)
             continue
+        model = p.config.judge_model or p.config.name
         verdict = Verdict(score, votes, confidence, hints, judge.hinted_by if hints else "", model, "judge")
-        while not journal.room(db):
+        while not journal.has_disk_space(p.db):
             await asyncio.sleep(1)
-        if journal.record_verdict(db, turn_id, verdict):
-            queued.put_nowait(turn_id)
-        elif not score:  # it doesn't reach the trainer, but silence counts: most people say nothing of a good answer
-            from_tool = following[-1]["role"] == "tool"
-            grpo.move_baseline(state.baselines, grpo.baseline_key(turn.user, from_tool), 0.0)
+        if journal.record_verdict(p.db, turn_id, verdict):
+            p.to_train.put_nowait(turn_id)
+        elif not score:  # a neutral turn isn't trained on, but it counts: most people say nothing of a good answer
+            key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
+            grpo.move_baseline(p.state.baselines, key, 0.0)
 
 
-def fit_judge(loading: "Future[policy.State]", kept: Path) -> reward.Head:
-    """On the judge's thread, while the engine starts: the trainer loads the model that the head reads."""
-    state = loading.result()
-    return reward.make_head(state.start, state.tokenizer, kept)
+# ---- the training loop ----
 
 
-def maintain(config: Config, db: sqlite3.Connection, out: Path) -> None:
-    """--rollback and --forget."""
-    if config.rollback >= 0:
-        undone = journal.rollback(db, config.rollback)
-        policy.remove_other_checkpoints(out, journal.checkpoints(db))
-        print(f"step {config.rollback} is the current one; {undone} turns that led on from there are dropped")
-    if config.forget:
-        removed, first = journal.forget(db, config.forget)
-        if not removed:
-            sys.exit(f"--forget={config.forget}: there is no such session in {out}/journal.db")
-        trained = [step for step in journal.checkpoints(db) if first and step >= first]
-        print(f"{removed} turns of {config.forget} are removed; checkpoints trained on one: {trained or 'none'}")
+async def train(p: Program) -> None:
+    """The loop: a batch, what it teaches, a step, a swap, the records."""
+    config, state, reverted = p.config, p.state, 0
+    while not config.steps or state.step < config.steps:
+        # 1. judged turns that are fit for a batch
+        batch = await next_batch(p)
+        started = time.monotonic()
+
+        # 2. what there is to learn: an advantage from the score, prompts with a hint from the correction
+        batch, lessons = await prepare_lessons(p, batch)
+        if not lessons:
+            continue
+        ids = [sample.turn.id for sample in batch]
+
+        # 3. gradient and Adam; then a look at the new weights before anybody meets them
+        before = await p.on_trainer(trainer.served_weights, state.policy)
+        try:
+            metrics = await p.on_trainer(trainer.update, config, state, lessons)
+            probe = await p.on_trainer(
+                trainer.probe, state.policy, state.probe_ids, state.probe_prompts, state.first_logps
+            )
+            guard.check_weights(probe, state.first_probe, state.probe)
+        except (guard.Refused, torch.OutOfMemoryError) as e:
+            await p.on_trainer(trainer.restore, state)
+            journal.drop(p.db, ids, f"step {state.step + 1} reverted: {e}")
+            print(f"step {state.step + 1} reverted: {e}", file=sys.stderr)
+            reverted += 1
+            if reverted == guard.IN_A_ROW:
+                raise guard.Refused(f"{reverted} steps in a row reverted, the last one: {e}") from e
+            continue
+        trained, reverted = time.monotonic(), 0
+
+        # 4. swap: the engine gets the new weights; running answers continue
+        weights = await p.on_trainer(trainer.served_weights, state.policy)
+        probe_logps = await p.on_trainer(trainer.probe_logps, state.policy, state.probe_ids)
+        new, old = (state.step + 1, weights), (state.step, before)
+        async with p.swapping:
+            gap, p.pause = await swap.push(p.engine, new, old, (state.probe_ids, probe_logps), config.push_bound)
+
+        # 5. commit: mark the turns as trained; a restart or a reverted step returns to this snapshot
+        await wait_for_disk_space(p)
+        journal.mark_trained(p.db, ids, state.step + 1)
+        for s in batch:
+            grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
+        state.step, state.probe = state.step + 1, probe
+        await p.on_trainer(trainer.snapshot, state)
+
+        # 6. report, and a checkpoint every `save_every` steps
+        seconds = {"train_s": trained - started, "push_s": time.monotonic() - trained}
+        report(p, batch, metrics | {f"probe_{k}": v for k, v in probe.items()} | {"push_gap": gap} | seconds)
+        if state.step - max(journal.checkpoints(p.db), default=0) >= config.save_every:
+            await save(p)
+    p.training = "off"
 
 
-async def main(config: Config) -> bool:
-    """True where the engine died, and a new start may help."""
-    out, loopback = Path(config.out), config.host in server.LOOPBACK
-    lock = journal.hold(out) if not config.print_client else None  # the server may run while its client is set up
-    keys = server.users_of(config.key.split(",") if config.key else [] if loopback else server.own_keys(out / "keys"))
-    if not keys and not loopback:
-        sys.exit(f"--host={config.host} is not loopback, and there is no key in {out}/keys")
-    anywhere = config.host in ("0.0.0.0", "::")
-    address = f"http://{'127.0.0.1' if anywhere else config.host}:{config.port}/v1"  # for our own judge
-    shown = f"http://{socket.getfqdn()}:{config.port}/v1" if anywhere else address
-    paste = functools.partial(clients.paste, shown, config.name, next(iter(keys), "none"), config.max_model_len)
-    if lock is None:
-        print(paste(config.print_client))
-        return False
+async def next_batch(p: Program) -> list[Sample]:
+    """Wait for a full batch. Turns that are unfit for it are dropped with their reason, once there is disk space to
+    write that down."""
+    batch: list[Sample] = []
+    while len(batch) < p.config.batch_size:
+        turn_id = await p.to_train.get()
+        await wait_for_disk_space(p)
+        sample = journal.load_sample(p.db, turn_id)
+        if why_not := guard.reject_reason(sample, batch, p.state.step, p.config):
+            journal.drop(p.db, [turn_id], why_not)
+        else:
+            batch.append(sample)
+    return journal.begin_step(p.db, [sample.turn.id for sample in batch])
+
+
+async def prepare_lessons(p: Program, batch: list[Sample]) -> tuple[list[Sample], list[trainer.Lesson]]:
+    """The samples of a batch that teach something, and what; the others are dropped."""
+    keys = [grpo.baseline_key(s.turn.user, s.from_tool) for s in batch]
+    prompts = [tuple(s.turn.prompt_ids) for s in batch]
+    # What was not sampled from the plain policy has no advantage: it can only learn from its hint.
+    scores = [0 if s.turn.no_rl or not p.config.w_rl else s.verdict.score for s in batch]
+    advs = grpo.advantages(scores, keys, prompts, p.state.baselines, p.config.baseline)
+    kept, lessons = [], []
+    for sample, key, adv in zip(batch, keys, advs, strict=True):
+        hinted = await hinted_prompts(p, sample) if p.config.w_opd and sample.verdict.hints else []
+        if adv or hinted:
+            kept.append(sample)
+            lessons.append(trainer.Lesson(sample.turn, adv, hinted))
+        else:
+            grpo.move_baseline(p.state.baselines, key, sample.verdict.score)
+            journal.drop(p.db, [sample.turn.id], journal.NOTHING)
+    return kept, lessons
+
+
+async def hinted_prompts(p: Program, sample: Sample) -> list[list[int]]:
+    """A prompt for each candidate hint that fits; [] where none can be used, with the reason in the turn's row."""
+    turn, longest = sample.turn, p.config.max_train_tokens - len(sample.turn.response_ids)
+    try:
+        prompts = await distill.hinted_prompts(
+            p.own_client, turn.messages, turn.template, turn.prompt_ids, sample.verdict.hints
+        )
+        if not (fitting := [prompt for prompt in prompts if len(prompt) <= longest]):
+            raise distill.NoHintedPrompt(f"longer than {p.config.max_train_tokens} tokens with it")
+    except distill.NoHintedPrompt as e:
+        journal.note(p.db, turn.id, f"hint not used: {e}")
+        return []
+    return fitting
+
+
+def report(p: Program, batch: list[Sample], metrics: dict[str, float]) -> None:
+    """One line on the screen and one row in metrics.jsonl for a step."""
+    turns, rewards = [s.turn for s in batch], [s.verdict.score for s in batch]
+    row = {
+        "step": p.state.step,
+        "reward": sum(rewards) / len(rewards),
+        "length": metrics["tokens"] / len(turns),
+        **metrics,
+        "pause_s": p.pause[1] - p.pause[0],
+        "stale": sum(p.state.step - 1 - max(v for v, _, _ in t.versions) for t in turns) / len(turns),
+        "waiting": p.to_train.qsize(),
+        "time": time.time(),
+    }
+    with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
+    print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
+
+
+async def wait_for_disk_space(p: Program) -> None:
+    while not journal.has_disk_space(p.db):
+        p.training = "waits: the disk is full"
+        await asyncio.sleep(1)
+    p.training = "on"
+
+
+async def save(p: Program) -> None:
+    """A checkpoint, if there is something new. Where it can't be written, the next step tries again."""
+    state, out = p.state, Path(p.config.out)
+    if state.step == max(journal.checkpoints(p.db), default=0):
+        return
+    size = trainer.saved_bytes(state) + journal.RESERVE
+    try:
+        await p.on_trainer(checkpoint.write, out, state.step, size, lambda folder: trainer.save(state, folder))
+    except checkpoint.CheckpointError as e:
+        print(f"no checkpoint of step {state.step}: {e}", file=sys.stderr)
+        return
+    journal.add_checkpoint(p.db, state.step, p.config.keep)
+    await p.on_trainer(checkpoint.remove_others, out, journal.checkpoints(p.db))
+
+
+# ---- the program ----
+
+
+async def setup(config: Config) -> Program:
+    """Everything up to a running engine and loaded weights. UsageError where an option or the folder is wrong."""
+    out, loopback = Path(config.out), config.host in keys.LOOPBACK
+    lock = journal.lock_out_dir(out)
+    users = keys.users_of(config.key.split(",") if config.key else [] if loopback else keys.own_keys(out / "keys"))
+    if not users and not loopback:
+        raise UsageError(f"--host={config.host} is not loopback, and there is no key in {out}/keys")
     db = journal.open_journal(out / "journal.db")
-    if not journal.room(db):
-        sys.exit(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
-    if config.rollback >= 0 or config.forget:
-        maintain(config, db, out)
-        return False
-    start = policy.model_folder(config.model)
-    journal.claim(db, start, policy.fingerprint(start))
+    if not journal.has_disk_space(db):
+        raise UsageError(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
+    start = model_folder(config.model)
+    journal.bind_model(db, start, fingerprint(start))
     step = journal.recover(db)
-    policy.remove_other_checkpoints(out, journal.checkpoints(db))
-    trim_metrics(out / "metrics.jsonl", step)
-    folder = policy.checkpoint_folder(out, step) if step else start
-    policy.check_folder(folder, policy.ROLL_BACK if step else "")
-    tool_parser = swap.tool_parser_of(folder) if config.tool_parser == "auto" else config.tool_parser
-    where = plan(config, folder)
+    checkpoint.remove_others(out, journal.checkpoints(db))
+    checkpoint.trim_metrics(out / "metrics.jsonl", step)
+    folder = checkpoint.folder_of(out, step) if step else start
+    check_folder(folder, trainer.ROLL_BACK if step else "")
+    plan = machine.plan(config, folder)
     try:  # before the engine starts, which takes a while
         listener = socket.create_server((config.host, config.port))
     except OSError as e:
-        sys.exit(f"--host={config.host} --port={config.port}: {e.strerror}")
+        raise UsageError(f"--host={config.host} --port={config.port}: {e.strerror}") from e
     for s in (signal.SIGINT, signal.SIGTERM):  # the engine's start blocks the event loop
         signal.signal(s, lambda *_: sys.exit("stopped while starting"))
+    anywhere = config.host in ("0.0.0.0", "::")
+    url = f"http://{'127.0.0.1' if anywhere else config.host}:{config.port}/v1"
+    shown = f"http://{socket.getfqdn()}:{config.port}/v1" if anywhere else url
+    engine_args = swap.engine_args(config, folder, plan)
     print(
-        f"model     {folder}\n"
-        f"device    {where.device}; training in {where.dtype}"
-        f"{', measured GFLOP/s: ' if where.gflops else ''}"
-        f"{', '.join(f'{str(k)[6:]} {v:.0f}' for k, v in where.gflops.items())}\n"
-        f"cores     {where.engine_cores} engine, {where.trainer_cores} trainer\n"
-        f"memory    {where.needed:.1f} GiB needed, {where.free:.1f} free; engine {where.engine:.1f}\n"
-        f"judge     {config.judge_url or 'the model itself'}, {where.judge_style} style\n"
-        f"parsers   tool calls {tool_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
-        f"address   {shown}  model {config.name!r}  key {'needed' if keys else 'any'}\n"
+        f"model     {folder}\n{plan}\n"
+        f"judge     {config.judge_url or 'the model itself'}, {plan.judge_style} style\n"
+        f"parsers   tool calls {engine_args.tool_call_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
+        f"address   {shown}  model {config.name!r}  key {'needed' if users else 'any'}\n"
         f"out       {out.resolve()}\n"
-        f"OpenClaw  in ~/.openclaw/openclaw.json (--print_client=openai, curl or open-webui for others):\n"
-        f"{paste('openclaw')}",
+        f"OpenClaw  in ~/.openclaw/openclaw.json (others: python -m clients.paste --help):\n"
+        f"{paste.openclaw(shown, config.name, next(iter(users), 'none'), config.max_model_len)}",
         flush=True,
     )
-
-    args = swap.engine_args(
-        str(folder),
-        name=config.name,
-        max_model_len=config.max_model_len,
-        device=where.device,
-        memory_gib=where.engine,
-        cores=where.engine_cores,
-        seed=config.seed,
-        tool_parser=tool_parser,
-        reasoning_parser=config.reasoning_parser,
-        max_seqs=config.max_seqs,
-    )
-    # The trainer loads, and a small model's judge is fitted, on their own cores while the engine starts.
-    trainer = ThreadPoolExecutor(1, "trainer", policy.settle_trainer_thread, (where.trainer_cores,))
-    judging = ThreadPoolExecutor(1, "judge", policy.settle_trainer_thread, (where.trainer_cores,))
-    loading = trainer.submit(
-        policy.load_state, folder, start, where.device, where.dtype, config.lr, (config.beta1, config.beta2)
-    )
-    if where.judge_style == "head":
-        fitting = judging.submit(fit_judge, loading, policy.judge_cache(start))
-    engine = swap.start_engine(args)
-    stop, died = asyncio.Event(), asyncio.Event()
-    for s in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(s, stop.set)
-    tasks: list[asyncio.Task] = []
+    # The trainer loads, and a small model's judge is fitted, on their own cores while the engine starts. Both threads
+    # look at `stopping`: the process can't end before they do.
+    stopping = threading.Event()
+    threads = [ThreadPoolExecutor(1, name, machine.bind_thread, (plan.trainer_cores,)) for name in ("train", "judge")]
+    loading = threads[0].submit(trainer.load_state, config, folder, start, plan.device, plan.dtype)
+    fitting = threads[1].submit(fit_judge, loading, start, stopping) if plan.judge_style == "head" else None
+    engine = None
     try:
-        on_trainer = lambda f, *a: asyncio.get_running_loop().run_in_executor(trainer, f, *a)  # noqa: E731
+        engine = swap.start_engine(engine_args)
         state = await asyncio.wrap_future(loading)
+        state.stopping = stopping
         await engine.update_weight_version(str(state.step))
+    except BaseException:
+        stopping.set()
+        if engine:
+            engine.shutdown(2)
+        raise
+    return Program(config, lock, db, listener, users, url, engine_args, engine, state, *threads, fitting)
 
-        waiting: asyncio.Queue[str] = asyncio.Queue()
-        queued: asyncio.Queue[str | None] = asyncio.Queue()  # judged turns, by id; None: stop
-        for turn_id in journal.in_state(db, "judging"):
-            waiting.put_nowait(turn_id)
-        for turn_id in journal.in_state(db, "queued"):
-            queued.put_nowait(turn_id)
 
-        def enqueue(queue: asyncio.Queue, turn_id: str) -> None:
-            if journal.pending(db) > config.max_waiting:
-                journal.drop(db, [turn_id], f"more than {config.max_waiting} turns wait for the judge or the trainer")
-            else:
-                queue.put_nowait(turn_id)
+def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading.Event) -> reward.Head:
+    state = loading.result()
+    return reward.make_head(state.start, state.tokenizer, CACHE / "judge" / fingerprint(start)[:16], stopping)
 
-        def on_next(turn_id: str) -> None:
-            enqueue(waiting, turn_id)
 
-        def on_feedback(turn_id: str, verdict: Verdict) -> None:
-            if journal.record_verdict(db, turn_id, verdict):
-                enqueue(queued, turn_id)
-
-        judge_key = secrets.token_urlsafe(24)
-
-        def status() -> dict:
-            return {
-                "step": state.step,
-                "training": state.training,
-                "batch_size": config.batch_size,
-                "pause": state.pause,
-                "turns": journal.counts(db),
-                "dropped": journal.drop_reasons(db),
-            }
-
-        app = await server.build_app(engine, args, db, keys, judge_key, on_next, on_feedback, status)
-        web = server.web_server(app)
-        own = AsyncOpenAI(base_url=address, api_key=judge_key)
-        if where.judge_style == "head":
-            judge = reward.HeadJudge(fitting, state.start, state.tokenizer, judging)
-        else:
-            client = reward.endpoint(config.judge_url) if config.judge_url else own
-            longest = min(4096, config.max_model_len)  # vLLM refuses more
-            judge = reward.ChatJudge(client, config.judge_model or config.name, config.votes, longest)
-        watch = asyncio.create_task(
-            swap.watch(engine, died)
-        )  # to the very end, so that no call waits for a dead engine
-        tasks = [asyncio.create_task(web.serve(sockets=[listener]))]
-        while not web.started and not tasks[0].done():
-            await asyncio.sleep(0.05)
-        tasks += [
-            asyncio.create_task(train(config, engine, state, queued, db, own, on_trainer)),
-            *[asyncio.create_task(judge_turns(waiting, queued, db, config, judge, state)) for _ in range(8)],
-            asyncio.create_task(expire_turns(db, config.expire)),
-            asyncio.create_task(died.wait()),
-            asyncio.create_task(stop.wait()),
-        ]
-        ready, pending = time.monotonic(), set(tasks)
-        print(f"ready     after {ready - STARTED:.0f} s", flush=True)
-        while not stop.is_set() and not died.is_set():
+async def serve(p: Program) -> bool:
+    """Serve, judge and train until a signal or the engine's death; True where a new start may help."""
+    stopped, died = asyncio.Event(), asyncio.Event()
+    for s in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(s, stopped.set)
+    for queue, state in ((p.to_judge, "judging"), (p.to_train, "queued")):
+        for turn_id in journal.in_state(p.db, state):
+            queue.put_nowait(turn_id)
+    judge = make_judge(p)
+    web = server.web_server(await server.build_app(p.engine, p.engine_args, p.db, p))
+    # The watch runs to the very end, so that no call waits for a dead engine.
+    watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")
+    tasks = [asyncio.create_task(web.serve(sockets=[p.listener]), name="server")]
+    while not web.started and not tasks[0].done():
+        await asyncio.sleep(0.05)
+    tasks += [
+        asyncio.create_task(train(p), name="train"),
+        *[asyncio.create_task(judge_turns(p, judge), name=f"judge {i}") for i in range(8)],
+        asyncio.create_task(expire_turns(p), name="expire"),
+        asyncio.create_task(died.wait(), name="engine died"),
+        asyncio.create_task(stopped.wait(), name="signal"),
+    ]
+    ready, pending = time.monotonic(), set(tasks)
+    print(f"ready     after {ready - STARTED:.0f} s", flush=True)
+    try:
+        while not stopped.is_set() and not died.is_set():
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if isinstance(error := task.exception(), swap.PushError | guard.Refused):
-                    state.training = f"stopped: {error}"
-                    print(f"training stopped, serving goes on with step {state.step}: {error}", file=sys.stderr)
-                elif error and not engine.errored:
+            for error in (task.exception() for task in done):
+                if isinstance(error, swap.PushError | guard.Refused):
+                    p.training = f"stopped: {error}"
+                    print(f"training stopped, serving continues with step {p.state.step}: {error}", file=sys.stderr)
+                elif error and not p.engine.errored:
                     raise error
         if died.is_set() and time.monotonic() - ready < 60:
-            sys.exit("the engine died soon after the start")
+            raise UsageError("the engine died soon after the start")
     finally:
-        print("stopping", flush=True)
-        ending = [asyncio.to_thread(engine.shutdown, 2)]
-        if tasks:
-            # The server and the trainer end by themselves: a step is left between two rows, a swap never half-way.
-            web.should_exit = state.stopping = True
-            queued.put_nowait(None)
-            for task in tasks[2:]:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            watch.cancel()
-            ending.append(save(config, state, db, on_trainer))
-        await asyncio.gather(*ending)
-        trainer.shutdown(wait=False, cancel_futures=True)
-        judging.shutdown(wait=False, cancel_futures=True)
-        db.close()
-        lock.close()
-    return died.is_set() and not stop.is_set()
+        await stop(p, web, tasks, watch)
+    return died.is_set() and not stopped.is_set()
 
 
-def trim_metrics(metrics: Path, step: int) -> None:
-    """Leave out what was measured in steps that are undone, and a line that was cut off."""
-    if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-        rows = [line for line in lines if json.loads(line)["step"] <= step]
-        part = metrics.with_suffix(".part")
-        part.write_text("".join(rows))
-        part.replace(metrics)
+async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], watch: asyncio.Task) -> None:
+    """End the server and all tasks, and write a checkpoint. A swap is finished first, a step is left between rows."""
+    print("stopping", flush=True)
+    async with p.swapping:
+        p.state.stopping.set()
+        web.should_exit = True
+        for task in tasks[1:]:  # the server ends by itself
+            task.cancel()
+    shutdown = asyncio.create_task(asyncio.to_thread(p.engine.shutdown, 2))
+    await asyncio.gather(*tasks, return_exceptions=True)
+    watch.cancel()
+    await asyncio.gather(shutdown, save(p))
 
 
-async def save(config: Config, state: policy.State, db: sqlite3.Connection, on_trainer: Any) -> None:
-    """A checkpoint, if there is something new. Where it can't be written, the next step tries again."""
-    if state.step == max(journal.checkpoints(db), default=0):
-        return
-    try:
-        await on_trainer(policy.save_checkpoint, state, Path(config.out), journal.RESERVE)
-    except policy.CheckpointError as e:
-        print(f"no checkpoint of step {state.step}: {e}", file=sys.stderr)
-        return
-    journal.add_checkpoint(db, state.step, config.keep)
-    await on_trainer(policy.remove_other_checkpoints, Path(config.out), journal.checkpoints(db))
+def make_judge(p: Program) -> reward.ChatJudge | reward.HeadJudge:
+    if p.fitting:
+        return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
+    client = reward.endpoint(p.config.judge_url) if p.config.judge_url else p.own_client
+    longest = min(4096, p.config.max_model_len)  # vLLM refuses more
+    return reward.ChatJudge(client, p.config.judge_model or p.config.name, p.config.votes, longest)
 
 
-async def expire_turns(db: sqlite3.Connection, after_s: float) -> None:
-    """The time in which the program did not run is not counted: it begins with a wait."""
-    await asyncio.sleep(after_s)
+async def expire_turns(p: Program) -> None:
+    """Drop answers that got no next message. Sleeps first, so downtime doesn't count."""
+    await asyncio.sleep(p.config.expire)
     while True:
-        if journal.room(db):
-            journal.expire(db, after_s)
-        await asyncio.sleep(min(60.0, after_s))
+        if journal.has_disk_space(p.db):
+            journal.expire(p.db, p.config.expire)
+        await asyncio.sleep(min(60.0, p.config.expire))
 
 
-async def wait_for_room(db: sqlite3.Connection, state: policy.State) -> None:
-    while not journal.room(db) and not state.stopping:
-        state.training = "waits: the disk is full"
-        await asyncio.sleep(1)
-    state.training = "on"
-
-
-async def train(
-    config: Config,
-    engine: Any,
-    state: policy.State,
-    queued: "asyncio.Queue[str | None]",
-    db: sqlite3.Connection,
-    client: AsyncOpenAI,
-    on_trainer: Any,
-) -> None:
-    """The loop. `state` has the policy (the very weights that are served), its fp32 masters, Adam and the step."""
-    refused, state.training = 0, "on"
-    shares = {"user": config.user_share, "session": config.session_share, "truncated": config.truncated_share}
-    while not config.steps or state.step < config.steps:
-        # 1. a batch of judged turns that are fit for it, when there is room on the disk to say what became of them
-        batch: list[Sample] = []
-        while len(batch) < config.batch_size:
-            if (turn_id := await queued.get()) is None or state.stopping:
-                return
-            await wait_for_room(db, state)
-            sample = journal.load_sample(db, turn_id)
-            why_not = guard.unfit(
-                sample,
-                batch,
-                state.step,
-                batch_size=config.batch_size,
-                max_staleness=config.max_staleness,
-                max_train_tokens=config.max_train_tokens,
-                w_rl=config.w_rl,
-                shares=shares,
-            )
-            if why_not:
-                journal.drop(db, [turn_id], why_not)
-            else:
-                batch.append(sample)
-        ids = [sample.turn.id for sample in batch]
-        started, batch = time.monotonic(), journal.begin_step(db, ids)
-
-        # 2. what there is to learn from: advantages for the scores, prompts with the hint in them for the corrections
-        rewards, turns = [s.verdict.score for s in batch], [s.turn for s in batch]
-        keys = [grpo.baseline_key(s.turn.user, s.from_tool) for s in batch]
-        # What was sampled otherwise than by the plain policy has no advantage: it can only learn from its hint.
-        scored = [0 if s.turn.no_rl or not config.w_rl else s.verdict.score for s in batch]
-        advs = grpo.advantages(scored, keys, [tuple(t.prompt_ids) for t in turns], state.baselines, config.baseline)
-        hinted: list[list[list[int]]] = [[] for _ in batch]  # per turn, a prompt for each candidate hint
-        for i, (turn, verdict) in enumerate((s.turn, s.verdict) for s in batch):
-            if state.stopping:
-                return
-            if config.w_opd and verdict.hints:
-                try:
-                    candidates = await distill.hinted_prompts(
-                        client, turn.messages, turn.template, turn.prompt_ids, verdict.hints
-                    )
-                    room = config.max_train_tokens - len(turn.response_ids)
-                    hinted[i] = [prompt for prompt in candidates if len(prompt) <= room]
-                    if not hinted[i]:
-                        raise distill.NoHintedPrompt(f"longer than {config.max_train_tokens} tokens with it")
-                except distill.NoHintedPrompt as e:
-                    if state.stopping:  # the server that renders it has gone
-                        return
-                    journal.note(db, turn.id, f"hint not used: {e}")
-        useful = [i for i in range(len(batch)) if advs[i] or hinted[i]]
-        for i in set(range(len(batch))) - set(useful):
-            grpo.move_baseline(state.baselines, keys[i], rewards[i])
-            journal.drop(db, [ids[i]], journal.NOTHING)
-        if not useful:
-            continue
-        ids, rewards, keys, turns, advs, hinted = (
-            [values[i] for i in useful] for values in (ids, rewards, keys, turns, advs, hinted)
-        )
-
-        # 3. gradient and Adam, off the event loop: serving and judging go on
-        before = await on_trainer(policy.served_weights, state.policy)
-        try:
-            metrics = await on_trainer(update, config, state, turns, advs, hinted)
-            if metrics is None:
-                return
-            probe = await on_trainer(guard.probe, state.policy, state.probe_ids, state.probe_prompts, state.first_logps)
-            guard.check_weights(probe, state.first_probe, state.probe)
-        except (guard.Refused, torch.OutOfMemoryError) as e:  # nobody has met these weights
-            await on_trainer(policy.go_back, state)
-            journal.drop(db, ids, f"step {state.step + 1} taken back: {e}")
-            print(f"step {state.step + 1} taken back: {e}", file=sys.stderr)
-            refused += 1
-            if refused == guard.IN_A_ROW:
-                raise guard.Refused(f"{refused} steps in a row taken back, the last one: {e}") from e
-            continue
-        trained, refused = time.monotonic(), 0
-
-        # 4. swap: the engine gets the new weights while its answers go on
-        weights = await on_trainer(policy.served_weights, state.policy)
-        probe_logps = await on_trainer(policy.probe_logps, state.policy, state.probe_ids)
-        gap, state.pause = await swap.push(
-            engine, weights, state.step + 1, state.probe_ids, probe_logps, before, config.push_bound
-        )
-        await wait_for_room(db, state)
-        journal.mark_trained(db, ids, state.step + 1)
-        for key, r in zip(keys, rewards, strict=True):
-            grpo.move_baseline(state.baselines, key, r)
-        state.step, state.probe = state.step + 1, probe
-        await on_trainer(policy.remember, state)
-
-        # 5. one row, one line
-        row = {
-            "step": state.step,
-            "reward": sum(rewards) / len(rewards),
-            "length": metrics["tokens"] / len(turns),
-            **metrics,
-            **{f"probe_{k}": v for k, v in probe.items()},
-            "push_gap": gap,
-            "pause_s": state.pause[1] - state.pause[0],
-            "train_s": trained - started,
-            "push_s": time.monotonic() - trained,
-            "stale": sum(state.step - 1 - max(v for v, _, _ in t.versions) for t in turns) / len(turns),
-            "waiting": queued.qsize(),
-            "time": time.time(),
-        }
-        with open(Path(config.out) / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-        print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
-        if state.step - max(journal.checkpoints(db), default=0) >= config.save_every:
-            await save(config, state, db, on_trainer)
-    state.training = "off"
-
-
-def update(
-    config: Config, state: policy.State, turns: list[Turn], advs: list[float], hinted: list[list[list[int]]]
-) -> dict[str, Any] | None:
-    """One step of Adam on a batch, row by row; None, with nothing changed, when the program is to stop.
-
-    Returns what a step prints."""
-    n = sum(len(t.response_ids) for t in turns)
-    n_sampled = sum(len(t.response_ids) for t in turns if not t.no_rl)
-    n_hinted = 0.0
-    sums: dict[str, float] = dict.fromkeys(("loss", "kl", "nll", "start_nll", "dlogp", "clipped"), 0.0)
-    gap = dlogp_max = 0.0
-    head, start_head = (m.get_output_embeddings().weight for m in (state.policy, state.start))  # (V, D)
-    for row in grpo.collate(
-        [t.prompt_ids for t in turns],
-        [t.response_ids for t in turns],
-        [[math.nan] * len(t.logprobs) if t.no_rl else t.logprobs for t in turns],
-        advs,
-        [1.0 if t.no_rl else t.temperature for t in turns],
-        config.row_tokens,
-        state.policy.device,
-    ):
-        if state.stopping:
-            return None
-        # A long row doesn't keep its activations: they are made anew in the backward pass, at a third more time.
-        if row["ids"].numel() > config.row_tokens:
-            state.policy.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            state.policy.gradient_checkpointing_disable()
-        hidden, ids = grpo.response_hidden(state.policy, row), row["target"][:, None]  # (N, D), (N, 1)
-        corrected = {i: hinted[i] for i in row["sample"].unique().tolist() if hinted[i]}
-        if corrected:
-            # Behind the sampled token, for the score's loss, those for the hint's: of k = 0, the sampled one again.
-            likely = distill.top_k(hidden.detach(), head, config.opd_k) if config.opd_k else ids  # (N, K)
-            ids = torch.cat([ids, likely], 1)  # (N, 1 + K)
-        logps = grpo.token_logps(hidden, head, ids, row["temperature"])  # (N, 1 or 1 + K)
-        logp = logps[:, 0]
-        if config.kl or corrected:
-            with torch.no_grad():
-                start_logps = grpo.token_logps(
-                    grpo.response_hidden(state.start, row), start_head, ids, row["temperature"]
-                )  # (N, 1 or 1 + K)
-        if corrected:
-            frozen = config.teacher == "start"
-            model, plain = (state.start, start_logps) if frozen else (state.policy, logps.detach())
-            teacher, taught = distill.teach(model, row, ids[:, 1:], corrected, plain[:, 1:])  # (N, K), (N,)
-        sampled = ~row["old_logp"].isnan()  # (N,); not those of a turn that is here for its hint alone
-        old_logp = torch.where(sampled, row["old_logp"], logp.detach())  # (N,)
-        loss = config.w_rl * grpo.ppo_clip_loss(
-            logp, old_logp, row["adv"], config.clip_low, config.clip_high, config.dual_clip
-        )  # (N,)
-        if corrected:
-            student = logps[:, 1:].detach()  # (N, K)
-            if config.opd_k:
-                opd = distill.top_k_loss(
-                    logps[:, 1:], student, teacher, config.opd_clip, config.clip_low, config.clip_high
-                )  # (N,)
-            else:  # the paper's first form: an advantage for the sampled token
-                adv = distill.advantage(student, teacher, config.opd_clip).squeeze(-1)  # (N,)
-                opd = grpo.ppo_clip_loss(
-                    logp, old_logp, adv, config.clip_low, config.clip_high, config.dual_clip
-                )  # (N,)
-            loss = loss + config.w_opd * taught * opd
-            gap += (taught * (teacher - student).abs().mean(-1)).sum().item()
-            n_hinted += taught.sum().item()
-        if config.kl:
-            # Answers are a step or two old: tokens that the policy has left since then count for less.
-            left = (logp.detach() - old_logp).exp().clamp(max=1.0)  # (N,)
-            start_logp = start_logps[:, 0]
-            loss = loss + config.kl * left * grpo.kl_loss(logp, start_logp)
-            sums["start_nll"] -= start_logp.sum().item()
-            sums["kl"] += (left * grpo.kl_value(logp.detach(), start_logp)).sum().item()
-        # A gradient through logits / T is 1 / T as large: without the factor a cold turn would outweigh its batch.
-        ((loss * row["temperature"]).sum() / n).backward()
-        policy.add_up(state)
-        log_ratio = logp.detach() - old_logp  # (N,)
-        outside = (log_ratio.exp() < 1 - config.clip_low) | (log_ratio.exp() > 1 + config.clip_high)
-        sums["loss"] += loss.sum().item()
-        sums["nll"] -= logp.sum().item()
-        sums["dlogp"] += log_ratio.abs().sum().item()
-        dlogp_max = max(dlogp_max, log_ratio.abs().max().item())
-        sums["clipped"] += outside.sum().item()
-    norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
-    guard.check_batch(sums["loss"] / n, norm, sums["dlogp"] / max(1, n_sampled))
-    state.adam.step()
-    state.adam.zero_grad(set_to_none=False)
-    policy.publish(state.masters, state.policy)
-    return {
-        "tokens": n,
-        "grad_norm": norm,
-        **{k: v / (max(1, n_sampled) if k == "dlogp" else n) for k, v in sums.items()},
-        "dlogp_max": dlogp_max,
-        "hinted": sum(map(bool, hinted)) / len(turns),
-        "teacher_gap": gap / max(1, n_hinted),
-        "repeated": sum(grpo.repetition(t.response_ids) for t in turns) / len(turns),
-    }
+async def main(config: Config) -> bool:
+    """Run the program; True where the engine died, and a new start may help."""
+    p = await setup(config)
+    try:
+        return await serve(p)
+    finally:
+        p.engine.shutdown(2)
+        for threads in (p.trainer, p.judging):
+            threads.shutdown(wait=False, cancel_futures=True)
+        p.db.close()
+        p.lock.close()
 
 
 STARTED = time.monotonic()
 
 if __name__ == "__main__":
-    if asyncio.run(main(parse(sys.argv[1:]))):
+    try:
+        start_again = asyncio.run(main(parse(sys.argv[1:])))
+    except UsageError as e:
+        sys.exit(str(e))
+    if start_again:
         print("the engine died; starting again from the last checkpoint", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, *sys.argv])

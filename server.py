@@ -1,40 +1,35 @@
 """The API: vLLM's own OpenAI app, mounted behind a capture that writes every answer into the journal.
 
-Two pieces do it. `Capture` (ASGI) reads the body of a POST and says who asks; `Recorder` stands where vLLM's app
-expects the engine, passes every output through untouched, and writes the turn down before its last token leaves.
+`Capture` (ASGI) checks the key and reads the body of a POST. `Recorder` takes the engine's place in vLLM's app: it
+passes every output through unchanged, and writes the turn down before its last token is sent.
 """
 
-import hashlib
 import hmac
 import json
-import os
-import re
-import secrets
 import sqlite3
-import sys
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import journal
 import reward
 import swap
-from journal import Turn, Verdict
-from sessions import asked_by_the_client, conversation, find_continued, fingerprints, request_of
+from clients.keys import from_elsewhere
+from clients.sessions import asked_by_the_client, conversation, find_parent, fingerprints, request_of
+from durable import journal
+from durable.journal import Turn, Verdict
 
 CHAT = "/v1/chat/completions"
 CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
@@ -42,8 +37,7 @@ OPEN_PATHS = ("/health",)
 MAX_BODY_BYTES = 32 << 20
 MAX_MESSAGES = 10_000
 SESSION_HEADERS = ("x-session-id", "x-session-affinity", "x-openwebui-chat-id")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Fields of a chat request, beside its messages, that go into the prompt; vLLM's /tokenize takes them by the same names.
+# The other fields of a chat request that go into the prompt; vLLM's /tokenize has the same names for them.
 TEMPLATE_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 
 SAMPLING_DEFAULTS = {
@@ -76,7 +70,7 @@ class Asked:
     template: dict  # the TEMPLATE_FIELDS that are there
     session: str | None  # user/ID, where a client names one
     side: bool  # X-Turn-Type: side
-    done: bool  # X-Session-Done: nobody will go on from this answer
+    done: bool  # X-Session-Done: no next message will come
 
 
 asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
@@ -86,72 +80,35 @@ def openai_error(status: int, message: str, kind: str = "invalid_request_error")
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 
-def users_of(entries: Iterable[str]) -> dict[str, str]:
-    """API key -> user name, from "user:key" or "key", which is a user of its own. SystemExit names a wrong entry."""
-    users: dict[str, str] = {}
-    for entry in entries:
-        name, _, key = entry.strip().rpartition(":")
-        if not re.fullmatch(r"[!-~]+", key) or key in users:
-            sys.exit(f"API key of {name or entry!r}: empty, given twice, or not of printable ASCII without spaces")
-        users[key] = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
-    return users
-
-
-def own_keys(file: Path) -> list[str]:
-    """The entries of a file with a "user:key" in each line, for its owner's eyes only; made where it is missing, with
-    one key that is printed this once."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        key, part = "sk-" + secrets.token_urlsafe(24), file.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        with open(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as f:
-            f.write(f"me:{key}\n")
-        part.rename(file)
-        print(f"your API key, kept in {file} (add lines user:key for others): {key}", flush=True)
-    return [line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
-
-
-def from_elsewhere(headers: dict[str, str]) -> str | None:
-    """Where a request without a key comes from, if that is not this machine: a web page that a browser has open, or
-    another machine's name for this one, may not talk to (and train) a server that asks for no key."""
-    for name, prefix in (("origin", ""), ("host", "//")):
-        try:
-            if name in headers and urlsplit(prefix + headers[name]).hostname not in LOOPBACK:
-                return f"{name} {headers[name]}"
-        except ValueError:
-            return f"{name} {headers[name]}"
-    return None
-
-
 class Capture:
     """ASGI: check the key, read the body, remember who asks what, replay the body to vLLM's app."""
 
-    def __init__(self, app: ASGIApp, keys: dict[str, str], judge_key: str, room: Callable[[], bool]) -> None:
-        """`keys`: API key -> user name; empty: no key is needed, everybody on this machine is "local"."""
-        self.app, self.keys, self.judge_key, self.room = app, keys, judge_key, room
+    def __init__(self, app: ASGIApp, users: dict[str, str], own_key: str, has_disk_space: Callable[[], bool]) -> None:
+        """`users`: API key -> user name; empty: no key is needed, everybody on this machine is "local"."""
+        self.app, self.users, self.own_key, self.has_disk_space = app, users, own_key, has_disk_space
 
-    def user_of(self, headers: dict[str, str]) -> str | None:
-        """Whose key this is; "" for our own judge (not recorded); None for a wrong one."""
+    def user_of(self, headers: Headers) -> str | None:
+        """Whose key this is; "" for our own requests (not recorded); None for a wrong one."""
         given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
-        names = {self.judge_key: "", **self.keys}
+        names = {self.own_key: "", **self.users}
         found = [name for key, name in names.items() if hmac.compare_digest(key.encode(), given.encode())]
-        return found[0] if found else (None if self.keys else "local")
+        return found[0] if found else (None if self.users else "local")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        headers = Headers(scope=scope)
         user = "" if scope["path"] in OPEN_PATHS else self.user_of(headers)
         if user is None:
             error = openai_error(401, "wrong or missing API key")
             return await error(scope, receive, send)
-        if user == "local" and not self.keys and (where := from_elsewhere(headers)):
+        if user == "local" and not self.users and (where := from_elsewhere(headers)):
             error = openai_error(403, f"from {where}: a key is needed for that, see --key")
             return await error(scope, receive, send)
         scope.setdefault("state", {})["user"] = user
         if scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        if user and scope["path"] in (*CAPTURED, "/v1/feedback") and not self.room():
+        if user and scope["path"] in (*CAPTURED, "/v1/feedback") and not self.has_disk_space():
             error = openai_error(507, "the disk is full: nothing more can be written down", "server_error")
             return await error(scope, receive, send)
 
@@ -175,8 +132,7 @@ class Capture:
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         # vLLM makes its request id, and so the id of our row, from this header: a client's own could come twice.
-        scope["headers"] = [(k, v) for k, v in scope["headers"] if k.lower() != b"x-request-id"]
-        scope["headers"].append((b"x-request-id", uuid.uuid4().hex.encode()))
+        MutableHeaders(scope=scope)["x-request-id"] = uuid.uuid4().hex
         asked.set(None)
         if user and scope["path"] in CAPTURED:
             try:
@@ -219,15 +175,17 @@ def with_reasoning_content(send: Send) -> Send:
     async def renamed(message: Message) -> None:
         nonlocal start
         if message["type"] == "http.response.start":
-            if any(k.lower() == b"content-length" for k, _ in message["headers"]):
+            if "content-length" in Headers(raw=message["headers"]):
                 start = message
                 return
         else:
             message["body"] = message.get("body", b"").replace(b'"reasoning":', b'"reasoning_content":')
             if start is not None:
-                headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
-                length = [] if message.get("more_body") else [(b"content-length", str(len(message["body"])).encode())]
-                await send(start | {"headers": headers + length})
+                headers = MutableHeaders(raw=start["headers"])
+                del headers["content-length"]
+                if not message.get("more_body"):
+                    headers["content-length"] = str(len(message["body"]))
+                await send(start | {"headers": headers.raw})
                 start = None
         await send(message)
 
@@ -273,10 +231,10 @@ def why_no_rl(params: Any) -> str:
 
 
 class Recorder:
-    """The engine, as vLLM's app sees it: `generate` also writes the turn down; all else goes straight through."""
+    """The engine, as vLLM's app sees it: `generate` also records the turn; everything else is passed on."""
 
     def __init__(self, engine: Any, db: sqlite3.Connection, on_next: Callable[[str], None]) -> None:
-        """`on_next(turn_id)` is called when a conversation went on from that turn."""
+        """`on_next(turn_id)` is called when a conversation continued from that turn."""
         self._engine, self._db, self._on_next = engine, db, on_next
 
     def __getattr__(self, name: str) -> Any:
@@ -289,6 +247,7 @@ class Recorder:
         if request is not None and request.path != CHAT and not request.messages:
             request = None  # see note_rendered
         prompt = swap.salted(prompt)
+        sampling_params.seed = swap.usable_seed(self._engine, sampling_params.seed)
         # aclosing: when the client hangs up, the engine must hear of it now, not when the inner generator is collected
         outputs = aclosing(self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs))
         if request is None:
@@ -298,25 +257,12 @@ class Recorder:
             return
 
         # The prompt was valid, or we would not be here: only now does the request count as a next message.
-        tools, side = tool_names(request.template), request.side or asked_by_the_client(request.messages)
-        before, following = find_continued(self._db, request.user, request.messages, tools, request.session)
-        if before is not None and following and not side and journal.record_next(self._db, before["id"], following):
-            self._on_next(before["id"])
-        session = request.session or (before["session"] if before is not None else uuid.uuid4().hex[:12])
-        dropped = None
-        if side:
-            dropped = (
-                "side request, by its header" if request.side else "side request: the client's own, not a person's"
-            )
-        elif request.done:
-            dropped = journal.LAST
-
+        session, dropped = self.link(request)
         # As the client knows it: /v1/responses numbers the calls to the engine.
         turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # the sampled token's own; the client's answer doesn't show it
-        talk = conversation(request.messages)
-        digest = fingerprints(talk, tools)[-1]
+        digest = fingerprints(conversation(request.messages), tool_names(request.template))[-1]
         delta = sampling_params.output_kind.name == "DELTA"
         seen: dict[int, tuple[list[int], list[float], list[str]]] = {}  # by choice index, for n > 1
         prompt_ids: list[int] = []
@@ -367,12 +313,26 @@ class Recorder:
                 if index not in written:
                     write(index, None, [(-1, 0, len(ids))], None)
 
+    def link(self, request: Asked) -> tuple[str, str | None]:
+        """Find the turn that this request continues and record it as that turn's next message.
+
+        Returns the new turn's session, and why the new turn is not trained on, if that is known already."""
+        tools, side = tool_names(request.template), request.side or asked_by_the_client(request.messages)
+        parent, following = find_parent(self._db, request.user, request.messages, tools, request.session)
+        if parent is not None and following and not side and journal.record_next(self._db, parent["id"], following):
+            self._on_next(parent["id"])
+        session = request.session or (parent["session"] if parent is not None else uuid.uuid4().hex[:12])
+        if side:
+            by = ", by its header" if request.side else ": the client's own, not a person's"
+            return session, f"side request{by}"
+        return session, journal.LAST if request.done else None
+
 
 # ---- the app ----
 
 
 class WebServer(uvicorn.Server):
-    """uvicorn without its signal handlers: run.py decides when and in which order things stop."""
+    """uvicorn without its signal handlers: run.py decides when things stop, and in which order."""
 
     def capture_signals(self) -> AbstractContextManager:
         return nullcontext()
@@ -380,22 +340,29 @@ class WebServer(uvicorn.Server):
 
 def web_server(app: ASGIApp) -> WebServer:
     """Streams that still run get 3 s to end when the server stops. Idle connections stay open for longer than clients
-    keep them, else one is closed under a request that is on its way."""
+    keep them, otherwise one could be closed while a request is on its way."""
     options = {"timeout_graceful_shutdown": 3, "timeout_keep_alive": 75, "lifespan": "off"}
     return WebServer(uvicorn.Config(app, log_level="warning", **options))
 
 
-async def build_app(
-    engine: Any,
-    args: Namespace,
-    db: sqlite3.Connection,
-    keys: dict[str, str],
-    judge_key: str,
-    on_next: Callable[[str], None],
-    on_feedback: Callable[[str, Verdict], None],
-    status: Callable[[], dict],
-) -> ASGIApp:
-    """vLLM's OpenAI app behind the capture, beside `POST /v1/feedback` and `GET /status`.
+class Hooks(Protocol):
+    """What the app asks and tells the program that it is a part of."""
+
+    users: dict[str, str]  # API key -> user name
+    own_key: str  # of the program's own requests
+
+    def on_next(self, turn_id: str) -> None:
+        """A conversation continued from this turn."""
+
+    def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
+        """A user rated this turn. ValueError where that comes too late."""
+
+    def status(self) -> dict[str, Any]:
+        """The body of GET /status."""
+
+
+async def build_app(engine: Any, args: Namespace, db: sqlite3.Connection, hooks: Hooks) -> ASGIApp:
+    """vLLM's OpenAI app behind the capture, next to `POST /v1/feedback` and `GET /status`.
 
     Relied on in vLLM 0.32.0: `build_app` and `init_app_state` as its own launcher calls them, and that the app
     reaches the engine through the object given to `init_app_state` alone.
@@ -405,9 +372,9 @@ async def build_app(
 
     tasks = await engine.get_supported_tasks()
     vllm_app = build_vllm_app(args, tasks, engine.model_config)
-    await init_app_state(Recorder(engine, db, on_next), vllm_app.state, args, tasks)
+    await init_app_state(Recorder(engine, db, hooks.on_next), vllm_app.state, args, tasks)
     note_rendered(vllm_app.state.online_renderer)
-    vllm_app.state.server = SimpleNamespace()  # whom vLLM tells to exit when the engine died; swap.watch sees it itself
+    vllm_app.state.server = SimpleNamespace()  # vLLM tells it to exit when the engine died; here swap.watch does that
 
     async def feedback(request: Request) -> JSONResponse:
         try:
@@ -427,17 +394,19 @@ async def build_app(
         try:
             said = [{"role": "user", "content": text}]
             hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
-            on_feedback(turn.id, Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback"))
+            hooks.on_feedback(
+                turn.id, Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback")
+            )
         except ValueError as e:
             return openai_error(409, f"too late: {e}")
         return JSONResponse({"completion_id": turn.id, "score": score})
 
     async def show_status(request: Request) -> JSONResponse:
-        return JSONResponse(status())
+        return JSONResponse(hooks.status())
 
     routes = [
         Route("/v1/feedback", feedback, methods=["POST"]),
         Route("/status", show_status, methods=["GET"]),
         Mount("/", app=vllm_app),
     ]
-    return Capture(Starlette(routes=routes), keys, judge_key, lambda: journal.room(db))
+    return Capture(Starlette(routes=routes), hooks.users, hooks.own_key, lambda: journal.has_disk_space(db))

@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 
+from config import Config
+from machine import Plan
+
 # Read by vLLM when it is imported, here and in its processes; what a person has set stays. At WARNING it says "Failed
 # to load weights" after every push, of the rotary embedding, which has none, and of a tied head; `push` looks itself.
 for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items():
@@ -65,7 +68,7 @@ class WeightReceiver:
         with set_current_vllm_config(self.vllm_config), torch.inference_mode():
             expected = {name for name, _ in model.named_parameters()}
             initialize_layerwise_reload(model)
-            loaded = model.load_weights(unpack(message))
+            loaded = model.load_weights(open_shared(message))
             finalize_layerwise_reload(model, self.vllm_config.model_config)
             head = getattr(model, "lm_head", None)
             if self.device.type == "cpu" and self.vllm_config.model_config.hf_config.tie_word_embeddings:
@@ -75,8 +78,8 @@ class WeightReceiver:
         return sorted(expected - loaded)
 
 
-def unpack(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs from what `pack` made; tensors share memory with the sender."""
+def open_shared(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
+    """(name, tensor) pairs from what `share_weights` made; tensors share memory with the sender."""
     kind, *rest = pickle.loads(message)
     if kind == "cuda":
         for name, (rebuild, arguments) in rest[0].items():
@@ -91,7 +94,7 @@ def unpack(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
 # ---- in our process ----
 
 
-def pack(weights: dict[str, torch.Tensor], path: str) -> bytes:
+def share_weights(weights: dict[str, torch.Tensor], path: str) -> bytes:
     """Put weights where the worker can reach them: CUDA IPC handles, or one flat file in shared memory at `path`."""
     if next(iter(weights.values())).is_cuda:
         from torch.multiprocessing.reductions import reduce_tensor
@@ -103,7 +106,7 @@ def pack(weights: dict[str, torch.Tensor], path: str) -> bytes:
         start = -(-end // 64) * 64  # 64-byte lines, so that any dtype can be viewed in place
         end = start + w.numel() * w.element_size()
         layout[name] = (start, end, w.dtype, tuple(w.shape))
-    with open(path, "r+b") as file:  # where there is no room (a container's /dev/shm has 64 MiB), from_file would crash
+    with open(path, "r+b") as file:  # from_file would crash where it is full (a container's /dev/shm has 64 MiB)
         os.posix_fallocate(file.fileno(), 0, end)
     flat = torch.from_file(path, shared=True, size=end, dtype=torch.uint8)
     for name, w in weights.items():
@@ -140,23 +143,8 @@ def tool_parser_of(folder: Path) -> str:
     return next((parser for mark, parser in known.items() if mark in template), "hermes")
 
 
-def engine_args(
-    model: str,
-    *,
-    name: str,
-    max_model_len: int,
-    device: str,
-    memory_gib: float,
-    cores: list[int],
-    seed: int,
-    tool_parser: str,
-    reasoning_parser: str,
-    max_seqs: int,
-) -> Namespace:
-    """vLLM's own `vllm serve` arguments for a policy that is trained while it serves.
-
-    `memory_gib`: KV cache on the CPU; all that the engine may use on a GPU.
-    """
+def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
+    """vLLM's own `vllm serve` arguments for the model in `folder`, which is trained while it serves."""
     from vllm.renderers import chat_utils
 
     # OpenClaw sends a tool call's id back as its letters and digits alone, so it gets none else ("chatcmpl-tool-...").
@@ -167,13 +155,14 @@ def engine_args(
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    tool_parser = tool_parser_of(folder) if config.tool_parser == "auto" else config.tool_parser
     flags = {
-        "model": model,
-        "served-model-name": name,
+        "model": str(folder),
+        "served-model-name": config.name,
         "dtype": "bfloat16",
-        "max-model-len": str(max_model_len),
-        "max-num-seqs": str(max_seqs),
-        "seed": str(seed),
+        "max-model-len": str(config.max_model_len),
+        "max-num-seqs": str(config.max_seqs),
+        "seed": str(config.seed),
         # The recorded log-prob is that of the distribution sampled from, and by default that is the plain policy:
         # a model's own generation_config would slip a top_p in.
         "logprobs-mode": "processed_logprobs",
@@ -183,15 +172,15 @@ def engine_args(
     }
     if tool_parser:
         flags |= {"tool-call-parser": tool_parser}
-    if reasoning_parser:
-        flags |= {"reasoning-parser": reasoning_parser}
+    if config.reasoning_parser:
+        flags |= {"reasoning-parser": config.reasoning_parser}
     switches = ["--enable-auto-tool-choice"] if tool_parser else []
-    if device == "cpu":
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-        flags |= {"kv-cache-memory-bytes": str(int(memory_gib * 2**30))}
+    if plan.device == "cpu":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.engine_cores))
+        flags |= {"kv-cache-memory-bytes": str(int(plan.engine * 2**30))}
         switches += ["--enforce-eager"]  # compiling costs 95 s at start and gains 10 % on a small model
     else:
-        flags |= {"gpu-memory-utilization": str(memory_gib * 2**30 / torch.cuda.mem_get_info()[1])}
+        flags |= {"gpu-memory-utilization": str(plan.engine * 2**30 / torch.cuda.mem_get_info()[1])}
     parser = make_arg_parser(FlexibleArgumentParser())
     return parser.parse_args([part for k, v in flags.items() for part in (f"--{k}", v)] + switches)
 
@@ -223,12 +212,12 @@ loads = 0  # how often this program has changed the engine's weights
 
 
 async def load(engine: Any, weights: dict[str, torch.Tensor], version: int) -> tuple[float, float]:
-    """Replace the engine's weights while its requests wait; streams freeze and go on, nothing is dropped.
+    """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped.
 
     Returns when the pause began and ended (time.time())."""
     global loads
     with tempfile.TemporaryFile(dir="/dev/shm") as shared:  # without a name: nothing is left there by kill -9
-        message = await asyncio.to_thread(pack, weights, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
+        message = await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
         began = time.time()
         await engine.pause_generation(mode="keep", clear_cache=False)
         loads += 1
@@ -246,9 +235,15 @@ def salted(prompt: dict) -> dict:
     """The prompt, kept apart in vLLM's prefix cache from those that came before the last swap.
 
     `reset_prefix_cache` does nothing as long as any request runs (it logs a warning and returns False), so on a busy
-    server new answers would go on reading the keys and values of old weights: mean |dlogp| 0.67 on a tiny model.
+    server new answers would keep reading the keys and values of old weights: mean |dlogp| 0.67 on a tiny model.
     """
     return {**prompt, "cache_salt": f"weights {loads} {prompt.get('cache_salt') or ''}"}
+
+
+def usable_seed(engine: Any, seed: int | None) -> int | None:
+    """A request's seed, None on a CPU: when vLLM 0.32.0 prefills a seeded request there in more than one piece, the
+    engine dies ("CPU Generator does not use offset"). OpenAI promises best effort only."""
+    return None if engine.vllm_config.device_config.device_type == "cpu" else seed
 
 
 async def prompt_logps(engine: Any, ids: list[int], request_id: str) -> torch.Tensor:
@@ -261,34 +256,33 @@ async def prompt_logps(engine: Any, ids: list[int], request_id: str) -> torch.Te
     return torch.tensor([p[i].logprob for p, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])
 
 
-async def push(
-    engine: Any,
-    weights: dict[str, torch.Tensor],
-    version: int,
-    probe_ids: list[int],
-    probe_logps: torch.Tensor,
-    before: dict[str, torch.Tensor],
-    bound: float,
-) -> tuple[float, tuple[float, float]]:
-    """Swap the engine's weights and prove it: return mean |dlogp| on the probe between the engine and the trainer, and
-    the pause as `load` gives it.
+Weights = dict[str, torch.Tensor]  # by name
 
-    `probe_logps` (L - 1,): the trainer's log-probs of probe_ids[1:] under `weights`. Where a tensor was not taken,
-    shared memory has no room, or the probe disagrees by more than `bound`, the engine gets `before` (the weights of
-    version - 1) back and PushError is raised. Running requests may have had a few tokens from the bad weights; their
-    turns carry its version. A worker's own error ends the program: what it serves then, nobody knows.
+
+async def push(
+    engine: Any, new: tuple[int, Weights], old: tuple[int, Weights], probe: tuple[list[int], torch.Tensor], bound: float
+) -> tuple[float, tuple[float, float]]:
+    """Swap the engine's weights and prove it: returns mean |dlogp| between engine and trainer on the probe, and the
+    pause as `load` gives it.
+
+    `new`, `old`: version and weights. `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,)
+    under the new weights. Where a tensor was not loaded, shared memory is full, or the probe disagrees by more than
+    `bound`, the engine gets the old weights back and PushError is raised. Running requests may have had a few tokens
+    from the bad weights; their turns carry its version. A worker's own error ends the program: it is not
+    known what it would serve.
     """
-    if weights.keys() != before.keys():  # the engine merges q, k and v, and would not miss one of them by name
-        raise PushError(f"missing or unknown tensors: {sorted(weights.keys() ^ before.keys())}")
+    (version, weights), (ids, probe_logps) = new, probe
+    if weights.keys() != old[1].keys():  # the engine merges q, k and v, and would not miss one of them by name
+        raise PushError(f"missing or unknown tensors: {sorted(weights.keys() ^ old[1].keys())}")
     tried = loads
     try:
         pause = await load(engine, weights, version)
-        got = await prompt_logps(engine, probe_ids, f"probe-{version}")
+        got = await prompt_logps(engine, ids, f"probe-{version}")
         gap = (got - probe_logps).abs().mean().item()
         if not gap <= bound:  # also for NaN
             raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {bound}")
     except Exception as e:
         if loads > tried:  # a reload that failed inside the worker can't be begun again there: this raises then, too
-            await load(engine, before, version - 1)
+            await load(engine, old[1], old[0])
         raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
     return gap, pause

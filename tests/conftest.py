@@ -13,6 +13,8 @@ import httpx
 import pytest
 import torch
 
+from tests import talking
+
 ROOT = Path(__file__).parent.parent
 
 # ChatML with tools as Qwen and Hermes models write them.
@@ -166,3 +168,12 @@ def fresh(tiny_model, tmp_path):
     for p in started:
         if p.process.poll() is None:
             p.process.kill()
+
+
+@pytest.fixture(autouse=True)
+async def close_clients():
+    """Left to the garbage collector, a client's sockets are closed before the event loop's watch on their numbers is
+    taken away, and that hits whoever has the numbers by then: vLLM's sockets, in test_swap, which then wait forever."""
+    yield
+    while talking.opened:
+        await talking.opened.pop().close()

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-import clients
 import distill
 import swap
+from clients import paste
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import TEMPLATE, make_tool_model
-from tests.test_program import ALICE, client, rated, rows, until, user
+from tests.talking import ALICE, client, rated, rows, until, user
 
 PATH = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"]}
 
@@ -260,21 +260,21 @@ async def test_hostile_shapes(program):
 
 def test_what_to_paste_into_a_client_works(program):
     arguments = f"{program.url}/v1", "policy", ALICE, 2048
-    answer = subprocess.run(
-        ["bash", "-c", clients.paste(*arguments, "curl")], capture_output=True, text=True, check=True
-    )
+    answer = subprocess.run(["bash", "-c", paste.curl(*arguments)], capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout)["choices"][0]["message"]["role"] == "assistant"
-    code = clients.paste(*arguments, "openai").replace("messages=talk", "messages=talk, max_tokens=8")
+    code = paste.openai(*arguments).replace("messages=talk", "messages=talk, max_tokens=8")
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     first, second = [r for r in rows(program) if r["prompt_ids"] and "Why is the sky blue" in r["messages"]][-2:]
     assert "one sentence" in first["next_messages"] and second["session"] == first["session"]
 
 
 @pytest.mark.parametrize("client_name", ["openclaw", "openai", "curl", "open-webui"])
-def test_print_client(tmp_path, client_name):
-    options = ["--port=1234", "--key=ann:sk-1", f"--out={tmp_path / 'out'}", f"--print_client={client_name}"]
-    done = subprocess.run([sys.executable, ROOT / "run.py", *options], capture_output=True, text=True, check=True)
-    assert "http://127.0.0.1:1234/v1" in done.stdout and "sk-1" in done.stdout and not (tmp_path / "out").exists()
+def test_what_to_paste_is_printed(client_name):
+    options = ["--url=http://127.0.0.1:1234/v1", "--key=sk-1", f"--client={client_name}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "clients.paste", *options], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "http://127.0.0.1:1234/v1" in done.stdout and "sk-1" in done.stdout
     if client_name == "openclaw":
         (provider,) = json.loads(done.stdout)["models"]["providers"].values()
         assert provider["models"][0]["contextWindow"] == 8192 and provider["apiKey"] == "sk-1"
@@ -282,7 +282,8 @@ def test_print_client(tmp_path, client_name):
 
 def test_show(program, tmp_path):
     def show(*options):
-        return subprocess.run([sys.executable, ROOT / "show.py", *options], capture_output=True, text=True)
+        command = [sys.executable, "-m", "durable.admin", "show", *options]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
     body = {"model": "policy", "messages": [{"role": "user", "content": "show me"}], "max_tokens": 4}
     headers = {"Authorization": f"Bearer {ALICE}", "X-Session-Id": "shown"}

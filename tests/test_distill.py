@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill
 import grpo
-import policy
-import run
+import trainer
+from clients.sessions import CARRIER
 from config import Config
-from sessions import CARRIER
+from durable.model import model_folder
 
 LOW, HIGH = 0.2, 0.28
 
@@ -160,7 +160,7 @@ def test_the_hint_ends_the_last_user_message_and_nothing_else_changes():
 
 @pytest.fixture(scope="module")
 def real():
-    folder = policy.model_folder("")
+    folder = model_folder("")
     return folder, AutoTokenizer.from_pretrained(folder)
 
 
@@ -178,7 +178,7 @@ def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
     (word,), (said,) = (tokenizer(w)["input_ids"] for w in (" Luna", " Max"))
     at = answer.index(said)
     config = Config(lr=1e-5, opd_k=k, w_rl=0.0, kl=0.0)
-    state = policy.load_state(folder, folder, "cpu", torch.float32, config.lr, (config.beta1, config.beta2))
+    state = trainer.load_state(config, folder, folder)
 
     @torch.no_grad()
     def probabilities():
@@ -188,7 +188,7 @@ def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
     old = logps.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1).tolist()
     turn = SimpleNamespace(prompt_ids=prompt(question), response_ids=answer, logprobs=old, temperature=1.0, no_rl="")
     hinted = [[prompt(question + distill.HINT + "I want the name Luna. Say Luna.")]]
-    metrics = run.update(config, state, [turn], [0.0], hinted)
+    metrics = trainer.update(config, state, [trainer.Lesson(turn, 0.0, hinted[0])])
     after = probabilities()
     assert metrics["hinted"] == 1 and metrics["teacher_gap"] > 0.1 and metrics["kl"] == 0
     if k:

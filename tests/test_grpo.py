@@ -209,7 +209,7 @@ def test_the_stop_token_is_trained(model):
 
 def test_rows_hold_what_fits_and_nothing_is_cut():
     lengths = [50, 10, 200, 60, 30]
-    rows = grpo.pack(lengths, 100)
+    rows = grpo.pack_rows(lengths, 100)
     assert sorted(i for row in rows for i in row) == [0, 1, 2, 3, 4]
     assert all(sum(lengths[i] for i in row) <= 100 or len(row) == 1 for row in rows) and len(rows) == 3
 

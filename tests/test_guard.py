@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import guard
-from journal import Sample, Verdict
-from tests.test_journal import BAD, turn
+import trainer
+from config import Config
+from durable import guard
+from durable.journal import Sample, Verdict
+from tests.records import BAD, turn
 
-FINE = dict(
-    batch_size=4, max_staleness=2, max_train_tokens=10, w_rl=1.0, shares={"user": 1.0, "session": 1.0, "truncated": 1.0}
-)
+FINE = dict(batch_size=4, max_staleness=2, max_train_tokens=10)
 
 
 def sample(verdict=BAD, **changes):
@@ -33,20 +33,20 @@ def sample(verdict=BAD, **changes):
             {"w_rl": 0},
             "nothing to learn from: there is no hint, and the score",
         ),
-        ({}, {"shares": {"user": 0.5, "session": 1.0, "truncated": 1.0}}, "over the share of a batch: user, 0.5"),
-        ({"user": "bob"}, {"shares": {"user": 0.5, "session": 1.0, "truncated": 1.0}}, None),
-        ({}, {"shares": {"user": 1.0, "session": 0.5, "truncated": 1.0}}, "over the share of a batch: session, 0.5"),
-        ({"session": "u"}, {"shares": {"user": 1.0, "session": 0.5, "truncated": 1.0}}, None),
-        ({"user": "bob"}, {"shares": {"user": 1.0, "session": 0.5, "truncated": 1.0}}, None),
-        ({"finish_reason": "length"}, {"shares": {"user": 1.0, "session": 1.0, "truncated": 0.0}}, "truncated, 0"),
-        ({"finish_reason": "length"}, {"shares": {"user": 1.0, "session": 1.0, "truncated": 0.25}}, None),
-        ({"finish_reason": "stop"}, {"shares": {"user": 1.0, "session": 1.0, "truncated": 0.0}}, None),
+        ({}, {"user_share": 0.5}, "over the share of a batch: user, 0.5"),
+        ({"user": "bob"}, {"user_share": 0.5}, None),
+        ({}, {"session_share": 0.5}, "over the share of a batch: session, 0.5"),
+        ({"session": "u"}, {"session_share": 0.5}, None),
+        ({"user": "bob"}, {"session_share": 0.5}, None),
+        ({"finish_reason": "length"}, {"truncated_share": 0.0}, "truncated, 0"),
+        ({"finish_reason": "length"}, {"truncated_share": 0.25}, None),
+        ({"finish_reason": "stop"}, {"truncated_share": 0.0}, None),
     ],
 )
 def test_what_is_fit_for_a_batch(changes, settings, why):
     versions = {"versions": [(5, 0, 3)]}
     chosen = [sample(**versions), sample(**versions)]
-    found = guard.unfit(sample(**versions | changes), chosen, 5, **FINE | settings)
+    found = guard.reject_reason(sample(**versions | changes), chosen, 5, Config(**FINE | settings))
     assert (found is None) if why is None else why in found
 
 
@@ -99,13 +99,13 @@ def test_the_probe_against_an_obvious_reference(tiny_model):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids, prompts = list(range(5, 45)), [[1, 2, 3], [4, 5, 6, 7, 8]]
-    first = guard.text_logps(model, ids)
-    assert guard.probe(model, ids, prompts, first)["kl"] == pytest.approx(0, abs=1e-6)
+    first = trainer.text_logps(model, ids)
+    assert trainer.probe(model, ids, prompts, first)["kl"] == pytest.approx(0, abs=1e-6)
     drawn = torch.get_rng_state()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    found, again = (guard.probe(model, ids, prompts, first) for _ in range(2))
+    found, again = (trainer.probe(model, ids, prompts, first) for _ in range(2))
     assert found == again, "the same weights give the same probe"
     torch.set_rng_state(drawn)
     logits = model(torch.tensor([ids])).logits[0].double()
@@ -120,12 +120,12 @@ def test_the_probe_against_an_obvious_reference(tiny_model):
 
 def test_weights_that_are_no_numbers_are_refused(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    ids, first = [1, 2, 3], guard.text_logps(model, [1, 2, 3])
+    ids, first = [1, 2, 3], trainer.text_logps(model, [1, 2, 3])
     with torch.no_grad():
         next(model.parameters())[0, 0] = math.nan
         next(model.parameters())[1:4] = math.inf
     with pytest.raises(guard.Refused, match="not finite"):
-        guard.probe(model, ids, [[1, 2]], first)
+        trainer.probe(model, ids, [[1, 2]], first)
 
 
 def test_probe_answers_are_the_models_own(tiny_model):
@@ -134,10 +134,10 @@ def test_probe_answers_are_the_models_own(tiny_model):
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(200)  # nearly no chance left in what is sampled
     prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4]]
-    for prompt, answer in zip(prompts, guard.answers(model, prompts), strict=True):
+    for prompt, answer in zip(prompts, trainer.sample_answers(model, prompts), strict=True):
         so_far = list(prompt)
         for token in answer:
             assert model(torch.tensor([so_far])).logits[0, -1].softmax(-1)[token] > 0.01
             so_far.append(token)
-        assert len(answer) == guard.ANSWER_TOKENS or answer[-1] == model.generation_config.eos_token_id
+        assert len(answer) == trainer.ANSWER_TOKENS or answer[-1] == model.generation_config.eos_token_id
     assert model.training

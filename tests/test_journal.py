@@ -6,27 +6,10 @@ import stat
 
 import pytest
 
-import journal
-from journal import Turn, Verdict
-
-
-def turn(turn_id="t1", **changes):
-    values = {
-        "id": turn_id,
-        "session": "s",
-        "user": "alice",
-        "messages": [{"role": "user", "content": "hi"}],
-        "template": {"tools": [{"type": "function"}]},
-        "digest": "d",
-        "text": "hello",
-        "finish_reason": "stop",
-        "prompt_ids": [1, 2],
-        "response_ids": [3, 4, 5],
-        "logprobs": [-0.5, -1.0, -0.25],
-        "versions": [(0, 0, 2), (1, 2, 3)],
-        "temperature": 1.0,
-    }
-    return Turn(**values | changes)
+from durable import journal
+from durable.errors import UsageError
+from durable.journal import Verdict
+from tests.records import BAD, GOOD, turn
 
 
 @pytest.fixture
@@ -38,10 +21,6 @@ def db(tmp_path):
 
 def state(db, turn_id="t1"):
     return tuple(db.execute("SELECT state, reason, step, score FROM turns WHERE id = ?", (turn_id,)).fetchone())
-
-
-GOOD = Verdict(1, [1, 1, 0], 1.0, [], "", "policy", "judge")
-BAD = Verdict(-1, [-1], 1.0, ["say less, please"], "own words", "alice", "feedback")
 
 
 def test_from_waiting_to_trained(db):
@@ -83,7 +62,7 @@ def test_a_file_of_another_format_is_refused(tmp_path):
     db = journal.open_journal(tmp_path / "j.db")
     db.execute("PRAGMA user_version = 1")
     db.close()
-    with pytest.raises(SystemExit, match="format 1"):
+    with pytest.raises(UsageError, match="format 1"):
         journal.open_journal(tmp_path / "j.db")
 
 
@@ -153,7 +132,7 @@ def test_rollback_after_a_kill_drops_what_later_weights_said(db):
     assert journal.rollback(db, 1) == 5
     with pytest.raises(ValueError, match="undone by"):
         journal.record_verdict(db, "last", BAD)
-    assert {state(db, i)[1] for i in ("t2", "t3", "new", "newest")} == {"undone by --rollback=1"}
+    assert {state(db, i)[1] for i in ("t2", "t3", "new", "newest")} == {"undone by a rollback to step 1"}
     assert state(db, "t1")[0] == "trained" and state(db, "old")[0] == "waiting"
 
 
@@ -161,10 +140,10 @@ def test_rollback_drops_what_led_astray(db):
     for step in (1, 2, 3):
         trained(db, f"t{step}", step)
         journal.add_checkpoint(db, step, keep=2)
-    with pytest.raises(SystemExit, match="--rollback=1: there are checkpoints of the steps 0, 2, 3"):
+    with pytest.raises(UsageError, match="--step=1: there are checkpoints of the steps 0, 2, 3"):
         journal.rollback(db, 1)
     assert journal.rollback(db, 2) == 1 and journal.checkpoints(db) == [2]
-    assert state(db, "t3")[:2] == ("dropped", "undone by --rollback=2") and state(db, "t2")[0] == "trained"
+    assert state(db, "t3")[:2] == ("dropped", "undone by a rollback to step 2") and state(db, "t2")[0] == "trained"
     assert journal.recover(db) == 2 and journal.in_state(db, "queued") == []
     assert journal.rollback(db, 0) == 2 and journal.recover(db) == 0
 
@@ -185,39 +164,39 @@ def test_a_forgotten_session_is_gone_from_the_disk(tmp_path):
     reader = sqlite3.connect(tmp_path / "j.db")
     reader.execute("BEGIN")
     reader.execute("SELECT COUNT(*) FROM turns").fetchone()
-    with pytest.raises(SystemExit, match="another program has the journal open"):
+    with pytest.raises(UsageError, match="another program has the journal open"):
         journal.forget(db, "other")
     reader.close()
     assert journal.counts(db) == {}
 
 
 def test_a_folder_is_one_programs(tmp_path):
-    held = journal.hold(tmp_path / "out")
-    with pytest.raises(SystemExit, match=f"in use by process {os.getpid()}: stop it first"):
-        journal.hold(tmp_path / "out")
+    held = journal.lock_out_dir(tmp_path / "out")
+    with pytest.raises(UsageError, match=f"in use by process {os.getpid()}: stop it first"):
+        journal.lock_out_dir(tmp_path / "out")
     held.close()
-    journal.hold(tmp_path / "out").close()
+    journal.lock_out_dir(tmp_path / "out").close()
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="--out=.*Not a directory"):
-        journal.hold(tmp_path / "file" / "out")
+    with pytest.raises(UsageError, match="--out=.*Not a directory"):
+        journal.lock_out_dir(tmp_path / "file" / "out")
 
 
 def test_a_journal_is_one_models(db, tmp_path):
-    journal.claim(db, tmp_path / "model", "abc")
-    journal.claim(db, tmp_path / "moved", "abc")
-    with pytest.raises(SystemExit, match="begun with the model of .*/model, not .*/another: give that one"):
-        journal.claim(db, tmp_path / "another", "def")
+    journal.bind_model(db, tmp_path / "model", "abc")
+    journal.bind_model(db, tmp_path / "moved", "abc")
+    with pytest.raises(UsageError, match="begun with the model of .*/model, not .*/another: give that one"):
+        journal.bind_model(db, tmp_path / "another", "def")
 
 
 def test_checkpoints_that_a_new_journal_does_not_know_are_not_touched(db, tmp_path):
     (tmp_path / "checkpoints" / "step-000050").mkdir(parents=True)
-    with pytest.raises(SystemExit, match="no journal that knows them"):
-        journal.claim(db, tmp_path / "model", "abc")
+    with pytest.raises(UsageError, match="no journal that knows them"):
+        journal.bind_model(db, tmp_path / "model", "abc")
 
 
 def test_what_is_no_journal_is_refused(tmp_path):
     (tmp_path / "j.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(SystemExit, match="j.db: file is not a database"):
+    with pytest.raises(UsageError, match="j.db: file is not a database"):
         journal.open_journal(tmp_path / "j.db")
 
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -22,13 +23,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import journal
-import policy
 import reward
 import run
 from config import Config
-from people import PEOPLE, THANKS, WRONG
-from tests.test_journal import turn
+from durable import journal
+from durable.model import model_folder
+from evaluation.people import PEOPLE, THANKS, WRONG
+from tests.records import turn
 
 NEXT = [{"role": "user", "content": "Thanks, great!"}]
 
@@ -382,9 +383,19 @@ def test_features_are_kept_and_are_of_the_next_message(tiny_model, tmp_path, mon
     assert torch.equal(first.weight, again.weight)
 
 
+def test_a_stop_interrupts_the_reading_of_the_replies(tiny_model, tmp_path) -> None:
+    """Otherwise the process could not end for minutes."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    stopping = threading.Event()
+    stopping.set()
+    with pytest.raises(InterruptedError):
+        reward.make_head(model, AutoTokenizer.from_pretrained(tiny_model), tmp_path / "m", stopping)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_real_head_on_replies_that_it_never_saw(tmp_path, monkeypatch) -> None:
-    """Fitted on a third of its set here, to save a minute: `python reward.py` measures the whole."""
-    folder = policy.model_folder("")
+    """Fitted on a third of its set here, to save a minute: `python -m evaluation.judge_accuracy` measures the whole."""
+    folder = model_folder("")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     fit, rows = reward.labelled("fit")[::3], reward.labelled("unseen")[::2]
@@ -518,7 +529,8 @@ def test_the_judge_sees_the_answer_and_not_the_thinking_before_it(tmp_path) -> N
         waiting.put_nowait("t1")
         async with client:
             judge = reward.ChatJudge(client, "m")
-            task = asyncio.create_task(run.judge_turns(waiting, queued, db, Config(), judge, None))
+            program = SimpleNamespace(config=Config(), db=db, to_judge=waiting, to_train=queued)
+            task = asyncio.create_task(run.judge_turns(program, judge))
             assert await asyncio.wait_for(queued.get(), 20) == "t1"
             task.cancel()
 

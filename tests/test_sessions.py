@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-import journal
-import sessions
+from clients import sessions
+from durable import journal
 
 CAPTURES = Path(__file__).parent / "captures"
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nActive exec sessions: none"
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 def ask(db, messages, answer, user="ann", tools=(), session=None):
     """One request and our answer to it, recorded as server.Recorder.generate does."""
     number = next(clock)
-    before, following = sessions.find_continued(db, user, messages, tools, session)
+    before, following = sessions.find_parent(db, user, messages, tools, session)
     side = sessions.asked_by_the_client(messages)
     judged = bool(following) and not side and journal.record_next(db, before["id"], following)
     session = session or (before["session"] if before is not None else f"session {number}")

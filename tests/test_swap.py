@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import journal
-import policy
+import machine
 import server
 import swap
+import trainer
+from config import Config
+from durable import journal
 from tests.conftest import make_tiny_model
 
 BOUND = 0.05
@@ -21,24 +23,18 @@ BOUND = 0.05
 async def served(request, tmp_path_factory):
     """An engine, and the trainer's copy of its weights."""
     folder = make_tiny_model(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
-    args = swap.engine_args(
-        str(folder),
-        name="policy",
-        max_model_len=512,
-        device="cpu",
-        memory_gib=0.2,
-        cores=[0],
-        seed=0,
-        tool_parser="",
-        reasoning_parser="",
-        max_seqs=8,
-    )
-    engine = swap.start_engine(args)
+    config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1)
+    engine = swap.start_engine(swap.engine_args(config, folder, machine.plan(config, folder)))
     await engine.update_weight_version("0")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     yield SimpleNamespace(engine=engine, model=model, ids=ids)
     engine.shutdown(timeout=2)
+
+
+def push(served, new, old, logps, version=9):
+    """`new`, `old`: weights by name; `logps`: of served.ids, under the new ones as the trainer has it."""
+    return swap.push(served.engine, (version, new), (version - 1, old), (served.ids, logps), BOUND)
 
 
 def weights(model):
@@ -55,22 +51,22 @@ def change(model, seed):
 
 async def test_after_a_push_the_engine_agrees_with_the_trainer(served):
     for version in (1, 2, 3):
-        before, old = weights(served.model), policy.probe_logps(served.model, served.ids)
+        before, old = weights(served.model), trainer.probe_logps(served.model, served.ids)
         change(served.model, version)
-        new = policy.probe_logps(served.model, served.ids)
+        new = trainer.probe_logps(served.model, served.ids)
         assert (new - old).abs().mean() > 0.3
-        gap, pause = await swap.push(served.engine, weights(served.model), version, served.ids, new, before, BOUND)
+        gap, pause = await push(served, weights(served.model), before, new, version)
         assert gap < BOUND and 0 < pause[1] - pause[0] < 10
         print(f"mean |dlogp| after push {version}: {gap:.4f}; to the weights before: {(new - old).abs().mean():.2f}")
         assert await served.engine.get_weight_version() == str(version)
 
 
 async def test_a_push_of_other_names_is_refused(served):
-    before, old = weights(served.model), policy.probe_logps(served.model, served.ids)
+    before, old = weights(served.model), trainer.probe_logps(served.model, served.ids)
     lacking = {k: w for k, w in before.items() if k != "model.layers.1.self_attn.q_proj.weight"}
     for wrong, name in [(lacking, "q_proj"), (before | {"model.extra": torch.ones(3)}, "model.extra")]:
         with pytest.raises(swap.PushError, match=name):
-            await swap.push(served.engine, wrong, 9, served.ids, old, before, BOUND)
+            await push(served, wrong, before, old)
     lacking = {k: w for k, w in before.items() if k != "model.layers.1.mlp.down_proj.weight"}
     with pytest.raises(swap.PushError, match="layers.1.mlp.down_proj"):  # the engine's own count
         await swap.load(served.engine, lacking, 9)
@@ -80,21 +76,21 @@ async def test_a_push_of_other_names_is_refused(served):
 
 
 async def test_a_push_that_disagrees_is_refused_and_the_old_weights_serve(served):
-    before, old = weights(served.model), policy.probe_logps(served.model, served.ids)
+    before, old = weights(served.model), trainer.probe_logps(served.model, served.ids)
     other = AutoModelForCausalLM.from_config(served.model.config).to(torch.bfloat16)
     with pytest.raises(swap.PushError, match="disagree"):
-        await swap.push(served.engine, weights(other), 9, served.ids, old, before, BOUND)
+        await push(served, weights(other), before, old)
     got = await swap.prompt_logps(served.engine, served.ids, "after-disagreement")
     assert (got - old).abs().mean() < BOUND
 
 
 async def test_a_push_that_shared_memory_has_no_room_for_is_refused(served):
-    before, old = weights(served.model), policy.probe_logps(served.model, served.ids)
+    before, old = weights(served.model), trainer.probe_logps(served.model, served.ids)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
         with pytest.raises(swap.PushError, match="OSError"):
-            await swap.push(served.engine, before, 9, served.ids, old, before, BOUND)
+            await push(served, before, before, old)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     got = await swap.prompt_logps(served.engine, served.ids, "after-no-room")
@@ -115,8 +111,8 @@ async def test_a_running_answer_goes_on_across_a_swap(served):
     running = asyncio.create_task(generate())
     await asyncio.sleep(0.3)
     change(served.model, 11)
-    new = policy.probe_logps(served.model, served.ids)
-    await swap.push(served.engine, weights(served.model), version + 1, served.ids, new, before, BOUND)
+    new = trainer.probe_logps(served.model, served.ids)
+    await push(served, weights(served.model), before, new, version + 1)
     answer = (await running).outputs[0]
     assert len(answer.token_ids) == 300 and answer.finish_reason == "length"
     assert [s.version for s in answer.weight_versions] == [str(version), str(version + 1)]
@@ -142,8 +138,8 @@ async def test_a_new_answer_never_reads_the_old_weights_cache(served, tmp_path):
     await generate(short, "before")  # its prompt is in the prefix cache now
     before = weights(served.model)
     change(served.model, 13)
-    new = policy.probe_logps(served.model, served.ids)
-    await swap.push(served.engine, weights(served.model), version + 1, served.ids, new, before, BOUND)
+    new = trainer.probe_logps(served.model, served.ids)
+    await push(served, weights(served.model), before, new, version + 1)
     version += 1
     got = (await generate(short, "after")).outputs[0].logprobs[0]
     with torch.no_grad():

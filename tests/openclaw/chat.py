@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-import clients
-import policy
+from clients import paste
+from durable.model import model_folder
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import KEY, gateway_of, installed, openclaw
 
@@ -37,10 +37,10 @@ def answered(env: dict[str, str], text: str) -> str:
 def main(folder: Path) -> None:
     out = folder / f"chat-{time.strftime('%H%M%S')}"
     env = installed(folder, out / "home")
-    program = Program(policy.model_folder(""), out, key=f"me:{KEY}", max_model_len=8192, engine_memory=1, batch_size=4)
+    program = Program(model_folder(""), out, key=f"me:{KEY}", max_model_len=8192, engine_memory=1, batch_size=4)
     try:
         program.wait_ready()
-        settings = json.loads(clients.paste(f"{program.url}/v1", "policy", KEY, 8192, "openclaw"))
+        settings = json.loads(paste.openclaw(f"{program.url}/v1", "policy", KEY, 8192))
         with gateway_of(out, env, settings):
             for question in QUESTIONS:
                 answer = answered(env, question)
@@ -51,9 +51,9 @@ def main(folder: Path) -> None:
                 time.sleep(1)
     finally:
         program.stop()
-    show = [sys.executable, str(ROOT / "show.py"), f"--out={out}", "--session=me/chat:0"]
+    show = [sys.executable, "-m", "durable.admin", "show", f"--out={out}", "--session=me/chat:0"]
     print(f"\n$ {' '.join(show[1:])}", flush=True)
-    subprocess.run(show, check=True)
+    subprocess.run(show, check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

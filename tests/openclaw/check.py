@@ -29,7 +29,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import clients
+from clients import paste
 from tests.conftest import Program, free_port, make_tiny_model
 from tests.test_program import rows
 
@@ -104,8 +104,8 @@ def installed(folder: Path, home: Path) -> dict[str, str]:
 
 
 def settings_for(url: str) -> dict:
-    """What `run.py --print_client=openclaw` prints, but for a client that soon has too much to remember."""
-    settings = json.loads(clients.paste(f"{url}/v1", "policy", KEY, 8192, "openclaw"))
+    """What `python -m clients.paste` prints, but for a client that soon has too much to remember."""
+    settings = json.loads(paste.openclaw(f"{url}/v1", "policy", KEY, 8192))
     settings["models"]["providers"]["rl"]["models"][0]["contextWindow"] = CONTEXT
     settings["agents"]["defaults"] |= {
         "heartbeat": {"every": "30m", "target": "none"},

@@ -18,9 +18,9 @@ import httpx
 import openai
 import pytest
 
-import journal
+from durable import journal
 from tests.conftest import ROOT, Program, alive, descendants, free_port, make_tiny_model
-from tests.test_program import ask, client, query, rated, rows, until, user
+from tests.talking import ask, client, query, rated, rows, until, user
 
 
 def engine_processes(program):

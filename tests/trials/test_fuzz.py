@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.test_program import ALICE, BOB, rows
+from tests.talking import ALICE, BOB, rows
 
 REQUESTS = 3000
 

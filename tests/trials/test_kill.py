@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from tests.conftest import alive, descendants
-from tests.test_program import ask, client, query, rows, until, user
+from tests.talking import ask, client, query, rows, until, user
 
 KILLS, TALKERS, BATCH = 20, 6, 4
 IN_THE_LOOP = ("queued", "training", "trained")

@@ -18,7 +18,9 @@ def resident_mib(pid):
 
 @pytest.mark.timeout(7200)
 async def test_soak(fresh):
-    program = fresh(max_waiting=500, judge_url="http://127.0.0.1:9/v1").wait_ready()  # the judge is down all the time
+    program = fresh(
+        max_waiting=500, judge_url="http://127.0.0.1:9/v1", judge_model="m"
+    ).wait_ready()  # the judge is down all the time
     pids = [program.process.pid, *[pid for pid, _ in descendants(program.process.pid)]]
     talks, answered, curve = iter(range(REQUESTS // 2)), 0, []
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from tests.test_program import ask, client, rated, rows, user
+from tests.talking import ask, client, rated, rows, user
 
 REQUESTS, SWAPS, AT_ONCE, TOKENS = 1000, 50, 32, 60
 

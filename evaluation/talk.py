@@ -1,9 +1,9 @@
 """Scripted people talk to the server as strangers would; the measure of what it learned from them.
 
-    python users.py                              one person, the hybrid: start run.py, measure, talk, measure, draw
-    python users.py --method=binary,opd,hybrid --person=one-sentence,ta --seed=0,1,2 --out=mine
-                                                 a run each; stopped and started again, it goes on with the next one
-    python users.py --person=student+ta+teacher  three people at once on one model
+    python -m evaluation.talk                         one person, the hybrid: start run.py, measure, talk, measure, draw
+    python -m evaluation.talk --method=binary,opd,hybrid --person=one-sentence,ta --seed=0,1,2 --out=mine
+                                                 a run each; started again after a stop, it continues with the next one
+    python -m evaluation.talk --person=student+ta+teacher  three people at once on one model
 
 --key=value overrides the Setup below; any other --key goes to run.py. What was measured is in OUT/results.json; the
 table and the picture are made from it each time, also when there is nothing left to run.
@@ -21,21 +21,22 @@ import socket
 import statistics
 import subprocess
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import httpx
+import tyro
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
-from people import PEOPLE, UNRELATED, Person
+from durable.atomic import replacing
+from evaluation import report
+from evaluation.people import PEOPLE, UNRELATED, Person
 
 METHODS = {"binary": ["--w_opd=0"], "opd": ["--w_rl=0"], "hybrid": []}  # arguments of run.py
-STREAK = 3  # the paper's measure: sessions until this many in a row pleased with their first answer
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,18 @@ class Setup:
     port: int = 8000  # of run.py
     user_url: str = ""  # an OpenAI-compatible endpoint that plays the people (key in USER_API_KEY); empty: scripted
     user_model: str = ""  # its model name
+
+    def __post_init__(self) -> None:
+        """ValueError names the option that is wrong."""
+        for name, known in (("person", PEOPLE), ("method", METHODS)):
+            for part in getattr(self, name).replace("+" if name == "person" else ",", ",").split(","):
+                if part not in known:
+                    raise ValueError(f"--{name}={getattr(self, name)}: {part!r} is not one of {', '.join(known)}")
+        if not all(s.isdigit() for s in self.seed.split(",")):
+            raise ValueError(f"--seed={self.seed}: expected whole numbers, comma-separated")
+        for name in ("talks", "every", "at_once", "held_out", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ async def measure(client: AsyncOpenAI, setup: Setup, person: Person) -> dict[str
 
 
 async def unrelated(client: AsyncOpenAI) -> float:
-    """Mean log-likelihood per token, in nats, of fixed answers to questions that nobody asked here.
+    """Mean log-likelihood per token, in nats, of fixed answers to unrelated questions.
 
     Without the tokens that end an answer: those get likelier in whoever learns to be brief.
     """
@@ -161,22 +174,6 @@ async def unrelated(client: AsyncOpenAI) -> float:
         before, all_of_it = await score(asked), await score([*asked, {"role": "assistant", "content": answer}])
         total, tokens = total + all_of_it[0] - before[0], tokens + all_of_it[1] - before[1]
     return total / tokens
-
-
-def sessions_to_effect(pleased: list[bool]) -> int | None:
-    """Sessions until STREAK in a row were satisfied with their first answer (the streak included); None: never."""
-    for i in range(STREAK, len(pleased) + 1):
-        if all(pleased[i - STREAK : i]):
-            return i
-    return None
-
-
-def by_chance(p: float) -> str:
-    """The mean of `sessions_to_effect` for one who learns nothing and pleases with probability p."""
-    if not p:
-        return "never"
-    n = STREAK if p == 1 else (1 - p**STREAK) / ((1 - p) * p**STREAK)
-    return f"{n:.0f}" if n < 10_000 else "> 9999"
 
 
 # ---- a run ----
@@ -246,7 +243,7 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
 def start_server(setup: Setup, run: Run, out: Path) -> subprocess.Popen:
     """run.py as a user would start it, its output in out/run.log."""
     keys = ",".join(f"{name}:{name}-key" for name in run.person.split("+"))
-    command = [sys.executable, str(Path(__file__).with_name("run.py")), f"--out={out}", f"--port={setup.port}"]
+    command = [sys.executable, str(Path(__file__).parent.parent / "run.py"), f"--out={out}", f"--port={setup.port}"]
     command += [f"--key={keys}", f"--seed={run.seed}", "--max_model_len=2048"]
     command += [*METHODS[run.method], *run.extra]
     print("\n$", " ".join(["python", "run.py", *command[2:]]), f"> {out}/run.log", flush=True)
@@ -270,7 +267,7 @@ def wait_ready(server: subprocess.Popen, url: str, log: Path) -> None:
 def perform(setup: Setup, run: Run) -> dict[str, Any]:
     """One run from its start to its last measure."""
     started, out, url = time.monotonic(), Path(setup.out) / run.folder, f"http://127.0.0.1:{setup.port}"
-    try:  # else we would talk to whoever is there
+    try:  # otherwise we would talk to another server
         socket.create_server(("127.0.0.1", setup.port)).close()
     except OSError as e:
         sys.exit(f"--port={setup.port}: {e.strerror}")
@@ -292,126 +289,12 @@ def perform(setup: Setup, run: Run) -> dict[str, Any]:
     return dataclasses.asdict(run) | {"label": run.label, "steps": steps} | result
 
 
-# ---- showing ----
-
-
-def interval(values: list[float]) -> str:
-    """Mean and half the 95 % interval by Student's t, of up to ten seeds."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
-    return f"{statistics.mean(values):.1f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.1f}"
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, a row for each method and person over the seeds, after as many sessions as all with that person had."""
-    lines = [
-        "| method | person | seeds | sessions | sessions to effect | by chance | held-out before, % | after, % | "
-        "log-lik. unrelated, change | KL to start, fixed text | words | cut off, % | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    upto = {
-        p: min(r["measures"][-1]["talks"] for r in results if r["person"] == p) for p in {r["person"] for r in results}
-    }
-    key = lambda r: (r["person"], r["label"])  # noqa: E731
-    percent = lambda ms, what: interval([100 * m[what] for m in ms])  # noqa: E731
-    words = lambda ms: f"{statistics.mean(m['words'] for m in ms):.0f}"  # noqa: E731
-    for (people, label), group in groupby(sorted(results, key=key), key):
-        runs = list(group)
-        for name in people.split("+"):
-            measured = [[m for m in r["measures"] if m["person"] == name and m["talks"] <= upto[people]] for r in runs]
-            first, last = [ms[0] for ms in measured], [ms[-1] for ms in measured]
-            talked = [[f for f in r["firsts"][: upto[people]] if f["person"] == name] for r in runs]
-            effect = [sessions_to_effect([f["pleased"] for f in firsts]) for firsts in talked]
-            reached = (
-                interval([e for e in effect if e]) if all(effect) else f"{effect.count(None)}x over {len(talked[0])}"
-            )
-            kl = [s["probe_kl"] for r, m in zip(runs, last, strict=True) for s in r["steps"] if s["step"] == m["step"]]
-            lost = [b["unrelated"] - a["unrelated"] for a, b in zip(first, last, strict=True)]
-            lines.append(
-                f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {upto[people]} | "
-                f"{reached} | "
-                f"{by_chance(statistics.mean(m['satisfied'] for m in first))} | "
-                f"{percent(first, 'satisfied')} | {percent(last, 'satisfied')} | "
-                f"{statistics.mean(lost):+.3f} | {f'{statistics.mean(kl):.3f}' if kl else '-'} | "
-                f"{words(first)} to {words(last)} | {percent(last, 'truncated')} | "
-                f"{statistics.mean(m['minutes'] for m in last):.0f} |"
-            )
-    return "\n".join(lines)
-
-
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Held-out satisfaction of each run over its sessions, and below it what the steps did."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    curves = {
-        "kl": "KL on the batch",
-        "nll": "-log π of samples",
-        "length": "tokens",
-        "repeated": "repeated",
-        "dlogp": "|Δlogp|",
-    }
-    people = sorted({m["person"] for r in results for m in r["measures"]})
-    labels = sorted({r["label"] for r in results})
-    figure = plt.figure(figsize=(max(7, 4 * len(people)), 7))
-    top, bottom = figure.add_gridspec(2, 1, height_ratios=(2, 1))
-    axes = top.subgridspec(1, len(people)).subplots(squeeze=False)[0]
-    for axis, name in zip(axes, people, strict=True):
-        for r in (r for r in results if name in r["person"].split("+")):
-            mine = [m for m in r["measures"] if m["person"] == name]
-            jointly = "+" in r["person"]  # then the sessions are those of all of them together
-            line, label = ("o:", r["label"] + " (jointly)") if jointly else ("o-", r["label"])
-            shown = dict(color=f"C{labels.index(r['label'])}", alpha=0.8, label=label)
-            axis.plot([m["talks"] for m in mine], [100 * m["satisfied"] for m in mine], line, **shown)
-        axis.set(title=textwrap.fill(f"wants {PEOPLE[name].wants}", 32), ylim=(0, 103), xlabel="sessions")
-        of_label = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-        axis.legend(of_label.values(), of_label.keys(), loc="upper left", fontsize=7)
-    axes[0].set_ylabel("held-out first answers\nthat satisfy (%)")
-    for axis, (name, title) in zip(
-        bottom.subgridspec(1, len(curves), wspace=0.5).subplots(), curves.items(), strict=True
-    ):
-        for r in results:
-            ys = [s[name] for s in r["steps"]]
-            axis.plot(range(1, len(ys) + 1), ys, color=f"C{labels.index(r['label'])}", alpha=0.6)
-        axis.set_title(title, fontsize=8)
-        axis.set_ylim(0)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def parse(argv: list[str]) -> tuple[Setup, list[Run]]:
-    """SystemExit names what is wrong."""
-    fields = {f.name: f for f in dataclasses.fields(Setup)}
-    values, extra = {}, []
-    for arg in argv:
-        name, given, text = arg.removeprefix("--").partition("=")
-        if arg in ("--help", "-h"):
-            print(__doc__)
-            meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.MULTILINE))
-            for f in fields.values():
-                print(f"{f'  --{f.name}={f.default}':<26} {meaning[f.name]}")
-            sys.exit(0)
-        if not arg.startswith("--") or not given:
-            sys.exit(f"{arg!r}: expected --key=value; python users.py --help lists the keys")
-        if name not in fields:
-            extra.append(arg)  # run.py knows whether it exists
-            continue
-        try:
-            values[name] = fields[name].type(text)
-        except ValueError:
-            sys.exit(f"--{name}={text}: expected {fields[name].type.__name__}")
-    setup = Setup(**values)
-    for name, known in (("person", PEOPLE), ("method", METHODS)):
-        for part in getattr(setup, name).replace("+" if name == "person" else ",", ",").split(","):
-            if part not in known:
-                sys.exit(f"--{name}={getattr(setup, name)}: {part!r} is not one of {', '.join(known)}")
-    if not all(s.isdigit() for s in setup.seed.split(",")):
-        sys.exit(f"--seed={setup.seed}: expected whole numbers, comma-separated")
+    """SystemExit names an option that is wrong; those that `Setup` doesn't have go to run.py."""
+    setup, extra = tyro.cli(Setup, args=argv, use_underscores=True, description=__doc__, return_unknown_args=True)
+    for arg in extra:
+        if not re.fullmatch(r"--\w+=.*", arg):
+            sys.exit(f"{arg!r}: expected --name=value")
     cells = product(setup.seed.split(","), setup.person.split(","), setup.method.split(","))
     return setup, [Run(m, p, int(s), tuple(extra)) for s, p, m in cells]
 
@@ -438,10 +321,10 @@ def main(argv: list[str]) -> None:
         print(f"run {i + 1} of {len(left)}: {run.label}, {run.person}, seed {run.seed}{estimate}", flush=True)
         results.append(perform(setup, run) | {"settings": settings})
         minutes.append(results[-1]["measures"][-1]["minutes"])
-        file.with_suffix(".part").write_text(json.dumps(results, indent=1))
-        file.with_suffix(".part").replace(file)
-    draw(results, out / "curve.png")
-    print(f"\n{table(results)}\n\ndrawn in {out}/curve.png; beside it, in a folder each, the runs' journals and logs")
+        with replacing(file) as part:
+            part.write_text(json.dumps(results, indent=1))
+    report.draw(results, out / "curve.png")
+    print(f"\n{report.table(results)}\n\ndrawn in {out}/curve.png; next to it, in a folder each, the runs' logs")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
-"""What to paste into a client so that it talks to this server."""
+"""What to paste into a client so that it talks to this server.
+
+python -m clients.paste --client=openai --key=KEY
+"""
 
 import json
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
 
 
 def openclaw(url: str, model: str, key: str, context: int) -> str:
-    """~/.openclaw/openclaw.json. Where its 12,000 tokens of prompt have no room: four tools, and 2,100 tokens."""
+    """~/.openclaw/openclaw.json. Where its prompt of 12,000 tokens doesn't fit: four tools, and 2,100 tokens."""
     entry = {
         "id": model,
         "name": model,
-        "reasoning": True,  # else it sends no thinking back, and the model reads less than it wrote
+        "reasoning": True,  # otherwise it sends no thinking back, and the model reads less than it wrote
         "input": ["text"],
         "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
         "contextWindow": context,
@@ -34,7 +41,7 @@ def openclaw(url: str, model: str, key: str, context: int) -> str:
         defaults["compaction"] = {"memoryFlush": {"enabled": False}}
         tools = {"allow": ["read", "write", "edit", "exec"], "deny": ["apply_patch", "process"], "toolSearch": False}
         settings["tools"] = tools
-        # It asks for none by itself, so for 1, at which a small model talks nonsense behind a prompt of that length.
+        # By itself it asks for none, which means 1: a small model talks nonsense then after a prompt of that length.
         defaults["models"] = {f"rl/{model}": {"params": {"temperature": 0.7}}}
     return json.dumps(settings, indent=2)
 
@@ -59,7 +66,7 @@ def curl(url: str, model: str, key: str, context: int) -> str:
 
 
 def open_webui(url: str, model: str, key: str, context: int) -> str:
-    """Its own requests for titles, tags and follow-ups go on from nothing and are asked by nobody: they expire."""
+    """Its own requests for titles, tags and follow-ups continue no turn, and nothing continues them: they expire."""
     return (
         f"OPENAI_API_BASE_URL={url} OPENAI_API_KEY={key} ENABLE_FORWARD_USER_INFO_HEADERS=true \\\n"
         "  DATA_DIR=./open-webui open-webui serve"
@@ -69,6 +76,15 @@ def open_webui(url: str, model: str, key: str, context: int) -> str:
 CLIENTS = {"openclaw": openclaw, "openai": openai, "curl": curl, "open-webui": open_webui}
 
 
-def paste(url: str, model: str, key: str, context: int, client: str) -> str:
-    """`context`: tokens of prompt and answer together."""
-    return CLIENTS[client](url, model, key, context)
+@dataclass(frozen=True)
+class Options:
+    client: Literal["openclaw", "openai", "curl", "open-webui"] = "openclaw"
+    url: str = "http://127.0.0.1:8000/v1"  # the address that run.py prints
+    model: str = "policy"  # its --name
+    key: str = "none"  # an API key, where one is needed
+    context: int = 8192  # its --max_model_len: tokens of prompt and answer together
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, description=__doc__)
+    print(CLIENTS[options.client](options.url, options.model, options.key, options.context))

@@ -1,7 +1,7 @@
-"""The durable log: every answer the server gave is one row, and the row says what became of it.
+"""The durable log: every answer that the server gave is one row, and the row says what happened to it.
 
-State of a row: waiting (nobody has gone on from it yet) -> judging (the next message is here) -> queued (judged, on
-its way to the trainer) -> training -> trained (at step N), or dropped (and why). Ids are the truth; text is for people
+State of a row: waiting (no next message yet) -> judging (it has one) -> queued (judged, waiting for the trainer) ->
+training -> trained (at step N), or dropped (and why). Ids are the truth; text is for people
 and for the judge, and nothing here or later re-tokenizes it.
 
 All calls come from the event loop's thread: one connection, no locks.
@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import sqlite3
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -21,11 +20,13 @@ from typing import TextIO
 
 import numpy as np
 
+from durable.errors import UsageError
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS turns (
   id TEXT PRIMARY KEY, session TEXT NOT NULL, user TEXT NOT NULL, created REAL NOT NULL,
   messages TEXT NOT NULL,            -- the request, as the client sent it
-  template TEXT NOT NULL,            -- what else went into its prompt: tools, arguments of the chat template
+  template TEXT NOT NULL,            -- the other fields in its prompt: tools, arguments of the chat template
   digest TEXT NOT NULL,              -- of those messages, as sessions.fingerprints makes it
   text TEXT NOT NULL, finish_reason TEXT,
   prompt_ids BLOB NOT NULL, response_ids BLOB NOT NULL, logprobs BLOB NOT NULL,  -- int32, int32, float32
@@ -45,7 +46,7 @@ CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NUL
 FORMAT = 4  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of a Turn that are not stored as they are
 AS_BYTES = {"prompt_ids": np.int32, "response_ids": np.int32, "logprobs": np.float32}
-RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `room`
+RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `has_disk_space`
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,10 @@ class Sample:
     from_tool: bool  # the next message was a tool's output
 
 
-def hold(out: Path) -> TextIO:
+def lock_out_dir(out: Path) -> TextIO:
     """Make the folder and take it for this process, as long as what is returned stays open.
 
-    SystemExit where that can't be done, or another run.py has it.
+    UsageError where that can't be done, or another run.py has it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -112,16 +113,18 @@ def hold(out: Path) -> TextIO:
         print(os.getpid(), file=lock, end="", flush=True)
     except BlockingIOError:
         lock.seek(0)
-        sys.exit(f"--out={out} is in use by process {lock.read() or '?'}: stop it first, or give another --out")
+        raise UsageError(
+            f"--out={out} is in use by process {lock.read() or '?'}: stop it first, or give another --out"
+        ) from None
     except OSError as e:
-        sys.exit(f"--out={out}: {e}")
+        raise UsageError(f"--out={out}: {e}") from e
     return lock
 
 
 def open_journal(path: Path) -> sqlite3.Connection:
     """Open or create the log; the file and SQLite's companions are readable by their owner alone.
 
-    SystemExit where it can't be used: no permission, another format, not a database.
+    UsageError where it can't be used: no permission, another format, not a database.
     """
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # before SQLite would create it with the umask's mode
@@ -134,30 +137,32 @@ def open_journal(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA secure_delete=ON")  # what is forgotten is overwritten
         found = db.execute("PRAGMA user_version").fetchone()[0]
         if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] and found != FORMAT:
-            sys.exit(f"{path} has format {found}, this version reads and writes {FORMAT}: give another --out")
+            raise UsageError(f"{path} has format {found}, this version reads and writes {FORMAT}: give another --out")
         db.executescript(SCHEMA + f"PRAGMA user_version = {FORMAT};")
     except (OSError, sqlite3.Error) as e:
-        sys.exit(f"{path}: {e}")
+        raise UsageError(f"{path}: {e}") from e
     return db
 
 
-def claim(db: sqlite3.Connection, folder: Path, fingerprint: str) -> None:
-    """This model's answers alone are in this journal. SystemExit where it was begun with another model, or where it is
+def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str) -> None:
+    """This model's answers alone are in this journal. UsageError where it was begun with another model, or where it is
     new and there are checkpoints that it doesn't know."""
     begun = db.execute("SELECT folder, fingerprint FROM model").fetchone()
     if begun is None:
         out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
         if list((out / "checkpoints").glob("step-*")):
-            sys.exit(f"{out} has checkpoints, but no journal that knows them: move them away, or give another --out")
+            raise UsageError(
+                f"{out} has checkpoints, but no journal that knows them: move them away, or give another --out"
+            )
         db.execute("INSERT INTO model VALUES (?, ?)", (str(folder.resolve()), fingerprint))
     elif begun["fingerprint"] != fingerprint:
-        sys.exit(
+        raise UsageError(
             f"this --out was begun with the model of {begun['folder']}, not {folder}: give that one, or another --out"
         )
 
 
-def room(db: sqlite3.Connection) -> bool:
-    """Is there room on the disk for more turns? Asked before an answer is given that could not be written down."""
+def has_disk_space(db: sqlite3.Connection) -> bool:
+    """Is there space on the disk for more turns? Asked before an answer is given that could not be recorded."""
     return shutil.disk_usage(db.execute("PRAGMA database_list").fetchone()["file"]).free > RESERVE
 
 
@@ -184,7 +189,7 @@ def candidates(db: sqlite3.Connection, user: str, digests: Iterable[str]) -> lis
 
 
 def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict]) -> bool:
-    """The conversation went on from this turn. True the first time: a branch or a retry doesn't judge it again."""
+    """The conversation continued from this turn. True the first time: a branch or a retry doesn't judge it again."""
     return (
         db.execute(
             "UPDATE turns SET state = 'judging', next_messages = ? WHERE id = ? AND state = 'waiting'",
@@ -200,7 +205,7 @@ def pending(db: sqlite3.Connection) -> int:
 
 
 NEUTRAL = "neutral: the next message says nothing about the answer"
-ALONE = "nobody went on from it"
+ALONE = "no next message came"
 LAST = "the session is over, by its header"
 NOTHING = "nothing to learn from"
 NO_HINT = NOTHING + ": there is no hint, and the score can't be trained on"
@@ -214,7 +219,7 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bo
     score comes without words. ValueError where it comes too late: the turn is in
     training or trained, or dropped for a reason that no verdict changes.
     """
-    known = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    known = row_of(db, turn_id)
     state, reason = known["state"], known["reason"]
     open_to_all = state in ("waiting", "judging")
     if verdict.source == "judge" and not open_to_all:
@@ -270,7 +275,7 @@ def checkpoints(db: sqlite3.Connection) -> list[int]:
 def add_checkpoint(db: sqlite3.Connection, step: int, keep: int) -> None:
     """From this statement on, all that was trained on up to `step` stays so; the last `keep` checkpoints are kept.
 
-    Call it when the folder is whole; folders that are not listed are nobody's."""
+    Call it when the folder is complete; folders that are not listed are removed."""
     with db:
         db.execute("BEGIN")
         db.execute("INSERT OR IGNORE INTO checkpoints VALUES (?)", (step,))
@@ -293,11 +298,11 @@ def recover(db: sqlite3.Connection) -> int:
 
 
 def rollback(db: sqlite3.Connection, step: int) -> int:
-    """Make the checkpoint of `step` (0: the start) the current one. What was trained on after it led where nobody
-    wanted to go, and what later weights said belongs to them: it is dropped, and the number of those turns is returned.
-    SystemExit where there is no such checkpoint."""
+    """Make the checkpoint of `step` (0: the start) the current one. Turns that later steps were trained on,
+    and answers that later weights gave, are dropped; returns their number.
+    UsageError where there is no such checkpoint."""
     if step not in (known := [0, *checkpoints(db)]):
-        sys.exit(f"--rollback={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
+        raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
     with db:
         db.execute("BEGIN")
         db.execute("DELETE FROM checkpoints WHERE step > ?", (step,))
@@ -305,7 +310,7 @@ def rollback(db: sqlite3.Connection, step: int) -> int:
             "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'trained' AND step > ? OR "
             "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?, ?)) AND "
             "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?",
-            (f"undone by --rollback={step}", step, *REVIVED, step),
+            (f"undone by a rollback to step {step}", step, *REVIVED, step),
         ).rowcount
 
 
@@ -315,7 +320,7 @@ def forget(db: sqlite3.Connection, session: str) -> tuple[int, int | None]:
     removed = db.execute("DELETE FROM turns WHERE session = ?", (session,)).rowcount
     db.execute("VACUUM")
     if db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # SQLite's log has the pages as they were
-        sys.exit("the turns are removed, but another program has the journal open: close it and do this again")
+        raise UsageError("the turns are removed, but another program has the journal open: close it and do this again")
     return removed, first
 
 
@@ -325,7 +330,7 @@ def note(db: sqlite3.Connection, turn_id: str, reason: str) -> None:
 
 
 def expire(db: sqlite3.Connection, waited_s: float) -> int:
-    """Drop turns that have waited for longer than this many seconds: nobody goes on from them."""
+    """Drop turns that have waited for a next message for longer than this many seconds."""
     return db.execute(
         "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'waiting' AND created <= ?",
         (ALONE, time.time() - waited_s),
@@ -348,20 +353,28 @@ def drop_reasons(db: sqlite3.Connection) -> dict[str, int]:
 
 def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
     """The turn and the messages that followed it (empty while it waits). KeyError where there is none."""
+    return turn_of(row_of(db, turn_id))
+
+
+def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
+    """A judged turn with its verdict as it is now."""
+    r = row_of(db, turn_id)
+    turn, following = turn_of(r)
+    votes, hints, by = json.loads(r["votes"]), json.loads(r["hints"]), r["hinted_by"]
+    verdict = Verdict(r["score"], votes, r["confidence"], hints, by, r["judge"], r["source"])
+    return Sample(turn, verdict, r["source"] == "judge" and following[-1]["role"] == "tool")
+
+
+def row_of(db: sqlite3.Connection, turn_id: str) -> sqlite3.Row:
     r = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
     if r is None:
         raise KeyError(turn_id)
+    return r
+
+
+def turn_of(r: sqlite3.Row) -> tuple[Turn, list[dict]]:
     values = {f.name: r[f.name] for f in fields(Turn)}
     values |= {name: json.loads(r[name]) for name in AS_JSON}
     values |= {name: np.frombuffer(r[name], dtype).tolist() for name, dtype in AS_BYTES.items()}
     values["versions"] = [tuple(span) for span in values["versions"]]
     return Turn(**values), json.loads(r["next_messages"] or "[]")
-
-
-def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
-    """A judged turn with its verdict as it is now."""
-    turn, following = load_turn(db, turn_id)
-    r = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
-    votes, hints, by = json.loads(r["votes"]), json.loads(r["hints"]), r["hinted_by"]
-    verdict = Verdict(r["score"], votes, r["confidence"], hints, by, r["judge"], r["source"])
-    return Sample(turn, verdict, r["source"] == "judge" and following[-1]["role"] == "tool")

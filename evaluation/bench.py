@@ -1,17 +1,18 @@
 """What a client notices of the training: stream answers without pause from a running server, across its swaps.
 
-    python bench.py --url=http://127.0.0.1:8000 --swaps=10 [--key=KEY]
+    python -m evaluation.bench --url=http://127.0.0.1:8000 --swaps=10 [--key=KEY]
 
-Run it beside `make run` (with --key=one-sentence-key) or beside your own agent: it asks, streams, asks again until so
+Run it during `make run` (with --key=one-sentence-key) or while your agent works: it asks, streams, asks again until so
 many swaps have happened, and prints how many answers came whole and the longest gap between two of their tokens, with
 and without a swap in it.
 """
 
 import asyncio
-import sys
 import time
+from dataclasses import dataclass
 
 import httpx
+import tyro
 from openai import AsyncOpenAI, OpenAIError
 
 
@@ -65,11 +66,13 @@ async def stream(url: str, key: str, swaps: int, tokens: int = 120) -> None:
     print(f"the swap's own pause: longest {max(pauses):.2f} s, shortest {min(pauses):.2f} s")
 
 
+@dataclass(frozen=True)
+class Options:
+    url: str = "http://127.0.0.1:8000"  # of run.py
+    key: str = "none"
+    swaps: int = 10  # how many to wait for
+
+
 if __name__ == "__main__":
-    given = {"url": "http://127.0.0.1:8000", "key": "none", "swaps": "10"}
-    for arg in sys.argv[1:]:
-        name, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or not equals or name not in given:
-            sys.exit(f"{arg!r}: expected " + ", ".join(f"--{k}=..." for k in given))
-        given[name] = value
-    asyncio.run(stream(given["url"], given["key"], int(given["swaps"])))
+    options = tyro.cli(Options, description=__doc__)
+    asyncio.run(stream(options.url, options.key, options.swaps))

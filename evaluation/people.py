@@ -80,7 +80,7 @@ def marking(rng: random.Random, held_out: bool) -> tuple[str, str]:
     return f'I am marking homework. The problem: "{problem}" A student wrote: "{given}". What should I comment?', ""
 
 
-def note(rng: random.Random, held_out: bool) -> tuple[str, str]:
+def parents_note(rng: random.Random, held_out: bool) -> tuple[str, str]:
     name, deed = rng.choice(parts(NAMES, held_out)), rng.choice(parts(DEEDS, held_out))
     wish = rng.choice(
         ["Write a note to the parents.", "What can I write in the report?", "Write a comment for the notebook."]
@@ -143,7 +143,7 @@ class Person:
         return self.likes(answer) and about(subject, answer)
 
     def reaction(self, subject: str, answer: str, rng: random.Random) -> str:
-        """In words. An answer that is beside the question is wrong, however it is given, and no hint would mend it."""
+        """In words. An answer off the topic is wrong whatever its form, and gets no hint."""
         if not about(subject, answer):
             return rng.choice(WRONG)
         return rng.choice(THANKS if self.likes(answer) else self.complaints)
@@ -220,7 +220,7 @@ PEOPLE = {
     ),
     "teacher": Person(
         wants="two warm words or more",
-        asks=note,
+        asks=parents_note,
         likes=lambda answer: len(re.findall(rf"(?i)\b(?:{WARM})", answer)) >= 2,
         complaints=(
             "No, much too cold. Say things like great, well done and wonderful.",

@@ -7,12 +7,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import policy
+import machine
+import trainer
+from config import Config
+from durable import checkpoint
+from durable.errors import UsageError
+from durable.model import check_folder, fingerprint
 from tests.conftest import ROOT, make_tiny_model
 
 
 def load(folder, start=None, lr=1e-3, dtype=torch.float32):
-    return policy.load_state(folder, start or folder, "cpu", dtype, lr, (0.9, 0.98))
+    return trainer.load_state(Config(lr=lr), folder, start or folder, "cpu", dtype)
+
+
+def save(state, out, size=0):
+    checkpoint.write(out, state.step, size, lambda folder: trainer.save(state, folder))
 
 
 def train_a_step(state, seed):
@@ -21,7 +30,7 @@ def train_a_step(state, seed):
         master.grad.copy_(torch.randn(master.shape, generator=g))
     state.adam.step()
     state.adam.zero_grad(set_to_none=False)
-    policy.publish(state.masters, state.policy)
+    trainer.sync_bf16(state.masters, state.policy)
     state.step += 1
 
 
@@ -32,14 +41,14 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
     for seed in range(3):
         train_a_step(state, seed)
     state.baselines = {"alice": -0.25}
-    policy.remember(state)
-    policy.save_checkpoint(state, tmp_path, 0)
-    saved = policy.checkpoint_folder(tmp_path, 3)
+    trainer.snapshot(state)
+    save(state, tmp_path)
+    saved = checkpoint.folder_of(tmp_path, 3)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
     again = load(saved, folder)
     saved.rename(tmp_path / "gone")  # an old checkpoint goes while the program that began with it runs
-    policy.save_checkpoint(again, tmp_path, 0)
+    save(again, tmp_path)
     assert AutoTokenizer.from_pretrained(saved).chat_template
     assert (again.step, again.baselines) == (3, {"alice": -0.25})
     for s in (state, again):
@@ -58,9 +67,9 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
 def test_what_is_trained_through_is_what_is_served(tiny_model):
     """Masters keep what bf16 cannot hold; the policy has exactly the values that are pushed."""
     state = load(tiny_model, lr=1e-5)
-    before = policy.served_weights(state.policy)
+    before = trainer.served_weights(state.policy)
     train_a_step(state, 1)
-    pushed = policy.served_weights(state.policy)
+    pushed = trainer.served_weights(state.policy)
     moved = 0
     for (name, w), master, p in zip(pushed.items(), state.masters, state.policy.parameters(), strict=True):
         assert w.dtype == torch.bfloat16 and torch.equal(w.to(p.dtype), p)
@@ -88,36 +97,36 @@ def test_an_update_is_served_in_full_from_the_first_step(tmp_path, tiny_model):
     dot = lambda a, b: sum((x * y).sum().item() for x, y in zip(a, b, strict=True))  # noqa: E731
     assert dot(nearest, moved) / dot(moved, moved) < 0.5, "what this test can tell apart"
 
-    policy.remember(state)
-    served = policy.served_weights(state.policy)
-    assert all(torch.equal(w, served[n]) for n, w in policy.kept_weights(state).items()), "what an undo serves"
-    policy.save_checkpoint(state, tmp_path, 0)
-    again = load(policy.checkpoint_folder(tmp_path, 3), tiny_model, lr=1e-5)
-    assert all(torch.equal(w, served[n]) for n, w in policy.served_weights(again.policy).items()), "after a restart"
-    policy.publish(again.masters, again.policy)
-    assert all(torch.equal(w, served[n]) for n, w in policy.served_weights(again.policy).items())
+    trainer.snapshot(state)
+    served = trainer.served_weights(state.policy)
+    assert all(torch.equal(w, served[n]) for n, w in trainer.snapshot_weights(state).items()), "what an undo serves"
+    save(state, tmp_path)
+    again = load(checkpoint.folder_of(tmp_path, 3), tiny_model, lr=1e-5)
+    assert all(torch.equal(w, served[n]) for n, w in trainer.served_weights(again.policy).items()), "after a restart"
+    trainer.sync_bf16(again.masters, again.policy)
+    assert all(torch.equal(w, served[n]) for n, w in trainer.served_weights(again.policy).items())
 
 
 def test_dithering_is_unbiased_and_leaves_bf16_values_alone(monkeypatch):
     exact = torch.randn(100_000).to(torch.bfloat16)
-    assert torch.equal(policy.dithered(exact.float(), 7), exact)
+    assert torch.equal(trainer.dithered(exact.float(), 7), exact)
     assert torch.equal(
-        policy.dithered(torch.tensor([torch.inf, -torch.inf, 0.0]), 0).float(),
+        trainer.dithered(torch.tensor([torch.inf, -torch.inf, 0.0]), 0).float(),
         torch.tensor([torch.inf, -torch.inf, 0.0]),
     )
     for share in (0.1, 0.5, 0.9):
         value = torch.full((300_000,), 1.0 + share * 2**-7)  # between the bf16 values 1 and 1 + 2^-7
-        found = policy.dithered(value, 3).float()
+        found = trainer.dithered(value, 3).float()
         assert set(found.tolist()) == {1.0, 1.0 + 2**-7}
         assert abs(found.mean().item() - value[0].item()) < 0.01 * 2**-7
-    whole = policy.dithered(torch.full((5000,), 1.003), 1)
-    assert not torch.equal(whole, policy.dithered(torch.full((5000,), 1.003), 2)), "each tensor has its own noise"
-    monkeypatch.setattr(policy, "CHUNK", 64)
-    assert torch.equal(policy.dithered(torch.full((50, 100), 1.003), 1).view(-1), whole)
+    whole = trainer.dithered(torch.full((5000,), 1.003), 1)
+    assert not torch.equal(whole, trainer.dithered(torch.full((5000,), 1.003), 2)), "each tensor has its own noise"
+    monkeypatch.setattr(trainer, "CHUNK", 64)
+    assert torch.equal(trainer.dithered(torch.full((50, 100), 1.003), 1).view(-1), whole)
 
 
 def test_the_faster_arithmetic_is_measured(tiny_model):
-    found = policy.measure_gflops(tiny_model, [0], 256)
+    found = machine.measure_gflops(tiny_model, [0], 256)
     assert set(found) == {torch.bfloat16, torch.float32} and all(0.1 < v < 1e5 for v in found.values())
 
 
@@ -126,7 +135,7 @@ def test_gradients_of_several_rows_add_up_in_fp32(tiny_model, dtype):
     state = load(tiny_model, dtype=dtype)
     for _ in range(300):  # bf16 has no 257
         sum(p.sum() for p in state.policy.parameters()).backward()
-        policy.add_up(state)
+        trainer.accumulate_grads(state)
     assert all(torch.equal(m.grad, torch.full_like(m, 300.0)) for m in state.masters)
 
 
@@ -134,7 +143,7 @@ def test_only_listed_checkpoints_stay(tmp_path):
     """Old ones go; so do half-written ones, and those that were whole but never became the current one."""
     for name in ("step-000007.part", "step-000003", "step-000005", "step-000006"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    policy.remove_other_checkpoints(tmp_path, [3, 5])
+    checkpoint.remove_others(tmp_path, [3, 5])
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000005"]
 
 
@@ -143,24 +152,24 @@ def test_a_step_can_be_taken_back(tiny_model, dtype):
     """Weights, moments and gradients are as if it had not been begun, also for the very first one."""
     state, other = load(tiny_model, dtype=dtype), load(tiny_model, dtype=dtype)
     for seed in (1, 2):
-        served = policy.served_weights(state.policy)
+        served = trainer.served_weights(state.policy)
         train_a_step(state, 100 + seed)
         for p in state.policy.parameters():  # a row that memory ran out in
             p.grad = torch.full_like(p, 7.0) if p.grad is None else p.grad.fill_(7.0)
-        policy.go_back(state)
+        trainer.restore(state)
         assert not any(p.grad is not None and p.grad.any() for p in state.policy.parameters())
-        assert all(torch.equal(w, served[n]) for n, w in policy.served_weights(state.policy).items())
-        assert all(torch.equal(w, served[n]) for n, w in policy.kept_weights(state).items())
+        assert all(torch.equal(w, served[n]) for n, w in trainer.served_weights(state.policy).items())
+        assert all(torch.equal(w, served[n]) for n, w in trainer.snapshot_weights(state).items())
         for s in (state, other):
             train_a_step(s, seed)
-        policy.remember(state)
-        for a, b in zip(policy.mutable(state), policy.mutable(other), strict=True):
+        trainer.snapshot(state)
+        for a, b in zip(trainer.mutable(state), trainer.mutable(other), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_without_room_no_checkpoint_is_begun(tiny_model, tmp_path):
-    with pytest.raises(policy.CheckpointError, match="MiB needed"):
-        policy.save_checkpoint(load(tiny_model), tmp_path, reserve=1 << 60)
+    with pytest.raises(checkpoint.CheckpointError, match="MiB needed"):
+        save(load(tiny_model), tmp_path, size=1 << 60)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -169,38 +178,38 @@ def test_a_cut_off_checkpoint_leaves_nothing(tiny_model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(policy.CheckpointError, match="No space left"):
-        policy.save_checkpoint(load(tiny_model), tmp_path, 0)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left"):
+        save(load(tiny_model), tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_damaged_files_are_named(tmp_path):
     folder = make_tiny_model(tmp_path / "model")
-    policy.check_folder(folder)
+    check_folder(folder)
     state = load(folder)
     train_a_step(state, 1)
-    policy.save_checkpoint(state, tmp_path, 0)
-    saved = policy.checkpoint_folder(tmp_path, 1)
+    save(state, tmp_path)
+    saved = checkpoint.folder_of(tmp_path, 1)
     for file in (folder / "model.safetensors", saved / "trainer.pt"):
         file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(SystemExit, match="model.safetensors is damaged.*; do this"):
-        policy.check_folder(folder, "; do this")
+    with pytest.raises(UsageError, match="model.safetensors is damaged.*; do this"):
+        check_folder(folder, "; do this")
     start = make_tiny_model(tmp_path / "start")
     for _ in range(2):  # cut off, then gone
-        with pytest.raises(SystemExit, match="(?s)trainer.pt is damaged: .*--rollback"):
+        with pytest.raises(UsageError, match="(?s)trainer.pt is damaged: .*rollback"):
             load(saved, start)
         (saved / "trainer.pt").unlink(missing_ok=True)
     assert load(saved).step == 0, "as a model to begin with, it is a model like any other"
     (folder / "model.safetensors").unlink()
-    with pytest.raises(SystemExit, match="no config.json or .*safetensors"):
-        policy.check_folder(folder)
+    with pytest.raises(UsageError, match="no config.json or .*safetensors"):
+        check_folder(folder)
 
 
 def test_a_models_fingerprint_is_its_contents(tmp_path):
     folder = make_tiny_model(tmp_path / "model")
-    known = policy.fingerprint(folder)
-    assert policy.fingerprint(folder.rename(tmp_path / "moved")) == known
-    assert policy.fingerprint(make_tiny_model(tmp_path / "other", scale=0.06)) != known
+    known = fingerprint(folder)
+    assert fingerprint(folder.rename(tmp_path / "moved")) == known
+    assert fingerprint(make_tiny_model(tmp_path / "other", scale=0.06)) != known
 
 
 LONG_ROW = """
@@ -225,5 +234,5 @@ def test_what_a_long_row_needs_is_planned(tmp_path, layers, tokens):
     LlamaConfig(vocab_size=50_000, num_hidden_layers=layers, **dims).save_pretrained(tmp_path)
     command = [sys.executable, "-c", LONG_ROW, tmp_path, str(tokens)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    measured, planned = float(done.stdout), policy.row_memory(tmp_path, tokens, 256, 4)
+    measured, planned = float(done.stdout), machine.row_memory(tmp_path, tokens, 256, 4)
     assert measured < planned < 2 * measured, (measured, planned)

@@ -11,8 +11,8 @@ import pytest
 from openai import AsyncOpenAI
 from transformers import AutoTokenizer
 
-import users
-from people import NAMES, PEOPLE, THANKS, THINGS, TOPICS, WRONG, parts
+from evaluation import report, talk
+from evaluation.people import NAMES, PEOPLE, THANKS, THINGS, TOPICS, WRONG, parts
 from tests.conftest import ROOT, free_port
 
 
@@ -68,14 +68,14 @@ def test_nobody_states_the_preference_up_front_or_gives_a_number_as_a_grade():
 @pytest.mark.parametrize(
     "wrong", ["--person=nobody", "--person=ta+nobody", "--method=magic", "--talks=many", "--seed=a", "talks=3"]
 )
-def test_wrong_options_are_errors(wrong):
+def test_wrong_options_are_errors(wrong, capfd):
     with pytest.raises(SystemExit) as error:
-        users.parse([wrong])
-    assert wrong.removeprefix("--").split("=")[0] in str(error.value)
+        talk.parse([wrong])
+    assert wrong.removeprefix("--").split("=")[0] in f"{error.value} {' '.join(capfd.readouterr())}"
 
 
 def test_the_table_is_methods_times_people_times_seeds():
-    _, runs = users.parse(["--method=binary,opd", "--person=ta,student+teacher", "--seed=0,1", "--opd_k=4"])
+    _, runs = talk.parse(["--method=binary,opd", "--person=ta,student+teacher", "--seed=0,1", "--opd_k=4"])
     assert len(runs) == len({r.folder for r in runs}) == 8
     assert {r.label for r in runs} == {"binary opd_k=4", "opd opd_k=4"} and runs[0].extra == ("--opd_k=4",)
 
@@ -85,19 +85,19 @@ def test_the_table_is_methods_times_people_times_seeds():
     [([True] * 3, 3), ([False, True, True, True, False], 4), ([True, True, False, True], None), ([], None)],
 )
 def test_sessions_to_effect_are_three_pleased_in_a_row(pleased, sessions):
-    assert users.sessions_to_effect(pleased) == sessions
+    assert report.sessions_to_effect(pleased) == sessions
 
 
 def test_by_chance_a_streak_takes_so_many_sessions():
     rng = random.Random(0)
-    runs = [users.sessions_to_effect([rng.random() < 0.5 for _ in range(200)]) for _ in range(4000)]
-    assert abs(sum(runs) / len(runs) - 14) < 0.5 and users.by_chance(0.5) == "14"
-    assert (users.by_chance(0), users.by_chance(1), users.by_chance(0.01)) == ("never", "3", "> 9999")
+    runs = [report.sessions_to_effect([rng.random() < 0.5 for _ in range(200)]) for _ in range(4000)]
+    assert abs(sum(runs) / len(runs) - 14) < 0.5 and report.by_chance(0.5) == "14"
+    assert (report.by_chance(0), report.by_chance(1), report.by_chance(0.01)) == ("never", "3", "> 9999")
 
 
 def test_the_interval_is_students():
-    assert users.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.30 * 1 / sqrt(3)
-    assert users.interval([5.0]) == "5.0"
+    assert report.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.30 * 1 / sqrt(3)
+    assert report.interval([5.0]) == "5.0"
 
 
 def result(label, person, seed, *after):
@@ -127,21 +127,21 @@ def test_the_table_and_the_picture_are_made_from_the_results(tmp_path):
         result("opd", "ta", 1, 0.75, 0.9),
         result("hybrid", "student+teacher", 0, 1.0),
     ]
-    rows = users.table(results).splitlines()
+    rows = report.table(results).splitlines()
     assert len(rows) == 5 and "| hybrid | student (jointly) | 1 | 80 | 5.0 | 84 | 25.0 | 100.0 |" in rows[2]
     numbers = "25.0 ± 0.0 | 62.5 ± 158.9 | -0.080 | 0.100 | 90 to 90 | 50.0 ± 0.0 | 8 |"
     # one run had more sessions than the other: they are compared after 80
     assert f"| opd | ta | 2 | 80 | 5.0 ± 0.0 | 84 | {numbers}" in rows[4]
-    users.draw(results, tmp_path / "curve.png")
+    report.draw(results, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_run_from_its_start_to_the_picture(tiny_model, tmp_path):
     """The command as a user gives it, on the tiny model; then once more, when there is nothing left to run."""
-    command = [sys.executable, str(ROOT / "users.py"), f"--out={tmp_path}", f"--port={free_port()}"]
+    command = [sys.executable, "-m", "evaluation.talk", f"--out={tmp_path}", f"--port={free_port()}"]
     command += ["--person=brief+teacher", "--talks=6", "--every=3", "--held_out=4", "--max_tokens=20"]
     command += [f"--model={tiny_model}", "--engine_memory=0.5", "--batch_size=2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert [(m["talks"], m["person"]) for m in result["measures"]] == list(
@@ -150,9 +150,9 @@ def test_a_run_from_its_start_to_the_picture(tiny_model, tmp_path):
     assert [f["person"] for f in result["firsts"]] == ["brief", "teacher"] * 3
     assert all(f.keys() == {"person", "step", "pleased", "words"} for f in result["firsts"])
     assert done.stdout.count("(jointly)") == 2 and (tmp_path / "curve.png").stat().st_size > 10_000
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert again.returncode == 0 and "1 of 1 runs are in" in again.stdout and again.stdout.count("(jointly)") == 2
-    other = subprocess.run([*command, "--max_tokens=21"], capture_output=True, text=True, timeout=60)
+    other = subprocess.run([*command, "--max_tokens=21"], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert other.returncode != 0 and "other settings" in other.stderr
 
 
@@ -168,15 +168,15 @@ async def test_the_tokens_that_end_an_answer_are_not_counted(program, tiny_model
             reply = await client.completions.create(model="policy", prompt=ids, max_tokens=1, extra_body=options)
             of_answer = list(zip(reply.choices[0].prompt_logprobs, ids, strict=True))[len(prompt) :]
             logps = [at[str(token)]["logprob"] for at, token in of_answer]
-            monkeypatch.setattr(users, "UNRELATED", ((question, answer),))
-            assert abs(await users.unrelated(client) - sum(logps) / len(logps)) < 0.02
+            monkeypatch.setattr(talk, "UNRELATED", ((question, answer),))
+            assert abs(await talk.unrelated(client) - sum(logps) / len(logps)) < 0.02
 
 
 async def test_a_model_can_play_the_person(program):
     """Any OpenAI-compatible endpoint; here our own, with the tiny model, which says something at least."""
-    setup = users.Setup(user_url=f"{program.url}/v1", user_model="policy")
+    setup = talk.Setup(user_url=f"{program.url}/v1", user_model="policy")
     os.environ["USER_API_KEY"] = program.key
     try:
-        assert await users.react(setup, PEOPLE["brief"], "What is yeast?", "yeast", "A fungus.", random.Random(0))
+        assert await talk.react(setup, PEOPLE["brief"], "What is yeast?", "yeast", "A fungus.", random.Random(0))
     finally:
         del os.environ["USER_API_KEY"]

@@ -1,8 +1,7 @@
-"""Which answer does a request go on from? Read off its messages alone: clients need not help.
+"""Which answer does a request continue? Found from its messages alone: clients don't have to help.
 
-A client sends the whole conversation each time, so a request that continues an answer begins with the messages that
-the answer was given to, then holds the answer, then what came next. What real clients change on the way (OpenClaw most
-of all) is allowed for here, and only that.
+A client sends the whole conversation each time. A request that continues an answer has the messages that the answer was
+given to, then the answer, then what came next. Known changes that clients make (OpenClaw most of all) are accepted.
 """
 
 import hashlib
@@ -14,12 +13,12 @@ from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
-import journal
+from durable import journal
 
 # OpenClaw appends this user message to each request and takes it away again before the next.
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
-# What OpenClaw itself asks, in a person's conversation or beside it: how the last user or the system message begins.
-# In the history of later requests a line in brackets stands for the words that it had asked in.
+# How the last user message, or the system message, begins where OpenClaw itself asks, in a person's conversation or
+# outside it. In the history of later requests a line in brackets replaces the words that it asked in.
 OWN_REQUESTS = {
     "user": re.compile(
         r"\s*(\[[^\]\n]{0,40}\d\d:\d\d[^\]\n]{0,20}\] )?(Pre-compaction memory flush\.|Follow the heartbeat monitor|"
@@ -29,9 +28,9 @@ OWN_REQUESTS = {
     ),
     "system": re.compile(r"\s*(Generate a concise session title|You are a context summarization assistant)"),
 }
-# What comes from a subagent, another session or a tool has this line in it, before or behind its words.
+# Messages from a subagent, another session or a tool have this line in them.
 ROUTED = re.compile(r"^\[Inter-session message\] .*isUser=false$", re.MULTILINE)
-# Answers to those that nobody is shown.
+# Answers to those that no person is shown.
 SILENT = re.compile(r"\W*(NO_REPLY\W*)*|\s*HEARTBEAT_OK.{0,300}|.{0,300}HEARTBEAT_OK\W*", re.DOTALL | re.IGNORECASE)
 SPEAKING_TOOLS = ("message", "heartbeat_respond")  # with which it may have said something all the same
 SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
@@ -41,7 +40,7 @@ NUMBER = r"(?<![\w.])-?\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,3})?"
 
 
 def text_of(content: Any) -> str:
-    """A message's content as text: a string, null, or a list of parts (one that is no text stands as its JSON)."""
+    """A message's content as text: a string, null, or a list of parts (a part that is no text as its JSON)."""
     if isinstance(content, list):
         return "\n".join(
             p if isinstance(p, str) else str(p["text"]) if "text" in p else json.dumps(p, sort_keys=True)
@@ -77,8 +76,8 @@ def was_shown(own: list[dict]) -> bool:
 def conversation(messages: list[dict]) -> list[dict]:
     """The messages that a client sends again unchanged: no system text (agents put the clock in it), no carrier.
 
-    What the client itself asked in between is left out with its answers; where the person was shown one, SHOWN stands
-    for it, since what they said then may have been said to that.
+    What the client itself asked in between is left out with its answers. Where the person was shown one, SHOWN replaces
+    it, since the person's next message may be about that answer.
     """
     kept: list[dict] = []
     own: list[dict] = []  # a request of the client's own and what followed it, while we are in one
@@ -109,7 +108,7 @@ def request_of(messages: list[dict]) -> str:
 
 
 def asked_by_the_client(messages: list[dict]) -> bool:
-    """Is this a title, a summary, a memory flush, a heartbeat: nothing that a person will go on from?"""
+    """Is this a request of the client's own (a title, a summary, a memory flush, a heartbeat)?"""
     last = last_request(messages)
     return any(is_own_request(m) for i, m in enumerate(messages) if i == last or m.get("role") == "system")
 
@@ -159,7 +158,7 @@ def letters(text: str) -> str:
 
 
 def named_values(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """The scalars in a tool call's arguments, each with the key it stands under."""
+    """The scalars in a tool call's arguments, each with its key."""
     if isinstance(value, dict):
         return [pair for k, v in value.items() for pair in named_values(v, k)]
     if isinstance(value, list):
@@ -177,12 +176,12 @@ def said_in_order(content: str, raw: str) -> bool:
     return True
 
 
-def echoes(message: dict, answer: str) -> bool:
+def matches_answer(message: dict, answer: str) -> bool:
     """Is this assistant message what a client makes of our raw answer text?
 
     A plain answer comes back as it was, but for its thinking and its whitespace. vLLM's parsers take tool calls out
     of the text in a dozen formats and clients re-serialise them, so there the words of the content, each name and each
-    argument behind its key must be found in the raw text, by letters and digits alone.
+    argument after its key must be found in the raw text, by letters and digits alone.
     """
     answer, content = without_thinking(answer), without_thinking(text_of(message.get("content")))
     calls = calls_of(message)
@@ -192,8 +191,8 @@ def echoes(message: dict, answer: str) -> bool:
 
     def found(name: str, value: Any) -> bool:
         if isinstance(value, int | float) and not isinstance(value, bool):  # 1000 for a model's 1e3
-            behind_its_key = rf"{re.escape(name)}\W{{0,8}}?({NUMBER})" if name else f"({NUMBER})"
-            return any(Decimal(n) == Decimal(str(value)) for n in re.findall(behind_its_key, answer))
+            after_its_key = rf"{re.escape(name)}\W{{0,8}}?({NUMBER})" if name else f"({NUMBER})"
+            return any(Decimal(n) == Decimal(str(value)) for n in re.findall(after_its_key, answer))
         # A model may write é or \u00e9, and an escaped newline leaves an n: any of the spellings will do.
         plain = value if isinstance(value, str) else json.dumps(value)
         spellings = (plain, json.dumps(value), json.dumps(value, ensure_ascii=False))
@@ -204,10 +203,10 @@ def echoes(message: dict, answer: str) -> bool:
     )
 
 
-def find_continued(
+def find_parent(
     db: sqlite3.Connection, user: str, messages: list[dict], tools: Collection[str] = (), session: str | None = None
 ) -> tuple[sqlite3.Row | None, list[dict]]:
-    """The turn that these messages go on from, None for a new conversation; and what was said to it, [] for nothing.
+    """The turn that these messages continue (None for a new conversation), and the messages that followed it.
 
     A turn is continued when its request is a prefix of this one, followed by our answer. The longest such prefix wins;
     among equal requests (two people say "hello") the answer decides, and the `session` where the client names it.
@@ -219,7 +218,7 @@ def find_continued(
     rows = journal.candidates(db, user, list({prefixes[k] for prefixes in ways for k in answered})) if answered else []
     for k in reversed(answered):
         digests = {prefixes[k] for prefixes in ways}
-        fits = [r for r in rows if r["digest"] in digests and echoes(talk[k], r["text"])]
+        fits = [r for r in rows if r["digest"] in digests and matches_answer(talk[k], r["text"])]
         if session:  # one that a client names has a slash in it
             fits = [r for r in fits if r["session"] == session or "/" not in r["session"]]
         if fits:

@@ -1,29 +1,28 @@
 """Which part of a complaint becomes the hint? On complaints of people who are not in people.py; to be read by hand.
 
-    .venv/bin/python docs/evaluation/hints.py        complaints.jsonl -> a line each: the hint, and what it does
+    python -m evaluation.hints        docs/evaluation/complaints.jsonl -> a line each: the hint, and what it does
 
 Nats: how far the hint moves the model's mind along the answer that was complained about, see `distill.shift`.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent.parent))
-import distill  # noqa: E402
-import grpo  # noqa: E402
-import policy  # noqa: E402
-import reward  # noqa: E402
+import distill
+import grpo
+import reward
+from durable.model import model_folder
 
-folder = policy.model_folder("")
+COMPLAINTS = Path(__file__).parent.parent / "docs/evaluation/complaints.jsonl"
+
+folder = model_folder("")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 head = model.get_output_embeddings().weight
-for line in (HERE / "complaints.jsonl").read_text().splitlines():
+for line in COMPLAINTS.read_text().splitlines():
     case = json.loads(line)
     asked = [{"role": "user", "content": case["request"]}]
     answer = tokenizer(case["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]

@@ -1,0 +1,117 @@
+"""Look at the journal, and change it, from the command line.
+
+python -m durable.admin show --out=mine                      the last 20 answers and what became of each
+python -m durable.admin show --out=mine --session=SESSION    one conversation, whole
+python -m durable.admin rollback --out=mine --step=50        the checkpoint of step 50 is the current one again
+python -m durable.admin forget --out=mine --session=SESSION  a conversation leaves the journal for good
+"""
+
+import json
+import sqlite3
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from clients.sessions import last_request, without_thinking, words_of
+from durable import checkpoint, journal
+from durable.errors import UsageError
+
+QUERY = "SELECT *, length(response_ids) / 4 AS tokens, length(prompt_ids) / 4 AS prompt FROM turns"
+
+
+def one_line(text: str, width: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def said(message: dict) -> str:
+    """A message as one line: its text, and the tools it calls."""
+    calls = [f"[calls {c['function']['name']}]" for c in message.get("tool_calls") or []]
+    return one_line(" ".join([words_of(message), *calls]))
+
+
+def describe(row: sqlite3.Row) -> str:
+    """One answer as five lines at most."""
+    messages, following = json.loads(row["messages"]), json.loads(row["next_messages"] or "[]")
+    last = last_request(messages)
+    at = messages[-1] if messages and messages[-1].get("role") == "tool" else messages[last] if last is not None else {}
+    lines = [
+        f"{time.strftime('%F %T', time.localtime(row['created']))}  {row['session']}  ({row['user']})  "
+        f"{row['prompt']} + {row['tokens']} tokens",
+        f"  {at.get('role', '?'):<9} {said(at)}",
+        f"  answer    {one_line(without_thinking(row['text']))}",
+        *[f"  {m.get('role', '?'):<9} {said(m)}" for m in following],
+    ]
+    if row["score"] is not None:
+        votes = " ".join(f"{v:+d}" for v in json.loads(row["votes"]))
+        lines.append(f"  verdict   {row['score']:+d} by {row['source']} ({votes}; {row['confidence']:.0%} sure)")
+        lines += [f"  hint      {one_line(hint)} ({row['hinted_by']})" for hint in json.loads(row["hints"])]
+    became = f"trained on in step {row['step']}" if row["state"] == "trained" else row["state"]
+    return "\n".join([*lines, f"  became    {became}{': ' + row['reason'] if row['reason'] else ''}"])
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print the last 20 answers, or one conversation. A running program is not disturbed."""
+
+    out: str = "out"  # the --out of run.py
+    session: str = ""  # of one conversation, as printed here; all of it
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Make the checkpoint of a step the current one. Stop the program first."""
+
+    step: int  # 0: the weights that training began from
+    out: str = "out"  # the --out of run.py
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Remove a conversation from the journal for good. Stop the program first."""
+
+    session: str  # as `show` prints it
+    out: str = "out"  # the --out of run.py
+
+
+def main(command: Show | Rollback | Forget) -> None:
+    out = Path(command.out)
+    if not (out / "journal.db").exists():
+        raise UsageError(f"--out={out}: there is no journal.db in it")
+    if isinstance(command, Show):
+        show(out, command.session)
+        return
+    with journal.lock_out_dir(out), closing(journal.open_journal(out / "journal.db")) as db:
+        if isinstance(command, Rollback):
+            undone = journal.rollback(db, command.step)
+            checkpoint.remove_others(out, journal.checkpoints(db))
+            print(f"step {command.step} is the current one; {undone} turns that came after it are dropped")
+        else:
+            removed, first = journal.forget(db, command.session)
+            if not removed:
+                raise UsageError(f"--session={command.session}: there is no such session in {out}/journal.db")
+            trained = [step for step in journal.checkpoints(db) if first and step >= first]
+            print(f"{removed} turns of {command.session} are removed; checkpoints trained on one: {trained or 'none'}")
+
+
+def show(out: Path, session: str) -> None:
+    with closing(sqlite3.connect(f"file:{out / 'journal.db'}?mode=ro", uri=True)) as db:
+        db.row_factory = sqlite3.Row
+        if session:
+            rows = db.execute(f"{QUERY} WHERE session = ? ORDER BY created", (session,)).fetchall()
+        else:
+            rows = db.execute(f"{QUERY} ORDER BY created DESC LIMIT 20").fetchall()[::-1]
+    if not rows:
+        raise UsageError(f"--session={session}: no such session" if session else "the journal is empty")
+    print("\n\n".join(map(describe, rows)))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Show | Rollback | Forget, description=__doc__, use_underscores=True))
+    except UsageError as e:
+        sys.exit(str(e))

@@ -1,0 +1,71 @@
+"""What may be trained on, and what may be served: a harmful step is reverted before anybody meets its weights.
+
+The bounds are wide: they catch a policy that breaks, not one that changes.
+"""
+
+from typing import Any
+
+from durable.journal import NOTHING, Sample
+
+DLOGP = 1.0  # mean |dlogp| of a batch between the sampler and the trainer before the step
+NLL_RISE = 0.5  # nats per token of the fixed text, against the first weights (0.03 after 14 steps of the hybrid)
+ENTROPY_CHANGE = 1.0  # nats per token of the fixed text, against the first weights, up or down (0.15)
+KL_JUMP = 0.25  # nats per token of the fixed text, to the first weights, in one step (0.04 in all 14)
+REPEATED = 0.5  # share of repeated 4-grams in the answers to the fixed prompts, where the first weights had less (0)
+LENGTH = 1.5  # mean tokens of those answers with their stop token: below it the model says nothing (15)
+IN_A_ROW = 3  # reverted steps in a row after which training stops
+
+
+class Refused(RuntimeError):
+    """This step is not to be served; the message says why."""
+
+
+def reject_reason(sample: Sample, chosen: list[Sample], step: int, config: Any) -> str | None:
+    """Why this sample is not trained on in a batch that already has `chosen`; None: it is.
+
+    `config`: the options of `config.Config`. Its shares bound what part of a batch comes from one user, from one
+    session, and from answers that max_tokens cut off.
+    """
+    turn = sample.turn
+    if step - min(version for version, _, _ in turn.versions) > config.max_staleness:
+        return f"stale: more than {config.max_staleness} steps old"
+    if len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
+        return f"longer than --max_train_tokens={config.max_train_tokens}"
+    if not config.w_rl and not sample.verdict.hints:
+        return f"{NOTHING}: there is no hint, and the score is not trained on (w_rl is 0)"
+    cut = turn.finish_reason == "length"
+    alike = {
+        "user": sum(s.turn.user == turn.user for s in chosen),
+        "session": sum((s.turn.user, s.turn.session) == (turn.user, turn.session) for s in chosen),
+        "truncated": sum(s.turn.finish_reason == "length" for s in chosen) if cut else -1,
+    }
+    for what in alike:
+        share = getattr(config, f"{what}_share")
+        if alike[what] + 1 > share * config.batch_size:
+            return f"over the share of a batch: {what}, {share:g}"
+    return None
+
+
+def check_batch(loss: float, grad_norm: float, dlogp: float) -> None:
+    """Before Adam's step. Refused where it would be taken on numbers that mean nothing."""
+    if not (abs(loss) < float("inf") and grad_norm < float("inf")):  # also for NaN
+        raise Refused(f"loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+    if not dlogp <= DLOGP:
+        raise Refused(f"mean |dlogp| between sampler and trainer {dlogp:.2f} > {DLOGP}")
+
+
+def check_weights(found: dict[str, float], first: dict[str, float], before: dict[str, float]) -> None:
+    """After Adam's step, on the probe (`trainer.probe`) of the new weights, of the first and of those that are served.
+
+    Refused where the new ones are broken; each condition is written so that NaN fails it."""
+    for fine, why in (
+        (found["nll"] - first["nll"] <= NLL_RISE, "nll"),
+        (abs(found["entropy"] - first["entropy"]) <= ENTROPY_CHANGE, "entropy"),
+        (found["kl"] - before["kl"] <= KL_JUMP, "kl"),
+        (found["repeated"] <= max(REPEATED, first["repeated"]), "repeated"),
+        (found["length"] >= min(LENGTH, first["length"]), "length"),
+    ):
+        if not fine:
+            raise Refused(
+                f"on the probe, {why} is {found[why]:.2f}; before the step {before[why]:.2f}, first {first[why]:.2f}"
+            )

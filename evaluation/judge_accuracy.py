@@ -1,0 +1,79 @@
+"""How often the judge agrees with the labels of replies/unseen.jsonl, which nothing was fitted to.
+
+python -m evaluation.judge_accuracy                                                    the head
+python -m evaluation.judge_accuracy --url=http://127.0.0.1:8000/v1 --model=NAME        a chat judge, any endpoint
+"""
+
+import asyncio
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from durable.errors import UsageError
+from durable.model import CACHE, fingerprint, model_folder
+from reward import VOTES, ChatJudge, endpoint, head_verdict, labelled, make_head
+
+
+@dataclass(frozen=True)
+class Options:
+    url: str = ""  # OpenAI-compatible endpoint of a chat judge; empty: the head of a local model
+    model: str = ""  # the endpoint's model name, or the head's model folder
+    votes: int = 3  # of a chat judge whose endpoint gives no log-probs
+    set: Literal["unseen", "fit"] = "unseen"  # which labelled replies
+
+    def __post_init__(self) -> None:
+        if self.url and not self.model:
+            raise ValueError("--url needs --model")
+        if self.votes < 1:
+            raise ValueError(f"--votes={self.votes}: expected at least 1")
+
+
+def report(rows: list[dict], scores: list[int], seconds: float) -> None:
+    """Print how often, and where, a judge agrees with the person who labelled the replies."""
+    right = [score == VOTES[row["label"]] for row, score in zip(rows, scores, strict=True)]
+    for kind in ("all", *sorted({row["kind"] for row in rows})):
+        hits = [hit for hit, row in zip(right, rows, strict=True) if kind in ("all", row["kind"])]
+        print(f"{kind:16}{sum(hits) / len(hits):7.1%}  {sum(hits)}/{len(hits)}")
+    print(f"\n{'label / judged':16}" + "".join(f"{label:>9}" for label in VOTES))
+    for label in VOTES:
+        said = Counter(score for score, row in zip(scores, rows, strict=True) if row["label"] == label)
+        print(f"{label:16}" + "".join(f"{said[vote]:9}" for vote in VOTES.values()))
+    print(f"\n{len(rows)} verdicts in {seconds:.1f} s")
+
+
+async def measure_chat(judge: ChatJudge, rows: list[dict]) -> list[int]:
+    at_once = asyncio.Semaphore(4)
+
+    async def one(r: dict) -> int:
+        async with at_once:
+            return (await judge.score(r["request"], r["answer"], r["next"]))[0]
+
+    return await asyncio.gather(*map(one, rows))
+
+
+def main(options: Options) -> None:
+    rows, began = labelled(options.set), time.perf_counter()
+    if options.url:
+        judge = ChatJudge(endpoint(options.url), options.model, options.votes)
+        scores = asyncio.run(measure_chat(judge, rows))
+    else:
+        folder = model_folder(options.model)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        head = make_head(model, tokenizer, CACHE / "judge" / fingerprint(folder)[:16])
+        began = time.perf_counter()
+        scores = [head_verdict(head, model, tokenizer, r["request"], r["next"])[0] for r in rows]
+    report(rows, scores, time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except UsageError as e:
+        sys.exit(str(e))

@@ -1,0 +1,55 @@
+"""Talk to a running program, and read its journal."""
+
+import asyncio
+import sqlite3
+import time
+
+import httpx
+import openai
+
+ALICE, BOB = "key-a", "key-b"
+
+
+opened: list[openai.AsyncOpenAI] = []
+
+
+def client(program, key=ALICE):
+    opened.append(openai.AsyncOpenAI(base_url=f"{program.url}/v1", api_key=key, max_retries=0, timeout=120))
+    return opened[-1]
+
+
+def query(program, sql, *values):
+    db = sqlite3.connect(program.out / "journal.db")
+    db.row_factory = sqlite3.Row
+    found = db.execute(sql, values).fetchall()
+    db.close()
+    return found
+
+
+def rows(program, where="1", *values):
+    return query(program, f"SELECT * FROM turns WHERE {where} ORDER BY created", *values)
+
+
+async def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.2)
+    return value
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+async def ask(c, messages, max_tokens=12, **kwargs):
+    return await c.chat.completions.create(model="policy", messages=messages, max_tokens=max_tokens, **kwargs)
+
+
+async def rated(program, question, score=1, text="", **options):
+    """An answer with a person's feedback on it: the shortest way into a batch. Its id."""
+    reply = await ask(client(program, program.key or "none"), [user(question)], **options)
+    body = {"completion_id": reply.id, "score": score, "text": text}
+    headers = {"Authorization": f"Bearer {program.key or 'none'}"}
+    httpx.post(f"{program.url}/v1/feedback", json=body, headers=headers, timeout=30).raise_for_status()
+    return reply.id

@@ -1,0 +1,70 @@
+"""The rules that keep the code readable, and the docs true to it."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import config
+from durable import admin
+from evaluation import talk
+from tests.conftest import ROOT
+
+SOURCES = [p for folder in (".", "durable", "clients", "evaluation") for p in sorted((ROOT / folder).glob("*.py"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PURE_MATHS = ("grpo.py", "distill.py")  # a loss keeps its explicit floats
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_fit_on_a_screen(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            parameters = [a.arg for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
+            assert lines <= 80, f"{node.name} has {lines} lines"
+            assert len(parameters) <= 6 or path.name in PURE_MATHS, f"{node.name} has {len(parameters)} parameters"
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_the_docs_name_exist(path: Path):
+    text = path.read_text()
+    named = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|md|jsonl|json|png))`|`([\w/]+/)`", text)
+    named = {file or folder for file, folder in named} | {
+        n for n in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in n
+    }
+    ours = [n for n in named if not n.startswith("mine/") and n not in ("metrics.jsonl", "out/")]
+    missing = [n for n in ours if not any((base / n).exists() for base in (ROOT, path.parent))]
+    assert not missing
+
+
+def commands() -> list[str]:
+    """The commands of the docs that start one of our programs, without their comments."""
+    found = re.findall(
+        r"(?:python|PY\)) ((?:run\.py|-m (?:evaluation|durable|clients)\.\w+)[^\n`#]*)",
+        "\n".join(p.read_text() for p in DOCS),
+    )
+    return sorted({c.strip() for c in found})
+
+
+def test_commands_of_the_docs_are_known():
+    seen = commands()
+    assert len(seen) >= 8
+    for command in seen:
+        words = command.split()
+        module = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
+        arguments = [w.replace("…", "x") for w in words if w.startswith("--") and w != "--help"]
+        if module == "run":
+            config.parse(arguments)
+        elif module == "evaluation.talk":
+            talk.parse(arguments)
+        elif module == "durable.admin":
+            assert words[2] in ("show", "rollback", "forget"), command
+            known = {f for c in (admin.Show, admin.Rollback, admin.Forget) for f in c.__dataclass_fields__}
+            assert {a[2:].split("=")[0] for a in arguments} <= known, command
+        else:
+            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), command

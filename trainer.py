@@ -1,0 +1,377 @@
+"""The weights in training: fp32 masters, Adam, one step on a batch, and the way back.
+
+The served weights and those that the trainer computes with have the same bf16 values. fp32 masters collect updates that
+are too small for bf16, and `dithered` rounds them so that each update is served in full, on average.
+"""
+
+import math
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import distill
+import grpo
+from config import Config
+from durable import guard
+from durable.errors import UsageError
+from durable.journal import Turn
+
+# The fixed text that the engine and the trainer are compared on after each push, and that drift is measured on.
+PROBE = (
+    "The tide comes in twice a day because the moon pulls the sea towards it. On the far side of the earth the water "
+    "bulges too, since the moon pulls the solid earth a little more than the sea behind it. Sailors have kept tables "
+    "of high and low water for centuries: a harbour with two metres of water at noon may be a field of mud by six."
+)
+PROMPTS = ("What is a bridge?", "Tell me about bees.", "How do I boil an egg?", "Write a sentence about the sea.")
+ANSWER_TOKENS = 24  # of an answer to one of them
+ROLL_BACK = "; python -m durable.admin rollback goes back to an earlier checkpoint"
+
+
+class Stopped(Exception):
+    """The program stops: the step was left between two rows, and no weight has changed."""
+
+
+@dataclass
+class State:
+    """Everything that training changes, and what it is compared with."""
+
+    tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
+    policy: PreTrainedModel  # what is served and what is trained through: bf16 values, whatever dtype holds them
+    start: PreTrainedModel  # the frozen first weights: for the KL, the teacher, and a small model's judge
+    masters: list[Tensor]  # fp32, in the order of policy.parameters()
+    adam: torch.optim.Adam
+    kept: list[Tensor]  # the last `snapshot` of `mutable`, on the CPU
+    probe_ids: list[int]  # PROBE
+    probe_prompts: list[list[int]]  # PROMPTS
+    first_logps: Tensor  # (L - 1, V) of the first weights on PROBE
+    first_probe: dict[str, float]  # of `probe`, for the first weights
+    probe: dict[str, float]  # and for those that are served
+    step: int = 0
+    baselines: dict[str, float] = field(default_factory=dict)  # running mean reward, see grpo.baseline_key
+    stopping: threading.Event = field(default_factory=threading.Event)  # set by the event loop, read between rows
+
+
+@dataclass
+class Lesson:
+    """A judged answer and what there is to learn from it."""
+
+    turn: Turn
+    adv: float
+    hinted: list[list[int]]  # a prompt for each candidate hint
+
+
+# ---- one step ----
+
+
+def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str, float]:
+    """One step of Adam on a batch, row by row. Returns the step's metrics, per response token unless named otherwise.
+
+    guard.Refused where the batch's numbers mean nothing, Stopped where `state.stopping` is set: masters are unchanged.
+    """
+    turns = [lesson.turn for lesson in lessons]
+    n, sums = sum(len(t.response_ids) for t in turns), Counter[str]()
+    for row in grpo.collate(
+        [t.prompt_ids for t in turns],
+        [t.response_ids for t in turns],
+        [[math.nan] * len(t.logprobs) if t.no_rl else t.logprobs for t in turns],
+        [lesson.adv for lesson in lessons],
+        [1.0 if t.no_rl else t.temperature for t in turns],
+        config.row_tokens,
+        state.policy.device,
+    ):
+        if state.stopping.is_set():
+            raise Stopped
+        # A long row recomputes its activations in the backward pass: less memory, a third more time.
+        if row["ids"].numel() > config.row_tokens:
+            state.policy.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            state.policy.gradient_checkpointing_disable()
+        hinted = {i: lessons[i].hinted for i in row["sample"].unique().tolist() if lessons[i].hinted}
+        loss, found = row_loss(config, state, row, hinted)
+        # A gradient through logits / T is 1 / T as large: without this factor a cold turn would dominate its batch.
+        ((loss * row["temperature"]).sum() / n).backward()
+        accumulate_grads(state)
+        found["dlogp_max"] = max(0.0, found["dlogp_max"] - sums["dlogp_max"])  # `update` adds
+        sums.update(found)
+    norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
+    n_sampled = max(1, sum(len(t.response_ids) for t in turns if not t.no_rl))
+    dlogp = sums["dlogp"] / n_sampled
+    guard.check_batch(sums["loss"] / n, norm, dlogp)
+    state.adam.step()
+    state.adam.zero_grad(set_to_none=False)
+    sync_bf16(state.masters, state.policy)
+    return {
+        "tokens": n,
+        "grad_norm": norm,
+        **{k: sums[k] / n for k in ("loss", "kl", "nll", "start_nll", "clipped")},
+        "dlogp": dlogp,
+        "dlogp_max": sums["dlogp_max"],
+        "hinted": sum(bool(lesson.hinted) for lesson in lessons) / len(turns),
+        "teacher_gap": sums["gap"] / max(1, sums["n_hinted"]),
+        "repeated": sum(grpo.repetition(t.response_ids) for t in turns) / len(turns),
+    }
+
+
+def row_loss(
+    config: Config, state: State, row: dict[str, Tensor], hinted: dict[int, list[list[int]]]
+) -> tuple[Tensor, dict[str, float]]:
+    """L = w_rl L_rl + w_opd L_opd + kl L_kl per response token (N,), and sums over those tokens for the metrics.
+
+    `hinted`: sample in the row -> prompts with a hint."""
+    clip, temperature = (config.clip_low, config.clip_high), row["temperature"]
+    head, start_head = (m.get_output_embeddings().weight for m in (state.policy, state.start))  # (V, D)
+    hidden, ids = grpo.response_hidden(state.policy, row), row["target"][:, None]  # (N, D), (N, 1)
+    if hinted:
+        # First the sampled token, for L_rl and L_kl, then the tokens of L_opd: with opd_k = 0 the sampled one again.
+        likely = distill.top_k(hidden.detach(), head, config.opd_k) if config.opd_k else ids  # (N, K)
+        ids = torch.cat([ids, likely], 1)  # (N, 1 + K)
+    logps = grpo.token_logps(hidden, head, ids, temperature)  # (N, 1 or 1 + K)
+    logp = logps[:, 0]
+    # NaN marks the tokens of turns that learn from their hint alone: for them rho is 1 and the advantage 0.
+    old_logp = torch.where(row["old_logp"].isnan(), logp.detach(), row["old_logp"])  # (N,)
+    loss = config.w_rl * grpo.ppo_clip_loss(logp, old_logp, row["adv"], *clip, config.dual_clip)  # (N,)
+    log_ratio = logp.detach() - old_logp  # (N,)
+    found = {
+        "nll": -logp.sum().item(),
+        "dlogp": log_ratio.abs().sum().item(),
+        "dlogp_max": log_ratio.abs().max().item(),
+        "clipped": ((log_ratio.exp() < 1 - clip[0]) | (log_ratio.exp() > 1 + clip[1])).sum().item(),
+    }
+    if config.kl or hinted:
+        with torch.no_grad():
+            start_hidden = grpo.response_hidden(state.start, row)
+            start_logps = grpo.token_logps(start_hidden, start_head, ids, temperature)  # (N, 1 or 1 + K)
+    if hinted:
+        student = logps[:, 1:].detach()  # (N, K)
+        model, plain = (state.start, start_logps) if config.teacher == "start" else (state.policy, logps.detach())
+        teacher, hint_mask = distill.teach(model, row, ids[:, 1:], hinted, plain[:, 1:])  # (N, K), (N,)
+        if config.opd_k:
+            opd = distill.top_k_loss(logps[:, 1:], student, teacher, config.opd_clip, *clip)  # (N,)
+        else:  # the paper's first form: an advantage for the sampled token
+            adv = distill.advantage(student, teacher, config.opd_clip).squeeze(-1)  # (N,)
+            opd = grpo.ppo_clip_loss(logp, old_logp, adv, *clip, config.dual_clip)  # (N,)
+        loss = loss + config.w_opd * hint_mask * opd
+        found["gap"] = (hint_mask * (teacher - student).abs().mean(-1)).sum().item()
+        found["n_hinted"] = hint_mask.sum().item()
+    if config.kl:
+        start_logp = start_logps[:, 0]
+        # Answers are a step or two old: tokens that the policy has moved away from since then count for less.
+        weight = log_ratio.exp().clamp(max=1.0)  # (N,)
+        loss = loss + config.kl * weight * grpo.kl_loss(logp, start_logp)
+        found["start_nll"] = -start_logp.sum().item()
+        found["kl"] = (weight * grpo.kl_value(logp.detach(), start_logp)).sum().item()
+    return loss, found | {"loss": loss.sum().item()}
+
+
+def accumulate_grads(state: State) -> None:
+    """After a row's backward pass: add its bf16 gradients to the masters' fp32 ones, since bf16 is too coarse for sums
+    over many rows. fp32 gradients are there already: see `load_state`."""
+    for p, master in zip(state.policy.parameters(), state.masters, strict=True):
+        if p.grad is not master.grad:
+            master.grad.add_(p.grad)
+            p.grad = None
+
+
+# ---- from the masters to what is served ----
+
+
+CHUNK = 1 << 18  # weights that `dithered` rounds at a time: their random numbers stay in the processor's cache
+
+
+@torch.no_grad()
+def dithered(master: Tensor, number: int) -> Tensor:
+    """Round a master to bf16 by adding 16 random low bits and cutting them off. Any shape, fp32 -> bf16.
+
+    Rounding to the nearest value would serve 2 to 8 % of the first updates at lr 1e-5 and the rest later in a lump,
+    since masters start on bf16 values and a weight would move only after half a bf16 step. Dithering is unbiased, and
+    it leaves values that bf16 can hold as they are. The random bits are a hash of the weight's place in the tensor and
+    of the tensor's `number`: the same masters give the same values at each push, after a restart, and on each device.
+    """
+    flat = master.detach().contiguous().view(-1)
+    out = torch.empty_like(flat, dtype=torch.bfloat16)
+    for at in range(0, len(flat), CHUNK):
+        bits = flat[at : at + CHUNK].view(torch.int32)
+        noise = torch.arange(at, at + len(bits), dtype=torch.int32, device=flat.device)
+        noise.bitwise_xor_(number * 0x9E3779B1 & 0x7FFFFFFF)
+        noise.bitwise_xor_(noise >> 16).mul_(0x7FEB352D)  # int32 products wrap around, on each device alike
+        noise.bitwise_xor_(noise >> 15).mul_(0x297A2D39)
+        noise = (noise >> 16).bitwise_and_(0xFFFF)
+        out[at : at + CHUNK] = (bits + noise).bitwise_and_(-0x10000).view(torch.float32)
+    return out.view(master.shape)
+
+
+@torch.no_grad()
+def sync_bf16(masters: Iterable[Tensor], policy: PreTrainedModel) -> None:
+    """Round the masters to the bf16 values that are served, and compute with those from here on."""
+    for k, (master, p) in enumerate(zip(masters, policy.parameters(), strict=True)):
+        p.copy_(dithered(master, k))
+
+
+def served_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of the policy's tensors by name in bf16, as the engine takes them. Exact: they hold bf16 values."""
+    return {n: p.detach().to(torch.bfloat16, copy=True) for n, p in policy.named_parameters()}
+
+
+# ---- snapshot and restore, checkpoints ----
+
+
+def mutable(state: State) -> list[Tensor]:
+    """All that a step changes: masters, and Adam's two moments and count of each."""
+    return [*state.masters, *[t for m in state.masters for t in state.adam.state[m].values()]]
+
+
+def snapshot(state: State) -> None:
+    """Keep a copy of what a step changes: `restore` goes back to it, and `save` writes it."""
+    if not state.kept:
+        state.kept = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in mutable(state)]
+    copy_tensors(mutable(state), state.kept)
+
+
+def restore(state: State) -> None:
+    """Go back to the last snapshot."""
+    copy_tensors(state.kept, mutable(state))
+    for p, master in zip(state.policy.parameters(), state.masters, strict=True):
+        if p.grad is not master.grad:  # left by a row that ran out of memory
+            p.grad = None
+    state.adam.zero_grad(set_to_none=False)
+    sync_bf16(state.masters, state.policy)
+
+
+@torch.no_grad()
+def copy_tensors(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
+    for s, t in zip(source, target, strict=True):
+        t.copy_(s)
+
+
+def snapshot_weights(state: State) -> dict[str, Tensor]:
+    """The served bf16 values of the last snapshot, by name, on the CPU."""
+    names = [name for name, _ in state.policy.named_parameters()]
+    return {name: dithered(t, k) for k, (name, t) in enumerate(zip(names, state.kept, strict=False))}
+
+
+def save(state: State, folder: Path) -> None:
+    """Write the last snapshot: an ordinary Hugging Face folder, with the trainer's own state in trainer.pt."""
+    state.policy.save_pretrained(folder, state_dict=snapshot_weights(state))
+    config = AutoConfig.from_pretrained(folder)
+    config.dtype = torch.bfloat16  # of the weights in the file, not of the trainer's arithmetic
+    config.save_pretrained(folder)
+    state.tokenizer.save_pretrained(folder)
+    saved = {"state": state.kept, "step": state.step, "baselines": state.baselines}
+    torch.save(saved, folder / "trainer.pt")
+
+
+def saved_bytes(state: State) -> int:
+    """The size of a checkpoint: per weight, bf16 and three fp32 numbers."""
+    return 14 * sum(m.numel() for m in state.masters)
+
+
+def load_state(
+    config: Config, folder: Path, start: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> State:
+    """The trainer's state for the model in `folder`; where that is a checkpoint, with its optimizer and step.
+
+    `start`: folder of the weights that training began from. `dtype`: of the arithmetic. UsageError where a file is
+    damaged.
+    """
+
+    def load(source: Path) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        return model.to(device, dtype)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    probe_ids = tokenizer(PROBE)["input_ids"]
+    asked = [[{"role": "user", "content": text}] for text in PROMPTS]
+    prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
+    first = load(start).eval()
+    first_logps = text_logps(first, probe_ids)
+    first_probe = probe(first, probe_ids, prompts, first_logps)
+    policy = load(folder).train()
+    masters = [p.detach().float().clone().requires_grad_() for p in policy.parameters()]
+    for p, master in zip(policy.parameters(), masters, strict=True):
+        master.grad = torch.zeros_like(master)
+        if p.dtype == torch.float32:
+            p.grad = master.grad  # the backward pass adds up in place; for bf16 `accumulate_grads` does
+    adam = torch.optim.Adam(masters, lr=config.lr, betas=(config.beta1, config.beta2))
+    for m in masters:  # as Adam's first step would, so that `restore` works before it
+        adam.state[m] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
+    state = State(
+        tokenizer=tokenizer,
+        policy=policy,
+        start=first.requires_grad_(False),
+        masters=masters,
+        adam=adam,
+        kept=[],
+        probe_ids=probe_ids,
+        probe_prompts=prompts,
+        first_logps=first_logps,
+        first_probe=first_probe,
+        probe=first_probe,
+    )
+    if folder != start:
+        try:
+            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise UsageError(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}") from e
+        copy_tensors(saved["state"], mutable(state))
+        state.step, state.baselines = saved["step"], saved["baselines"]
+        state.probe = probe(policy, probe_ids, prompts, first_logps)
+    snapshot(state)
+    return state
+
+
+# ---- the probe: how the weights do on fixed texts ----
+
+
+@torch.no_grad()
+def probe_logps(policy: PreTrainedModel, ids: list[int]) -> Tensor:
+    """The trainer's log-probs of ids[1:], for comparison with the engine's. (L - 1,) on the CPU"""
+    return grpo.response_logps(policy, grpo.alone(ids[:1], ids[1:], policy.device)).cpu()
+
+
+@torch.no_grad()
+def text_logps(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Log-probs of the whole vocabulary at each place of a text but the first. (L - 1, V)"""
+    return model(torch.tensor([ids], device=model.device)).logits[0, :-1].float().log_softmax(-1)
+
+
+@torch.no_grad()
+def sample_answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """One sampled answer to each prompt, at most ANSWER_TOKENS, with its stop token; the same for the same weights."""
+    longest, training = max(map(len, prompts)), model.training
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)  # (B, P), padded left
+    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    stop = model.generation_config.eos_token_id
+    stops = set(stop) if isinstance(stop, list) else {stop}
+    options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    model.eval()  # in training, with gradient checkpointing on, there would be no KV cache
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        out = model.generate(ids, attention_mask=seen, max_new_tokens=ANSWER_TOKENS, pad_token_id=0, **options)
+    model.train(training)
+    rows = out[:, longest:].tolist()
+    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def probe(model: PreTrainedModel, ids: list[int], prompts: list[list[int]], first: Tensor) -> dict[str, float]:
+    """How a model does on PROBE and PROMPTS. `first` (L - 1, V): the first weights' `text_logps`.
+
+    guard.Refused where log-probs are not finite: there is nothing to sample from then."""
+    logps = text_logps(model, ids)
+    if not logps.isfinite().all():
+        raise guard.Refused("the log-probs of the probe are not finite")
+    said = sample_answers(model, prompts)
+    return {
+        "nll": -logps.gather(1, torch.tensor(ids[1:], device=logps.device)[:, None]).mean().item(),
+        "entropy": -(logps.exp() * logps).sum(-1).mean().item(),
+        "kl": (logps.exp() * (logps - first)).sum(-1).mean().item(),
+        "repeated": sum(map(grpo.repetition, said)) / len(said),
+        "length": sum(map(len, said)) / len(said),
+    }
