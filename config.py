@@ -14,6 +14,7 @@ class Config:
     host: str = "127.0.0.1"  # address to listen on; any other than loopback needs a key
     port: int = 8000  # port to listen on
     key: str = ""  # API keys, comma-separated, "key" or "user:key"; empty: none on loopback, else those in OUT/keys
+    origins: str = ""  # web pages that may call from a browser, comma-separated, such as http://localhost:3000
     max_waiting: int = 10000  # turns that wait for the judge or the trainer; more are dropped
     expire: float = 3600.0  # seconds after which an answer that got no next message is dropped
 
@@ -57,7 +58,7 @@ class Config:
     # ---- the losses ----
     w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints alone
     w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores alone
-    kl: float = 0.1  # weight of the KL to the starting weights; 0: off
+    kl: float = 0.05  # weight of the KL to the starting weights; 0: off
     baseline: Literal["mean", "none", "group"] = (
         "mean"  # of the reward: running mean per user, upstream's 0, same prompt
     )

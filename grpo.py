@@ -85,7 +85,10 @@ def response_hidden(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
     return hidden[0, row["at"]]
 
 
-def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, chunk: int = 256) -> Tensor:
+CHUNK = 256  # places whose logits exist at a time
+
+
+def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, chunk: int = CHUNK) -> Tensor:
     """Log-probs of K tokens at each of N places: (N, D), head (V, D), ids (N, K), temperature (N,) -> (N, K) float32.
 
     The logits of `chunk` places at a time exist, and the backward pass computes them again: there is never an (N, V)
@@ -164,8 +167,7 @@ def ppo_clip_loss(
     """-min(rho A, clip(rho, 1 - low, 1 + high) A), and where A < 0 at most -dual_clip A. (N,) each.
 
     PPO's clipped surrogate (arXiv 1707.06347 eq. 7) with DAPO's clip-higher (2503.14476 eq. 10) and the dual clip
-    (1912.09729 eq. 5). The batch's loss is its sum over all response tokens of the batch by their number (a token
-    mean, not a mean of means), so that splitting into micro-batches changes nothing.
+    (1912.09729 eq. 5).
     """
     ratio = (logp - old_logp).exp()
     surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
@@ -173,19 +175,29 @@ def ppo_clip_loss(
     return -surrogate
 
 
-def kl_loss(logp: Tensor, start_logp: Tensor) -> Tensor:
-    """(log pi - log pi_start)^2 / 2 per sampled token (N,): its gradient, in expectation over pi, is that of the
-    reverse KL(pi || pi_start).
+def kl_to_start(
+    hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, temperature: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    """KL(pi || pi_start) at each place, exact over the vocabulary: hidden states (N, D) and heads (V, D) of both
+    models, temperature (N,) -> (N,).
 
-    The k3 estimator is the better value but the wrong loss: its gradient is that of the forward KL.
+    An estimate from the sampled token alone (k2, k3) has no baseline: it pushes down each token that has become
+    likelier.
     """
-    return (logp - start_logp).square() / 2
+    parts = [
+        checkpoint(chunk_kl, h, head, s, start_head, t, use_reentrant=False)
+        for h, s, t in zip(hidden.split(chunk), start.split(chunk), temperature.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)
 
 
-def kl_value(logp: Tensor, start_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(pi || pi_start) per sampled token, never negative; for the log. (N,)"""
-    log_ratio = start_logp - logp
-    return log_ratio.exp() - 1 - log_ratio
+def chunk_kl(hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, temperature: Tensor) -> Tensor:
+    """`kl_to_start` of one chunk of C places. (C,) float32"""
+    logps, start_logps = (
+        (F.linear(h, w).float() / temperature[:, None]).log_softmax(-1)  # (C, V)
+        for h, w in ((hidden, head), (start, start_head))
+    )
+    return (logps.exp() * (logps - start_logps)).sum(-1)
 
 
 # ---- metrics ----

@@ -91,7 +91,7 @@ def row_memory(folder: Path, tokens: int, row_tokens: int, width: int) -> float:
     short = min(tokens, row_tokens) * layer * c.num_hidden_layers
     head = 2 * c.vocab_size * c.hidden_size  # its gradient, from a chunk of places and in all (see `grpo.token_logps`)
     logits = 4 * 256 * c.vocab_size
-    return ((max(long, short) + head) * width + 4 * logits) / 2**30
+    return ((max(long, short) + head) * width + 6 * logits) / 2**30
 
 
 def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dtype, float]:

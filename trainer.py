@@ -53,6 +53,7 @@ class State:
     first_logps: Tensor  # (L - 1, V) of the first weights on PROBE
     first_probe: dict[str, float]  # of `probe`, for the first weights
     probe: dict[str, float]  # and for those that are served
+    packs: bool  # may samples share a row? See `check_arithmetic`
     step: int = 0
     baselines: dict[str, float] = field(default_factory=dict)  # running mean reward, see grpo.baseline_key
     stopping: threading.Event = field(default_factory=threading.Event)  # set by the event loop, read between rows
@@ -83,7 +84,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         [[math.nan] * len(t.logprobs) if t.no_rl else t.logprobs for t in turns],
         [lesson.adv for lesson in lessons],
         [1.0 if t.no_rl else t.temperature for t in turns],
-        config.row_tokens,
+        config.row_tokens if state.packs else 1,
         state.policy.device,
     ):
         if state.stopping.is_set():
@@ -95,8 +96,10 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
             state.policy.gradient_checkpointing_disable()
         hinted = {i: lessons[i].hinted for i in row["sample"].unique().tolist() if lessons[i].hinted}
         loss, found = row_loss(config, state, row, hinted)
-        # A gradient through logits / T is 1 / T as large: without this factor a cold turn would dominate its batch.
-        ((loss * row["temperature"]).sum() / n).backward()
+        # The mean over answers of the mean over an answer's tokens: in a mean over all tokens long answers would count
+        # for more. A gradient through logits / T is 1 / T as large: without this factor a cold turn would dominate.
+        weight = torch.tensor([1 / len(turns) / len(t.response_ids) for t in turns], device=loss.device)[row["sample"]]
+        (loss * weight * row["temperature"]).sum().backward()
         accumulate_grads(state)
         found["dlogp_max"] = max(0.0, found["dlogp_max"] - sums["dlogp_max"])  # `update` adds
         sums.update(found)
@@ -110,7 +113,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     return {
         "tokens": n,
         "grad_norm": norm,
-        **{k: sums[k] / n for k in ("loss", "kl", "nll", "start_nll", "clipped")},
+        **{k: sums[k] / n for k in ("loss", "kl", "nll", "clipped")},
         "dlogp": dlogp,
         "dlogp_max": sums["dlogp_max"],
         "hinted": sum(bool(lesson.hinted) for lesson in lessons) / len(turns),
@@ -146,12 +149,14 @@ def row_loss(
     }
     if config.kl or hinted:
         with torch.no_grad():
-            start_hidden = grpo.response_hidden(state.start, row)
-            start_logps = grpo.token_logps(start_hidden, start_head, ids, temperature)  # (N, 1 or 1 + K)
+            start_hidden = grpo.response_hidden(state.start, row)  # (N, D)
     if hinted:
         student = logps[:, 1:].detach()  # (N, K)
-        model, plain = (state.start, start_logps) if config.teacher == "start" else (state.policy, logps.detach())
-        teacher, hint_mask = distill.teach(model, row, ids[:, 1:], hinted, plain[:, 1:])  # (N, K), (N,)
+        model, plain = state.policy, student
+        if config.teacher == "start":
+            with torch.no_grad():
+                model, plain = state.start, grpo.token_logps(start_hidden, start_head, ids[:, 1:], temperature)
+        teacher, hint_mask = distill.teach(model, row, ids[:, 1:], hinted, plain)  # (N, K), (N,)
         if config.opd_k:
             opd = distill.top_k_loss(logps[:, 1:], student, teacher, config.opd_clip, *clip)  # (N,)
         else:  # the paper's first form: an advantage for the sampled token
@@ -161,12 +166,9 @@ def row_loss(
         found["gap"] = (hint_mask * (teacher - student).abs().mean(-1)).sum().item()
         found["n_hinted"] = hint_mask.sum().item()
     if config.kl:
-        start_logp = start_logps[:, 0]
-        # Answers are a step or two old: tokens that the policy has moved away from since then count for less.
-        weight = log_ratio.exp().clamp(max=1.0)  # (N,)
-        loss = loss + config.kl * weight * grpo.kl_loss(logp, start_logp)
-        found["start_nll"] = -start_logp.sum().item()
-        found["kl"] = (weight * grpo.kl_value(logp.detach(), start_logp)).sum().item()
+        kl = grpo.kl_to_start(hidden, head, start_hidden, start_head, temperature)  # (N,)
+        loss = loss + config.kl * kl
+        found["kl"] = kl.detach().sum().item()
     return loss, found | {"loss": loss.sum().item()}
 
 
@@ -290,6 +292,7 @@ def load_state(
     asked = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
     first = load(start).eval()
+    packs = check_arithmetic(first, probe_ids)
     first_logps = text_logps(first, probe_ids)
     first_probe = probe(first, probe_ids, prompts, first_logps)
     policy = load(folder).train()
@@ -313,6 +316,7 @@ def load_state(
         first_logps=first_logps,
         first_probe=first_probe,
         probe=first_probe,
+        packs=packs,
     )
     if folder != start:
         try:
@@ -324,6 +328,39 @@ def load_state(
         state.probe = probe(policy, probe_ids, prompts, first_logps)
     snapshot(state)
     return state
+
+
+@torch.no_grad()
+def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
+    """Two halves of a text, read packed into a row and alone, against the model's own logits: may samples share a row?
+
+    Models with a recurrent state, a convolution or chunked attention don't see where a sample begins in a row.
+    UsageError where our log-probs are not the model's own: some scale or cap their logits, which `grpo.token_logps`
+    doesn't know.
+    """
+    if not hasattr(model, "model") or model.get_output_embeddings() is None:
+        raise UsageError(f"{type(model).__name__} has no `model` with a head on it: it can't be trained here")
+    most = 1e-3 if model.dtype == torch.float32 else 0.2  # what rounding does
+    halves = [ids[: len(ids) // 2], ids[len(ids) // 2 :]]
+    own, alone = [], []
+    for half in halves:
+        own.append(text_logps(model, half).gather(1, torch.tensor(half[1:], device=model.device)[:, None])[:, 0].cpu())
+        alone.append(probe_logps(model, half))
+    gap = (torch.cat(own) - torch.cat(alone)).abs().max().item()
+    if gap > most:
+        raise UsageError(
+            f"{type(model).__name__} can't be trained here: its logits are more than the product of hidden state and "
+            f"head (scaled, capped or shifted: log-probs differ by {gap:.2g})"
+        )
+    prompts, answers = [half[:1] for half in halves], [half[1:] for half in halves]
+    zeros = [[0.0] * len(answer) for answer in answers]
+    row = next(grpo.collate(prompts, answers, zeros, [0.0, 0.0], [1.0, 1.0], len(ids), model.device))
+    packed = grpo.response_logps(model, row).cpu()  # (N,), the longer half first
+    order = row["sample"].unique_consecutive().tolist()
+    packs = (packed - torch.cat([alone[i] for i in order])).abs().max().item() <= most
+    if not packs:
+        print(f"rows      of one sample each: {type(model).__name__} would mix samples that share a row", flush=True)
+    return packs
 
 
 # ---- the probe: how the weights do on fixed texts ----

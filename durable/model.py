@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from durable.atomic import replacing
 from durable.errors import UsageError
@@ -40,17 +40,42 @@ def model_folder(model: str) -> Path:
 
 
 def check_folder(folder: Path, advice: str = "") -> None:
-    """UsageError unless this is the folder of a Hugging Face model whose weight files are complete."""
+    """UsageError unless this is the folder of a Hugging Face model that can be served and trained: its weight files are
+    complete and of full precision, it has a chat template, and the trainer has the same tensors."""
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise UsageError(
             f"{folder} has no config.json or *.safetensors, as the folder of a Hugging Face model has{advice}"
         )
+    stored: set[str] = set()
     for file in folder.glob("*.safetensors"):
         try:
-            with safe_open(file, "pt"):
-                pass
+            with safe_open(file, "pt") as tensors:
+                stored |= set() if file.name.startswith("consolidated") else set(tensors.keys())
         except (SafetensorError, OSError) as e:
             raise UsageError(f"{file} is damaged: {e}{advice}") from e
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as e:  # what transformers may raise
+        raise UsageError(
+            f"{folder} can't be loaded by transformers: {str(e).splitlines()[0] if str(e) else e!r}"
+        ) from e
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UsageError(f"{folder} is quantized ({method}): training needs the full weights, give their folder")
+    if not tokenizer.chat_template:
+        raise UsageError(f"{folder} has no chat template: it is a base model, give one that was tuned for chat")
+    # A push sends the trainer's tensors under their names to the engine, which knows those of the files.
+    names = {name for name, _ in model.named_parameters()}
+    known = names | set(model.state_dict()) | {name for name in stored if name.endswith("inv_freq")}
+    if names - stored or stored - known:
+        odd = sorted(names - stored or stored - known)
+        raise UsageError(
+            f"{folder}: transformers and the weight files have different tensors, so the engine could not take an "
+            f"update ({len(odd)} such as {odd[0]})"
+        )
 
 
 def fingerprint(folder: Path) -> str:

@@ -14,6 +14,7 @@ from durable import checkpoint
 from durable.errors import UsageError
 from durable.model import check_folder, fingerprint
 from tests.conftest import ROOT, make_tiny_model
+from tests.records import turn
 
 
 def load(folder, start=None, lr=1e-3, dtype=torch.float32):
@@ -236,3 +237,26 @@ def test_what_a_long_row_needs_is_planned(tmp_path, layers, tokens):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     measured, planned = float(done.stdout), machine.row_memory(tmp_path, tokens, 256, 4)
     assert measured < planned < 2 * measured, (measured, planned)
+
+
+def test_each_answer_counts_the_same_however_long_it_is(tiny_model, monkeypatch):
+    """The batch's gradient is the mean of what each answer alone would give, in one row or in two."""
+    state = load(tiny_model, lr=1e-5)
+    lengths, found = (40, 5), []
+    turns = [
+        turn(f"t{n}", response_ids=list(range(10, 10 + n)), logprobs=[-5.8] * n, versions=[(0, 0, n)]) for n in lengths
+    ]
+    lessons = [trainer.Lesson(t, adv, []) for t, adv in zip(turns, (1.0, -0.5), strict=True)]
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def keep(masters, norm):
+        found.append(torch.cat([m.grad.flatten() for m in masters]))
+        return clip(masters, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    for config in (Config(row_tokens=256), Config(row_tokens=1)):
+        for batch in ([lessons[0]], [lessons[1]], lessons):
+            trainer.restore(state)
+            trainer.update(config, state, batch)
+        one, other, both = found[-3:]
+        torch.testing.assert_close(both, (one + other) / 2, rtol=1e-3, atol=1e-6)

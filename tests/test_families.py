@@ -1,0 +1,85 @@
+"""Which models can be trained: tiny random ones of many families, read as the trainer reads them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import trainer
+from durable.errors import UsageError
+from durable.model import check_folder
+
+SIZE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_local_experts": 4}
+SHARES = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "olmo2", "smollm3", "glm4", "qwen3_moe", "phi3"]
+MIXES = ["lfm2", "qwen3_next", "gpt_oss"]
+REFUSED = ["granite", "cohere", "gemma2"]
+
+
+def tiny(family: str):
+    torch.manual_seed(0)
+    extra = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3} if family == "lfm2" else {}
+    if family == "qwen3_next":
+        extra = {k: 8 for k in ("linear_key_head_dim", "linear_value_head_dim")}
+        extra |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "shared_expert_intermediate_size": 32}
+    if family == "granite":
+        extra = {"logits_scaling": 4.0}
+    config = AutoConfig.for_model(family, **SIZE | EXPERTS | extra)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for p in model.parameters():  # the usual 0.02 would hide what leaks
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+IDS = torch.randint(3, 128, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.mark.parametrize(("family", "packs"), [*[(f, True) for f in SHARES], *[(f, False) for f in MIXES]])
+def test_samples_share_a_row_only_where_they_do_not_mix(family, packs):
+    assert trainer.check_arithmetic(tiny(family), IDS) is packs
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_head_that_does_more_than_a_product_is_refused(family):
+    with pytest.raises(UsageError, match="scaled, capped or shifted"):
+        trainer.check_arithmetic(tiny(family), IDS)
+
+
+def edited(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda f: edited(f, quantization_config={"quant_method": "awq", "bits": 4}), "quantized"),
+        (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "can't be loaded"),
+        (lambda f: [file.unlink() for file in f.glob("chat_template*")], "no chat template"),
+        (lambda f: edited(f, model_type="none_such"), "can't be loaded"),
+        (lambda f: edited(f, num_hidden_layers=1), "different tensors"),
+        (lambda f: edited(f, num_hidden_layers=9), "different tensors"),
+    ],
+)
+def test_a_folder_that_would_fail_later_is_refused_at_once(tiny_model, tmp_path, spoil, reason):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_model, folder)
+    check_folder(folder)
+    spoil(folder)
+    with pytest.raises(UsageError, match=reason):
+        check_folder(folder)
