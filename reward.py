@@ -13,7 +13,9 @@ import json
 import math
 import os
 import re
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
@@ -34,6 +36,7 @@ STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sample
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}
 HEAD_CHARS, CHAT_CHARS = 400, 2000  # budget for the next state; a quarter of it for request and answer each
 MIN_HINT, MAX_HINT, CANDIDATES = 11, 300, 3  # characters, and how many different hints the trainer gets
+TRIES = 3  # of a turn that the judge refuses
 MAX_PARTS = 5  # of a complaint that are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
 
@@ -92,7 +95,46 @@ OPPOSITES = [(SHORT, LONG), (LONG, SHORT), (PLAIN, LISTS), (LISTS, PLAIN)]
 
 
 class JudgeError(RuntimeError):
-    """The judge gave no verdict. The turn keeps waiting: a failure is never a score of 0."""
+    """The judge gave no verdict: a failure is never a score of 0. `of_turn`: it lies in what was asked, so asking again
+    will hardly help; otherwise in the endpoint, which may want to be left alone for `retry_after` seconds."""
+
+    def __init__(self, message: str, of_turn: bool = False, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.of_turn, self.retry_after = of_turn, retry_after
+
+
+@dataclass
+class Health:
+    """Growing pauses while a judge gives no verdict at all, with at most one log line a minute. A turn is given up only
+    if it fails several times and no other turn does."""
+
+    until: float = 0.0  # of the pause, time.monotonic()
+    seconds: float = 1.0  # of the last pause
+    logged: float = -math.inf
+    tries: Counter[str] = field(default_factory=Counter)  # turn id -> failures that lay in what was asked
+    failing: set[str] = field(default_factory=set)  # turns without a verdict since the last one that got one
+
+    async def wait(self) -> None:
+        while (left := self.until - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+
+    def failed(self, turn_id: str, error: JudgeError) -> bool:
+        """Is this turn to be given up? Only where no other turn fails: a judge that refuses all is at fault itself."""
+        now = time.monotonic()
+        self.failing.add(turn_id)
+        self.tries[turn_id] += error.of_turn
+        if now >= self.until and not (error.of_turn and len(self.failing) == 1):  # of several at a time one counts
+            self.seconds = min(300.0, 2 * self.seconds)
+            self.until = now + max(self.seconds, min(error.retry_after, 3600.0))
+        if now - self.logged >= 60:
+            self.logged = now
+            print(f"judge: {error}; next try in {max(0.0, self.until - now):.0f} s", file=sys.stderr, flush=True)
+        return self.tries[turn_id] >= TRIES and self.failing == {turn_id}
+
+    def worked(self, turn_id: str) -> None:
+        self.seconds = 1.0
+        self.failing.clear()
+        self.tries.pop(turn_id, None)
 
 
 def cut(text: str, chars: int) -> str:
@@ -147,11 +189,11 @@ def judge_messages(request: str, answer: str, next_messages: list[dict]) -> list
 
 
 def parse_label(text: str) -> int:
-    """The vote in a reply. An endpoint without structured outputs may say a few words more, but only one label."""
-    labels = re.findall(r"\b(?:good|bad|neutral)\b", text.strip().lower())
-    if len(labels) != 1:
+    """The vote in a reply, which must be one label alone: an endpoint without constraints may say "Not good."."""
+    label = re.sub(r"^\W+|\W+$", "", text.lower())
+    if label not in VOTES:
         raise ValueError(f"the judge said {text[:80]!r}, which is not exactly one of {', '.join(VOTES)}")
-    return VOTES[labels[0]]
+    return VOTES[label]
 
 
 def majority(votes: list[int]) -> int:
@@ -183,6 +225,13 @@ def read_labels(choice: Any) -> dict[str, float] | None:
     return {label: math.log(max(p, 1e-6)) for label, p in mass.items()}
 
 
+# What endpoints refuse of a request, in the order in which it is tried, and what they are sent instead.
+INSTEAD: dict[str, Callable[[Any], dict]] = {
+    "max_tokens": lambda tokens: {"max_completion_tokens": tokens},
+    "temperature": lambda _: {},
+    "n": lambda _: {},
+}
+
 Scored = tuple[int, list[int], float]  # the score in {+1, 0, -1}, the single votes, how sure the judge is of it
 
 
@@ -200,6 +249,7 @@ class ChatJudge:
     # Request fields, the best first: those that the endpoint refuses are taken out.
     score_fields: list[dict] = field(default_factory=lambda: [STRUCTURED | LOGPROBS, STRUCTURED, LOGPROBS, {}])
     hint_fields: list[dict] = field(default_factory=lambda: [HINT_PATTERN, {}])
+    refused: frozenset[str] = frozenset()  # of INSTEAD
     biases: dict[str, dict[str, float]] = field(default_factory=dict)  # role of the next state -> label -> log-prob
     hinted_by = "judge"
 
@@ -239,10 +289,30 @@ class ChatJudge:
 
     async def label_logps(self, messages: list[dict], fields: dict) -> dict[str, float] | None:
         """`read_labels` of a reply of one token."""
-        reply = await self.client.chat.completions.create(
-            model=self.model, messages=messages, temperature=1, max_tokens=1, extra_body=fields
-        )
+        reply = await self.send(messages=messages, temperature=1, max_tokens=1, extra_body=fields)
         return read_labels(reply.choices[0])
+
+    async def send(self, **request: Any) -> Any:
+        """One request, without the fields that this endpoint refuses: it is found out once what they are.
+
+        A "bad request" usually names the field. Where it doesn't, all are tried, once the extra ones are gone."""
+        refused = list(self.refused)
+        while True:
+            fields = {k: v for k, v in request.items() if k not in refused}
+            fields |= {k: v for name in refused if name in request for k, v in INSTEAD[name](request[name]).items()}
+            try:
+                reply = await self.client.chat.completions.create(model=self.model, **fields)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
+                left = [name for name in INSTEAD if name in fields]
+                named = [name for name in left if re.search(rf"\b{name}\b", e.response.text)]
+                if not (named or left and not request["extra_body"]):
+                    raise
+                refused.append((named or left)[0])
+                continue
+            if new := set(refused) - self.refused:
+                print(f"judge: the endpoint refuses {', '.join(sorted(new))}; asked without from here on", flush=True)
+                self.refused |= new
+            return reply
 
     async def bias(self, role: str, fields: dict) -> dict[str, float]:
         """The mean log-prob of each label where request, answer and next state say nothing."""
@@ -260,8 +330,7 @@ class ChatJudge:
         ValueError where one was cut off, or nothing was said: that is no vote."""
         said: list[Any] = []
         while len(said) < self.votes:
-            reply = await self.client.chat.completions.create(
-                model=self.model,
+            reply = await self.send(
                 messages=messages,
                 n=self.votes - len(said),
                 temperature=temperature,
@@ -290,14 +359,20 @@ class ChatJudge:
                 return result
             except (openai.APIError, TimeoutError, ValueError, AttributeError, TypeError, LookupError) as error:
                 # the last three: JSON of another form than that of a reply, which the client lets through
-                if isinstance(error, openai.BadRequestError) and refused + 1 < len(all_fields):
+                bad_request = isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
+                if bad_request and refused + 1 < len(all_fields):
                     refused += 1
                     continue
                 failures += 1
-                if isinstance(error, openai.APIStatusError) and error.status_code in (400, 401, 403, 404):
-                    failures = self.retries + 1  # asking again won't help
+                status = error.status_code if isinstance(error, openai.APIStatusError) else 0
+                if status in (400, 401, 403, 404, 422, 429):
+                    failures = self.retries + 1  # asking again at once won't help
                 if failures > self.retries:
-                    raise JudgeError(f"no verdict from the judge: {type(error).__name__}: {error}") from error
+                    of_turn = bad_request or not isinstance(error, openai.APIError | TimeoutError)
+                    header = error.response.headers.get("retry-after", "") if status else ""
+                    wait = float(header) if re.fullmatch(r"\d{1,6}(\.\d+)?", header) else 0.0
+                    message = f"no verdict from the judge: {type(error).__name__}: {str(error)[:300]}"
+                    raise JudgeError(message, of_turn, wait) from error
                 await asyncio.sleep(self.backoff_s * 2 ** (failures - 1))
 
 

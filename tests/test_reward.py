@@ -196,7 +196,7 @@ def test_votes_are_samples_of_one_constrained_request() -> None:
 
 
 def test_a_500_and_nonsense_are_asked_again() -> None:
-    replies = [JSONResponse({"error": "busy"}, 500), said("no idea"), said("The vote: bad.", "bad", "good")]
+    replies = [JSONResponse({"error": "busy"}, 500), said("no idea"), said("Bad.", "bad", "**good**")]
     with endpoint(lambda number, body: replies[number - 1]) as (client, seen):
         assert ask(client, retries=2)[0][:2] == (-1, [-1, -1, 1])
     assert len(seen) == 3
@@ -239,7 +239,7 @@ def test_a_request_that_is_refused_in_every_form_keeps_every_form() -> None:
     fields = [*ALL_FIELDS]
     with endpoint(play) as (client, seen), pytest.raises(reward.JudgeError, match="400"):
         ask(client, score_fields=fields)
-    assert len(seen) == 4 and fields == ALL_FIELDS
+    assert len(seen) == 4 + len(reward.INSTEAD) and fields == ALL_FIELDS
 
 
 @pytest.mark.parametrize(
@@ -261,6 +261,66 @@ def test_no_verdict_is_an_error_and_never_a_zero(play: Callable, requests: int) 
     with endpoint(play) as (client, seen), pytest.raises(reward.JudgeError, match="no verdict from the judge"):
         ask(client, retries=2)
     assert len(seen) == requests
+
+
+@pytest.mark.parametrize("refused", ["max_tokens", "temperature", "n"])
+@pytest.mark.parametrize("named", [True, False])
+def test_what_an_endpoint_takes_is_found_out_once(refused: str, named: bool, capsys: pytest.CaptureFixture) -> None:
+    """Of newer endpoints max_tokens is unknown, the temperature 1, or n = 1."""
+
+    def play(number: int, body: dict) -> Response:
+        if body.get(refused) not in (None, 1):
+            return JSONResponse(
+                {"error": f"Unsupported parameter: '{refused}'" if named else "bad"}, 400 if named else 422
+            )
+        return said("good")
+
+    with endpoint(play) as (client, seen):
+        assert ask(client, votes=2, times=2) == [(1, [1, 1], 1.0)] * 2
+    assert [body.get(refused) for body in seen[-2:]] in ([None, None], [1, 1])
+    if refused == "max_tokens":
+        assert all("max_completion_tokens" in body for body in seen[-2:])
+    out = capsys.readouterr().out
+    assert refused in out and out.count("the endpoint refuses") == 1
+
+
+@pytest.mark.parametrize("reply", ["Not good.", "isn't bad", "good or bad", "It is good", ""])
+def test_more_than_a_label_is_no_vote(reply: str) -> None:
+    with pytest.raises(ValueError, match="not exactly one"):
+        reward.parse_label(reply)
+
+
+def test_an_endpoint_that_fails_is_left_alone(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses grow, Retry-After counts, one line a minute is logged."""
+    now, health = [1000.0], reward.Health()
+    monkeypatch.setattr(reward.time, "monotonic", lambda: now[0])
+    waits = []
+    for _ in range(10):
+        assert not health.failed("a", reward.JudgeError("down")) and not health.failed("b", reward.JudgeError("down"))
+        waits.append(health.until - now[0])
+        now[0] = health.until
+    assert waits == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+    assert capsys.readouterr().err.count("judge: down") == 6, "one a minute at most, and none while it waits"
+    health.worked("a")
+    health.failed("b", reward.JudgeError("busy", retry_after=50))
+    assert health.until == now[0] + 50
+
+
+def test_a_turn_that_is_refused_alone_is_given_up_and_no_other() -> None:
+    health, refused = reward.Health(), reward.JudgeError("a word that it filters", of_turn=True)
+    assert [health.failed("a", refused) for _ in range(3)] == [False, False, True] and health.until == 0.0
+    health = reward.Health()
+    assert not any(health.failed(turn_id, refused) for turn_id in "abc" * 5), "it refuses all: that is no turn's fault"
+    assert health.until > 0
+    health.worked("c")
+    assert health.failed("a", refused)
+
+
+def test_retry_after_is_read() -> None:
+    busy = JSONResponse({"error": "slow down"}, 429, {"Retry-After": "17"})
+    with endpoint(lambda number, body: busy) as (client, seen), pytest.raises(reward.JudgeError) as caught:
+        ask(client, retries=2)
+    assert (caught.value.retry_after, caught.value.of_turn, len(seen)) == (17, False, 1)
 
 
 @pytest.mark.parametrize("finish_reason", ["length", "stop"])
@@ -530,6 +590,7 @@ def test_the_judge_sees_the_answer_and_not_the_thinking_before_it(tmp_path) -> N
         async with client:
             judge = reward.ChatJudge(client, "m")
             program = SimpleNamespace(config=Config(), db=db, to_judge=waiting, to_train=queued)
+            program.judge_health = reward.Health()
             task = asyncio.create_task(run.judge_turns(program, judge))
             assert await asyncio.wait_for(queued.get(), 20) == "t1"
             task.cancel()
