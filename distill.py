@@ -30,7 +30,7 @@ def with_hint(messages: list[dict], hint: str) -> list[dict]:
     last = last_request(messages)
     if last is None:
         raise NoHintedPrompt("no user message")
-    content = messages[last].get("content")
+    content = messages[last].get("content") or ""
     added = [*content, {"type": "text", "text": HINT + hint}] if isinstance(content, list) else f"{content}{HINT}{hint}"
     return [*messages[:last], {**messages[last], "content": added}, *messages[last + 1 :]]
 

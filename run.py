@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+import openai
 import torch
 from openai import AsyncOpenAI
 
@@ -39,6 +40,8 @@ from durable import checkpoint, guard, journal
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
 from durable.model import CACHE, check_folder, fingerprint, model_folder
+
+SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Program:
     own_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # of our own requests: not recorded
     to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns that have a next message
     to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of judged turns
+    judge_health: reward.Health = field(default_factory=reward.Health)
     training: str = "on"  # or why it waits or stopped
     swapping: asyncio.Lock = field(default_factory=asyncio.Lock)  # a swap is never left half-way
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
@@ -68,14 +72,24 @@ class Program:
         """Run f(*args) on the trainer's thread, while serving and judging continue."""
         return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
 
+    @property
+    def origins(self) -> list[str]:
+        return [origin.strip().rstrip("/") for origin in self.config.origins.split(",") if origin.strip()]
+
     @cached_property
     def own_client(self) -> AsyncOpenAI:
-        """A client of this server, for the judge and the hinted prompts."""
-        return AsyncOpenAI(base_url=self.url, api_key=self.own_key)
+        """A client of this server, for the judge and the hinted prompts. Ignores proxies of the environment."""
+        http = openai.DefaultAsyncHttpxClient(trust_env=False)
+        return AsyncOpenAI(base_url=self.url, api_key=self.own_key, http_client=http)
 
     def on_next(self, turn_id: str) -> None:
         """The server calls this when a conversation continued from a turn."""
         self.enqueue(self.to_judge, turn_id)
+
+    def on_confirmed(self, turn_id: str) -> None:
+        """The server calls this when it is certain what a turn is judged by."""
+        if journal.is_queued(self.db, turn_id):
+            self.to_train.put_nowait(turn_id)
 
     def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
         """The server calls this when a user rates a turn. ValueError where that comes too late."""
@@ -104,25 +118,33 @@ class Program:
 
 
 async def judge_turns(p: Program, judge: reward.ChatJudge | reward.HeadJudge) -> None:
-    """One of several that judge side by side. A turn whose judge fails keeps waiting: an error is never a score."""
+    """One of several that judge side by side. A turn whose judge fails keeps waiting: an error is never a score. It is
+    given up after a few tries where the error is about the turn itself."""
     while True:
         turn_id = await p.to_judge.get()
+        await p.judge_health.wait()
         turn, following = journal.load_turn(p.db, turn_id)
         request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
         try:
             score, votes, confidence = await judge.score(request, answer, following)
             hints = await judge.hints(request, answer, following) if p.config.w_opd and score < 0 else []
         except reward.JudgeError as e:
-            print(f"judge: {e}; {turn_id} is tried again in 30 s", file=sys.stderr)
-            asyncio.get_running_loop().call_later(30, p.to_judge.put_nowait, turn_id)
+            if p.judge_health.failed(turn_id, e):
+                journal.drop(p.db, [turn_id], str(e))
+            else:
+                asyncio.get_running_loop().call_later(1, p.to_judge.put_nowait, turn_id)
             continue
+        p.judge_health.worked(turn_id)
         model = p.config.judge_model or p.config.name
         verdict = Verdict(score, votes, confidence, hints, judge.hinted_by if hints else "", model, "judge")
         while not journal.has_disk_space(p.db):
             await asyncio.sleep(1)
-        if journal.record_verdict(p.db, turn_id, verdict):
-            p.to_train.put_nowait(turn_id)
-        elif not score:  # a neutral turn isn't trained on, but it counts: most people say nothing of a good answer
+        if journal.record_verdict(p.db, turn_id, verdict, following):
+            # It may have been judged by the client's own request, so leave time for the person's reply to replace that.
+            wait = 0 if journal.is_confirmed(p.db, turn_id) else SETTLE_S
+            asyncio.get_running_loop().call_later(wait, p.to_train.put_nowait, turn_id)
+        elif journal.row_of(p.db, turn_id)["reason"] == journal.NEUTRAL:
+            # Not trained on, but it counts: most people say nothing of a good answer.
             key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
             grpo.move_baseline(p.state.baselines, key, 0.0)
 
@@ -192,6 +214,9 @@ async def next_batch(p: Program) -> list[Sample]:
     while len(batch) < p.config.batch_size:
         turn_id = await p.to_train.get()
         await wait_for_disk_space(p)
+        batch = [sample for sample in batch if journal.is_queued(p.db, sample.turn.id)]
+        if not journal.is_queued(p.db, turn_id) or turn_id in [sample.turn.id for sample in batch]:
+            continue  # trained on already, or judged again
         sample = journal.load_sample(p.db, turn_id)
         if why_not := guard.reject_reason(sample, batch, p.state.step, p.config):
             journal.drop(p.db, [turn_id], why_not)
@@ -296,13 +321,15 @@ async def setup(config: Config) -> Program:
     check_folder(folder, trainer.ROLL_BACK if step else "")
     plan = machine.plan(config, folder)
     try:  # before the engine starts, which takes a while
-        listener = socket.create_server((config.host, config.port))
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listener = socket.create_server((config.host, config.port), family=family, dualstack_ipv6=config.host == "::")
     except OSError as e:
         raise UsageError(f"--host={config.host} --port={config.port}: {e.strerror}") from e
     for s in (signal.SIGINT, signal.SIGTERM):  # the engine's start blocks the event loop
         signal.signal(s, lambda *_: sys.exit("stopped while starting"))
     anywhere = config.host in ("0.0.0.0", "::")
-    url = f"http://{'127.0.0.1' if anywhere else config.host}:{config.port}/v1"
+    host = "127.0.0.1" if anywhere else f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{config.port}/v1"
     shown = f"http://{socket.getfqdn()}:{config.port}/v1" if anywhere else url
     engine_args = swap.engine_args(config, folder, plan)
     print(

@@ -6,19 +6,22 @@ passes every output through unchanged, and writes the turn down before its last 
 
 import hmac
 import json
+import re
 import sqlite3
+import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
@@ -26,8 +29,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import reward
 import swap
+from clients.answers import AnswerReader
 from clients.keys import from_elsewhere
-from clients.sessions import asked_by_the_client, conversation, find_parent, fingerprints, request_of
+from clients.sessions import answer_digest, asked_by_the_client, find_turns, is_news, keys_of, request_of
 from durable import journal
 from durable.journal import Turn, Verdict
 
@@ -38,7 +42,7 @@ MAX_BODY_BYTES = 32 << 20
 MAX_MESSAGES = 10_000
 SESSION_HEADERS = ("x-session-id", "x-session-affinity", "x-openwebui-chat-id")
 # The other fields of a chat request that go into the prompt; vLLM's /tokenize has the same names for them.
-TEMPLATE_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+TEMPLATE_FIELDS = ("tools", "chat_template", "add_generation_prompt", "continue_final_message")
 
 SAMPLING_DEFAULTS = {
     "top_p": 1.0,
@@ -66,11 +70,13 @@ class Asked:
 
     user: str
     path: str
-    messages: list[dict]  # of APIs other than chat: those that vLLM makes of the request, see note_rendered
+    messages: list[dict]  # for other APIs than chat: those that vLLM converts the request into, see note_rendered
     template: dict  # the TEMPLATE_FIELDS that are there
     session: str | None  # user/ID, where a client names one
     side: bool  # X-Turn-Type: side
     done: bool  # X-Session-Done: no next message will come
+    turn_id: str = ""  # once the engine has the request
+    answers: dict[int, str] = field(default_factory=dict)  # choice -> digest of the recorded text
 
 
 asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
@@ -83,15 +89,16 @@ def openai_error(status: int, message: str, kind: str = "invalid_request_error")
 class Capture:
     """ASGI: check the key, read the body, remember who asks what, replay the body to vLLM's app."""
 
-    def __init__(self, app: ASGIApp, users: dict[str, str], own_key: str, has_disk_space: Callable[[], bool]) -> None:
-        """`users`: API key -> user name; empty: no key is needed, everybody on this machine is "local"."""
-        self.app, self.users, self.own_key, self.has_disk_space = app, users, own_key, has_disk_space
+    def __init__(self, app: ASGIApp, hooks: "Hooks", db: sqlite3.Connection) -> None:
+        self.app, self.db, self.users, self.own_key = app, db, hooks.users, hooks.own_key
+        self.origins = hooks.origins
 
     def user_of(self, headers: Headers) -> str | None:
         """Whose key this is; "" for our own requests (not recorded); None for a wrong one."""
-        given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
+        bearer = re.sub(r"(?i)^bearer\s+", "", headers.get("authorization", "")).strip()
+        given = [bearer.encode(), headers.get("x-api-key", "").encode()]
         names = {self.own_key: "", **self.users}
-        found = [name for key, name in names.items() if hmac.compare_digest(key.encode(), given.encode())]
+        found = [name for key, name in names.items() for g in given if hmac.compare_digest(key.encode(), g)]
         return found[0] if found else (None if self.users else "local")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,13 +109,13 @@ class Capture:
         if user is None:
             error = openai_error(401, "wrong or missing API key")
             return await error(scope, receive, send)
-        if user == "local" and not self.users and (where := from_elsewhere(headers)):
+        if user == "local" and not self.users and (where := from_elsewhere(headers, self.origins)):
             error = openai_error(403, f"from {where}: a key is needed for that, see --key")
             return await error(scope, receive, send)
         scope.setdefault("state", {})["user"] = user
         if scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        if user and scope["path"] in (*CAPTURED, "/v1/feedback") and not self.has_disk_space():
+        if user and scope["path"] in (*CAPTURED, "/v1/feedback") and not journal.has_disk_space(self.db):
             error = openai_error(507, "the disk is full: nothing more can be written down", "server_error")
             return await error(scope, receive, send)
 
@@ -140,8 +147,8 @@ class Capture:
             except (ValueError, RecursionError) as e:
                 error = openai_error(400, f"the body is not JSON: {e}")
                 return await error(scope, replay, send)
-            # What is no object, or has no list of messages, gets a 400 from vLLM's app. Beam search asks the engine for
-            # many answers of one token, none of them what the client gets.
+            # Bodies that aren't objects, or have no list of messages, get a 400 from vLLM's app. Beam search asks the
+            # engine for many answers of one token, none of them what the client gets.
             fields = body_json if isinstance(body_json, dict) and not body_json.get("use_beam_search") else {}
             messages, chat = fields.get("messages", fields.get("input")), scope["path"] == CHAT
             if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
@@ -163,7 +170,27 @@ class Capture:
                         done=headers.get("x-session-done", "").lower() in ("1", "true"),
                     )
                 )
+                send = self.noting_answers(send, asked.get())
         await self.app(scope, replay, with_reasoning_content(send) if scope["path"] == CHAT else send)
+
+    def noting_answers(self, send: Send, request: Asked) -> Send:
+        """Before the end of an answer is sent, its turn gets the digest of what the client was sent."""
+        reader: AnswerReader | None = None  # none for an error
+
+        async def noted(message: Message) -> None:
+            nonlocal reader
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                reader = AnswerReader(streamed=kind.startswith("text/event-stream"))
+            elif reader and request.turn_id:
+                answers = reader.feed(message.get("body", b""), message.get("more_body", False))
+                for index, answer in answers.items():
+                    digest = answer_digest(answer)
+                    if digest != request.answers.get(index, digest):
+                        journal.record_answer(self.db, choice_id(request.turn_id, index), digest)
+            await send(message)
+
+        return noted
 
 
 def with_reasoning_content(send: Send) -> Send:
@@ -192,30 +219,50 @@ def with_reasoning_content(send: Send) -> Send:
     return renamed
 
 
-def tool_names(template: dict) -> set[str]:
-    """Of the tools that the model was offered."""
-    return {tool["function"]["name"] for tool in template.get("tools") or []}
+def choice_id(turn_id: str, index: int) -> str:
+    return turn_id if index == 0 else f"{turn_id}/{index}"
 
 
 def note_rendered(renderer: Any) -> None:
-    """Have requests to /v1/messages and /v1/responses noted as the chat messages that vLLM makes of them.
+    """Have requests to /v1/messages and /v1/responses noted as the chat messages that vLLM makes of them, and of all
+    requests what else goes into the chat template (reasoning_effort, thinking).
 
     Relied on in vLLM 0.32.0: they come to OnlineRenderer.preprocess_chat (a model of OpenAI's own format has another
-    way, and those are not recorded); a request may have another one rendered before, as a probe.
+    way, and those are not recorded); a request may have another one rendered before, as a probe. `build_chat_params`
+    makes the template's arguments from a request's fields.
     """
     render = renderer.preprocess_chat
 
     async def preprocess_chat(request: Any, messages: list, *args: Any, **kwargs: Any) -> Any:
-        if (seen := asked.get()) is not None and seen.path != CHAT:
+        if (seen := asked.get()) is not None:
+            made = request.build_chat_params(None, "auto").chat_template_kwargs
+            # The two that every request has are fields of /tokenize, too, and may not be given twice.
+            known = ("add_generation_prompt", "continue_final_message", "tools", "tokenize")
+            arguments = {k: v for k, v in made.items() if v is not None and k not in known}
+            seen.template = {k: v for k, v in seen.template.items() if k != "chat_template_kwargs"}
+            seen.template |= {"chat_template_kwargs": arguments} if arguments else {}
+            # A client's max_tokens may be over the context, and its user can't change it (Claude Code asks for 32,000).
+            # vLLM would refuse it while rendering, and takes what fits when it samples.
+            limits = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+            given = {k: v for k in limits if (v := getattr(request, k, None)) and v > 0}
+        if seen is not None and seen.path != CHAT:
             # As plain JSON, and a copy of its own: vLLM rewrites calls in place, and pydantic's iterators end.
             text = json.dumps(messages, default=lambda o: o.model_dump() if hasattr(o, "model_dump") else list(o))
             messages, seen.messages = json.loads(text), json.loads(text)
             for part in (p for m in seen.messages if isinstance(m.get("content"), list) for p in m["content"]):
                 if part.get("type") in ("input_text", "output_text"):
                     part["type"] = "text"  # /tokenize, for the hinted prompt, knows it by this name
-            fields = {"tools": kwargs.get("tool_dicts"), "chat_template_kwargs": request.chat_template_kwargs}
-            seen.template = {k: v for k, v in fields.items() if v}
-        return await render(request, messages, *args, **kwargs)
+            if tools := kwargs.get("tool_dicts"):
+                seen.template["tools"] = tools
+        if seen is None:
+            return await render(request, messages, *args, **kwargs)
+        for name in given:
+            setattr(request, name, None)
+        try:
+            return await render(request, messages, *args, **kwargs)
+        finally:
+            for name, value in given.items():
+                setattr(request, name, value)
 
     renderer.preprocess_chat = preprocess_chat
 
@@ -233,9 +280,8 @@ def why_no_rl(params: Any) -> str:
 class Recorder:
     """The engine, as vLLM's app sees it: `generate` also records the turn; everything else is passed on."""
 
-    def __init__(self, engine: Any, db: sqlite3.Connection, on_next: Callable[[str], None]) -> None:
-        """`on_next(turn_id)` is called when a conversation continued from that turn."""
-        self._engine, self._db, self._on_next = engine, db, on_next
+    def __init__(self, engine: Any, db: sqlite3.Connection, hooks: "Hooks") -> None:
+        self._engine, self._db, self._on_next, self._on_confirmed = engine, db, hooks.on_next, hooks.on_confirmed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -259,10 +305,10 @@ class Recorder:
         # The prompt was valid, or we would not be here: only now does the request count as a next message.
         session, dropped = self.link(request)
         # As the client knows it: /v1/responses numbers the calls to the engine.
-        turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
+        request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # the sampled token's own; the client's answer doesn't show it
-        digest = fingerprints(conversation(request.messages), tool_names(request.template))[-1]
+        keys = keys_of(request.messages)
         delta = sampling_params.output_kind.name == "DELTA"
         seen: dict[int, tuple[list[int], list[float], list[str]]] = {}  # by choice index, for n > 1
         prompt_ids: list[int] = []
@@ -272,14 +318,17 @@ class Recorder:
             ids, logprobs, texts = seen[index]
             if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
                 why_not = "cut short: the client hung up, or the engine stopped"
+            text = "".join(texts)
+            request.answers[index] = answer_digest({"role": "assistant", "content": text})
             turn = Turn(
-                id=turn_id if index == 0 else f"{turn_id}/{index}",
+                id=choice_id(turn_id, index),
                 session=session,
                 user=request.user,
                 messages=request.messages,
                 template=request.template,
-                digest=digest,
-                text="".join(texts),
+                answer=request.answers[index],
+                **keys,
+                text=text,
                 finish_reason=finish_reason,
                 prompt_ids=prompt_ids,
                 response_ids=ids,
@@ -316,12 +365,23 @@ class Recorder:
     def link(self, request: Asked) -> tuple[str, str | None]:
         """Find the turn that this request continues and record it as that turn's next message.
 
-        Returns the new turn's session, and why the new turn is not trained on, if that is known already."""
-        tools, side = tool_names(request.template), request.side or asked_by_the_client(request.messages)
-        parent, following = find_parent(self._db, request.user, request.messages, tools, request.session)
-        if parent is not None and following and not side and journal.record_next(self._db, parent["id"], following):
-            self._on_next(parent["id"])
-        session = request.session or (parent["session"] if parent is not None else uuid.uuid4().hex[:12])
+        So is the message before the last answer, for the turn before: what came next may have been a client's own
+        request, and only this history shows what stayed in the conversation. Returns the new turn's session, and why
+        the new turn is not trained on, if that is known already."""
+        side = request.side or asked_by_the_client(request.messages)
+        found = find_turns(self._db, request.user, request.messages, request.session)
+        for k, (turn, following) in enumerate(found):
+            kept = k > 0
+            if not following or (side and not kept):
+                continue
+            confirmed = kept or request.done
+            if is_news(turn, following, kept):
+                if journal.record_next(self._db, turn["id"], following, confirmed):
+                    self._on_next(turn["id"])
+            elif confirmed and not turn["confirmed"]:
+                journal.confirm(self._db, turn["id"])
+                self._on_confirmed(turn["id"])
+        session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
         if side:
             by = ", by its header" if request.side else ": the client's own, not a person's"
             return session, f"side request{by}"
@@ -350,9 +410,13 @@ class Hooks(Protocol):
 
     users: dict[str, str]  # API key -> user name
     own_key: str  # of the program's own requests
+    origins: list[str]  # of web pages that may call from a browser
 
     def on_next(self, turn_id: str) -> None:
-        """A conversation continued from this turn."""
+        """A conversation continued from this turn: it is to be judged."""
+
+    def on_confirmed(self, turn_id: str) -> None:
+        """The turn's next message is final now."""
 
     def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
         """A user rated this turn. ValueError where that comes too late."""
@@ -372,7 +436,7 @@ async def build_app(engine: Any, args: Namespace, db: sqlite3.Connection, hooks:
 
     tasks = await engine.get_supported_tasks()
     vllm_app = build_vllm_app(args, tasks, engine.model_config)
-    await init_app_state(Recorder(engine, db, hooks.on_next), vllm_app.state, args, tasks)
+    await init_app_state(Recorder(engine, db, hooks), vllm_app.state, args, tasks)
     note_rendered(vllm_app.state.online_renderer)
     vllm_app.state.server = SimpleNamespace()  # vLLM tells it to exit when the engine died; here swap.watch does that
 
@@ -398,7 +462,8 @@ async def build_app(engine: Any, args: Namespace, db: sqlite3.Connection, hooks:
                 turn.id, Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback")
             )
         except ValueError as e:
-            return openai_error(409, f"too late: {e}")
+            journal.keep_late_feedback(db, turn.id, {"score": score, "text": text, "time": time.time()})
+            return openai_error(409, f"too late to train on, but kept: {e}")
         return JSONResponse({"completion_id": turn.id, "score": score})
 
     async def show_status(request: Request) -> JSONResponse:
@@ -409,4 +474,6 @@ async def build_app(engine: Any, args: Namespace, db: sqlite3.Connection, hooks:
         Route("/status", show_status, methods=["GET"]),
         Mount("/", app=vllm_app),
     ]
-    return Capture(Starlette(routes=routes), hooks.users, hooks.own_key, lambda: journal.has_disk_space(db))
+    capture = Capture(Starlette(routes=routes), hooks, db)
+    # Outside the capture: a browser asks first, without a key, and must be able to read a 401, too.
+    return CORSMiddleware(capture, allow_origins=hooks.origins, allow_methods=["*"], allow_headers=["*"])

@@ -145,6 +145,10 @@ def tool_parser_of(folder: Path) -> str:
 
 def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     """vLLM's own `vllm serve` arguments for the model in `folder`, which is trained while it serves."""
+    # They would lock our own judge out, and open endpoints that change the weights to any user's key.
+    for name in ("VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        os.environ.pop(name, None)
+
     from vllm.renderers import chat_utils
 
     # OpenClaw sends a tool call's id back as its letters and digits alone, so it gets none else ("chatcmpl-tool-...").

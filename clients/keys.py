@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -39,11 +39,14 @@ def own_keys(file: Path) -> list[str]:
     return [line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
 
 
-def from_elsewhere(headers: Mapping[str, str]) -> str | None:
+def from_elsewhere(headers: Mapping[str, str], origins: Collection[str] = ()) -> str | None:
     """The non-loopback Origin or Host of a request, None if there is none. Keyless requests that have one are rejected:
-    they are a web page's in somebody's browser (CSRF, DNS rebinding) or come from another machine."""
+    they are a web page's in somebody's browser (CSRF, DNS rebinding) or come from another machine. `origins`: of the
+    pages that may call."""
     for name, prefix in (("origin", ""), ("host", "//")):
         try:
+            if name == "origin" and headers.get(name) in origins:
+                continue
             if name in headers and urlsplit(prefix + headers[name]).hostname not in LOOPBACK:
                 return f"{name} {headers[name]}"
         except ValueError:

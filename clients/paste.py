@@ -4,6 +4,7 @@ python -m clients.paste --client=openai --key=KEY
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +50,7 @@ def openclaw(url: str, model: str, key: str, context: int) -> str:
 def openai(url: str, model: str, key: str, context: int) -> str:
     return f'''from openai import OpenAI
 
-client = OpenAI(base_url="{url}", api_key="{key}")
+client = OpenAI(base_url="{url}", api_key={json.dumps(key)})
 talk = [{{"role": "user", "content": "Why is the sky blue?"}}]
 answer = client.chat.completions.create(model="{model}", messages=talk)
 print(answer.choices[0].message.content)
@@ -60,15 +61,15 @@ client.chat.completions.create(model="{model}", messages=talk)  # the first answ
 def curl(url: str, model: str, key: str, context: int) -> str:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
     return (
-        f"curl {url}/chat/completions -H 'Authorization: Bearer {key}' "
-        f"-H 'Content-Type: application/json' \\\n  -d '{body}'"
+        f"curl {url}/chat/completions -H {shlex.quote(f'Authorization: Bearer {key}')} "
+        f"-H 'Content-Type: application/json' \\\n  -d {shlex.quote(body)}"
     )
 
 
 def open_webui(url: str, model: str, key: str, context: int) -> str:
     """Its own requests for titles, tags and follow-ups continue no turn, and nothing continues them: they expire."""
     return (
-        f"OPENAI_API_BASE_URL={url} OPENAI_API_KEY={key} ENABLE_FORWARD_USER_INFO_HEADERS=true \\\n"
+        f"OPENAI_API_BASE_URL={url} OPENAI_API_KEY={shlex.quote(key)} ENABLE_FORWARD_USER_INFO_HEADERS=true \\\n"
         "  DATA_DIR=./open-webui open-webui serve"
     )
 

@@ -1,42 +1,22 @@
 """Which answer does a request continue? Found from its messages alone: clients don't have to help.
 
-A client sends the whole conversation each time. A request that continues an answer has the messages that the answer was
-given to, then the answer, then what came next. Known changes that clients make (OpenClaw most of all) are accepted.
+A client sends the whole conversation each time, often rewritten. But a turn is trained on under its own recorded
+prompt, so all that matters is whose answer the last assistant message is: the turn is found by its answer.
 """
 
 import hashlib
 import json
 import re
 import sqlite3
-from collections.abc import Collection
 from contextlib import suppress
-from decimal import Decimal
 from typing import Any
 
+from clients.quirks import CARRIER, HEARTBEAT, OWN_REQUESTS, ROUTED, SILENT, SPEAKING_TOOLS, persons_words
 from durable import journal
 
-# OpenClaw appends this user message to each request and takes it away again before the next.
-CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
-# How the last user message, or the system message, begins where OpenClaw itself asks, in a person's conversation or
-# outside it. In the history of later requests a line in brackets replaces the words that it asked in.
-OWN_REQUESTS = {
-    "user": re.compile(
-        r"\s*(\[[^\]\n]{0,40}\d\d:\d\d[^\]\n]{0,20}\] )?(Pre-compaction memory flush\.|Follow the heartbeat monitor|"
-        r"Run the following periodic tasks \(only those due|A scheduled (reminder has been|cron event was) triggered|"
-        r"An async command (you ran|completion event)|\[System\] |Refresh this session.s progress card now|"
-        r"\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\])"
-    ),
-    "system": re.compile(r"\s*(Generate a concise session title|You are a context summarization assistant)"),
-}
-# Messages from a subagent, another session or a tool have this line in them.
-ROUTED = re.compile(r"^\[Inter-session message\] .*isUser=false$", re.MULTILINE)
-# Answers to those that no person is shown.
-SILENT = re.compile(r"\W*(NO_REPLY\W*)*|\s*HEARTBEAT_OK.{0,300}|.{0,300}HEARTBEAT_OK\W*", re.DOTALL | re.IGNORECASE)
-SPEAKING_TOOLS = ("message", "heartbeat_respond")  # with which it may have said something all the same
 SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
-# What OpenClaw writes around a person's words.
-AROUND = re.compile(r"\A\[\w{3} \d{4}-\d\d-\d\d \d\d:\d\d [^\]\n]{1,40}\] |\n\nRuntime: agent=[^\n]*\Z")
-NUMBER = r"(?<![\w.])-?\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,3})?"
+LATEST = 16  # how many of a request's last answers are looked up
+SHORT = 8  # letters; a shorter answer is linked only if the history, the session or what was asked matches, too
 
 
 def text_of(content: Any) -> str:
@@ -50,9 +30,9 @@ def text_of(content: Any) -> str:
 
 
 def words_of(message: dict) -> str:
-    """A message's text; a person's own words, where an agent wrote the time and other things around them."""
+    """A message's text; of a user message what the person wrote, without what their client put around it."""
     text = text_of(message.get("content"))
-    return AROUND.sub("", text) if message.get("role") == "user" else text
+    return persons_words(text) if message.get("role") == "user" else text
 
 
 def without_thinking(text: str) -> str:
@@ -62,7 +42,10 @@ def without_thinking(text: str) -> str:
 
 def is_own_request(message: dict) -> bool:
     role, text = str(message.get("role")), text_of(message.get("content"))
-    return bool(role in OWN_REQUESTS and OWN_REQUESTS[role].match(text) or role == "user" and ROUTED.search(text))
+    beats = "HEARTBEAT_OK" in text and HEARTBEAT.search(text)  # the plain search first: it is much faster
+    if role == "user" and (beats or ("isUser=false" in text and ROUTED.search(text))):
+        return True
+    return role in OWN_REQUESTS and bool(OWN_REQUESTS[role].match(words_of(message)))
 
 
 def was_shown(own: list[dict]) -> bool:
@@ -70,7 +53,7 @@ def was_shown(own: list[dict]) -> bool:
     said = own[-1].get("role") == "assistant" and not SILENT.fullmatch(
         without_thinking(text_of(own[-1].get("content")))
     )
-    return said or any(name in SPEAKING_TOOLS for m in own for _, name, _ in calls_of(m))
+    return said or any(name in SPEAKING_TOOLS for m in own for name, _ in calls_of(m))
 
 
 def conversation(messages: list[dict]) -> list[dict]:
@@ -113,121 +96,137 @@ def asked_by_the_client(messages: list[dict]) -> bool:
     return any(is_own_request(m) for i, m in enumerate(messages) if i == last or m.get("role") == "system")
 
 
-def integral(number: str) -> int | float:
-    value = float(number)
-    return int(value) if value.is_integer() else value
+# ---- an answer, as it can be compared ----
 
 
-def calls_of(message: dict) -> list[tuple[str, str, Any]]:
-    """(id, name, arguments) of a message's tool calls; the arguments as they survive a client, which re-serialises."""
-    calls: list[tuple[str, str, Any]] = []
+def canonical(value: Any) -> Any:
+    """A tool call's arguments as they survive clients, which write 1000 for 1e3, "5" for 5, and leave out nulls."""
+    if isinstance(value, dict):
+        return {k: canonical(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [canonical(v) for v in value]
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def calls_of(message: dict) -> list[tuple[str, str]]:
+    """(name, canonical arguments) of a message's tool calls."""
+    calls: list[tuple[str, str]] = []
     for call in message.get("tool_calls") or [] if message.get("role") == "assistant" else []:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
-            arguments = function.get("arguments")
-            if isinstance(arguments, str):
-                with suppress(ValueError, RecursionError):  # not JSON: compare it as the text it is
-                    arguments = json.loads(arguments, parse_float=integral)
-            calls.append((str(call.get("id") or f"#{len(calls)}"), str(function.get("name")), arguments))
+            arguments = function.get("arguments") or {}
+            with suppress(ValueError, RecursionError):  # not JSON, or too deep: compare it as the text it is
+                arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+                arguments = json.dumps(canonical(arguments), sort_keys=True)
+            calls.append((str(function.get("name")), str(arguments)))
     return calls
 
 
-def fingerprints(messages: list[dict], tools: Collection[str] = ()) -> list[str]:
-    """Digest of each prefix: entry k stands for messages[:k]. (len(messages) + 1,) hex strings.
-
-    `tools`: the names of those that the model was offered, if any. A call to another one, and its result, are left
-    out: OpenClaw shows both to the model once and takes them out of the history then.
-    """
-    digest = hashlib.sha256()
-    prefixes, unknown = [digest.hexdigest()], set()
-    for m in messages:
-        text, calls = text_of(m.get("content")), calls_of(m)
-        if m.get("role") == "assistant":
-            text = without_thinking(text)
-            unknown = {i for i, name, _ in calls if tools and name not in tools}
-        known = [call[1:] for call in calls if call[0] not in unknown]
-        taken_out = bool(calls) and not known and not text.strip()
-        if not taken_out and not (m.get("role") == "tool" and str(m.get("tool_call_id")) in unknown):
-            digest.update(json.dumps([m.get("role"), " ".join(text.split()), known], sort_keys=True).encode())
-        prefixes.append(digest.hexdigest())
-    return prefixes
-
-
 def letters(text: str) -> str:
-    return "".join(filter(str.isalnum, text)).lower()
+    """Letters and digits alone: clients change markup, quotes and spaces. A text without any stays as it is."""
+    return re.sub(r"[\W_]+", "", text).casefold() or text.strip()
 
 
-def named_values(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """The scalars in a tool call's arguments, each with its key."""
-    if isinstance(value, dict):
-        return [pair for k, v in value.items() for pair in named_values(v, k)]
-    if isinstance(value, list):
-        return [pair for v in value for pair in named_values(v)]
-    return [(name, value)]
+def answer_digest(*messages: dict) -> str:
+    """What an answer is found by: its content without thinking, and its calls. `messages`: its parts, usually one."""
+    content = letters("".join(without_thinking(text_of(m.get("content"))) for m in messages))
+    calls = [call for m in messages for call in calls_of(m)]
+    return hashlib.sha256(json.dumps([content, calls]).encode()).hexdigest()
 
 
-def said_in_order(content: str, raw: str) -> bool:
-    """Does `raw` hold each word of `content`, in order? A tool call may stand between them."""
-    at = 0
-    for word in filter(None, map(letters, content.split())):
-        if (found := raw.find(word, at)) < 0:
-            return False
-        at = found + len(word)
-    return True
+def history_digests(talk: list[dict], at: list[int]) -> dict[int, str]:
+    """Digest of talk[:k] for each k of `at`."""
+    digest, found = hashlib.sha256(), {}
+    for k, m in enumerate([*talk, {}]):
+        if k in at:
+            found[k] = digest.hexdigest()
+        text = text_of(m.get("content"))
+        text = without_thinking(text) if m.get("role") == "assistant" else text
+        digest.update(json.dumps([m.get("role"), "".join(text.split()), calls_of(m)]).encode())
+    return found
 
 
-def matches_answer(message: dict, answer: str) -> bool:
-    """Is this assistant message what a client makes of our raw answer text?
-
-    A plain answer comes back as it was, but for its thinking and its whitespace. vLLM's parsers take tool calls out
-    of the text in a dozen formats and clients re-serialise them, so there the words of the content, each name and each
-    argument after its key must be found in the raw text, by letters and digits alone.
-    """
-    answer, content = without_thinking(answer), without_thinking(text_of(message.get("content")))
-    calls = calls_of(message)
-    if not calls:
-        return content.split() == answer.split()
-    raw = letters(answer)
-
-    def found(name: str, value: Any) -> bool:
-        if isinstance(value, int | float) and not isinstance(value, bool):  # 1000 for a model's 1e3
-            after_its_key = rf"{re.escape(name)}\W{{0,8}}?({NUMBER})" if name else f"({NUMBER})"
-            return any(Decimal(n) == Decimal(str(value)) for n in re.findall(after_its_key, answer))
-        # A model may write é or \u00e9, and an escaped newline leaves an n: any of the spellings will do.
-        plain = value if isinstance(value, str) else json.dumps(value)
-        spellings = (plain, json.dumps(value), json.dumps(value, ensure_ascii=False))
-        return any(letters(name) + letters(spelling) in raw for spelling in spellings)
-
-    return said_in_order(content, raw) and all(
-        letters(name) in raw and all(found(*pair) for pair in named_values(arguments)) for _, name, arguments in calls
-    )
+def keys_of(messages: list[dict]) -> dict[str, str]:
+    """What a new turn is found by later, besides the digest of its answer: see `journal.Turn`."""
+    talk = conversation(messages)
+    return {"history": history_digests(talk, [len(talk)])[len(talk)], "asked": letters(request_of(talk))[:200]}
 
 
-def find_parent(
-    db: sqlite3.Connection, user: str, messages: list[dict], tools: Collection[str] = (), session: str | None = None
-) -> tuple[sqlite3.Row | None, list[dict]]:
-    """The turn that these messages continue (None for a new conversation), and the messages that followed it.
+# ---- which turn a request continues ----
 
-    A turn is continued when its request is a prefix of this one, followed by our answer. The longest such prefix wins;
-    among equal requests (two people say "hello") the answer decides, and the `session` where the client names it.
+
+def find_turns(
+    db: sqlite3.Connection, user: str, messages: list[dict], session: str | None = None
+) -> list[tuple[sqlite3.Row, list[dict]]]:
+    """The last two turns whose answers stand in these messages, the later one first, each with what followed it.
+
+    [] for a new conversation. Where several turns have the same answer, the history before it decides, then the session
+    (`session`, where the client names it; it has a slash in it), then what the person asked. Where nothing does, that
+    answer is left out.
     """
     talk = conversation(messages)
-    answered = [k for k, m in enumerate(talk) if m.get("role") == "assistant"]
-    # As it came, and without the calls to tools that there are none of: the tools may be others than before.
-    ways = [fingerprints(talk, offered) for offered in ([(), tools] if tools else [()])]
-    rows = journal.candidates(db, user, list({prefixes[k] for prefixes in ways for k in answered})) if answered else []
-    for k in reversed(answered):
-        digests = {prefixes[k] for prefixes in ways}
-        fits = [r for r in rows if r["digest"] in digests and matches_answer(talk[k], r["text"])]
-        if session:  # one that a client names has a slash in it
-            fits = [r for r in fits if r["session"] == session or "/" not in r["session"]]
-        if fits:
-            # Equal requests got equal answers: one that still waits, then the tightest fit, then the newest.
-            turn = min(fits, key=lambda r: (r["state"] != "waiting", len(without_thinking(r["text"])), -r["created"]))
-            following = []
-            for m in talk[k + 1 :]:
-                if m.get("role") == "assistant":
-                    break
-                following.append(m)
-            return turn, following[: following.index(SHOWN)] if SHOWN in following else following
-    return None, []
+    # An answer is a run of assistant messages: some clients return text and calls as several.
+    runs: list[tuple[int, int]] = []
+    for k, m in enumerate(talk):
+        if m.get("role") == "assistant":
+            runs.append((runs.pop()[0] if runs and runs[-1][1] == k else k, k + 1))
+    runs = runs[-LATEST:]
+    history = history_digests(talk, [k for begin, end in runs for k in range(begin, end)])
+    known = {session} if session else set()  # sessions that this conversation may be
+    answered: list[tuple[int, list[sqlite3.Row], list[dict], bool]] = []
+    for begin, end in reversed(runs):
+        ways = [(begin, end), *[(k, k + 1) for k in reversed(range(begin, end))]]  # all of it, or one message
+        for first, behind in ways:
+            rows = journal.candidates(db, user, answer_digest(*talk[first:behind]), history[first])
+            if session:
+                rows = [r for r in rows if r["session"] == session or "/" not in r["session"]]
+            if rows:
+                following = talk[end : next((b for b, _ in runs if b >= end), len(talk))] if behind == end else []
+                following = following[: following.index(SHOWN)] if SHOWN in following else following
+                brief = is_brief(talk[first:behind])
+                answered.append((first, rows, following, brief))
+                if len(rows) == 1 and not brief:
+                    known.add(rows[0]["session"])
+                break
+    found: list[tuple[sqlite3.Row, list[dict]]] = []
+    for k, rows, following, brief in answered:
+        rows = [r for r in rows if r["id"] not in [turn["id"] for turn, _ in found]]
+        asked = letters(request_of(talk[:k]))[:200]
+        turn = decide(rows, history[k], known, asked)
+        if turn is None and len(rows) == 1 and not brief:
+            turn = rows[0]
+        if turn is not None and len(found) < 2:
+            found.append((turn, following))
+            known.add(turn["session"])
+    return found
+
+
+def is_brief(answer: list[dict]) -> bool:
+    said = letters("".join(without_thinking(text_of(m.get("content"))) for m in answer))
+    return len(said) < SHORT and not any(map(calls_of, answer))
+
+
+def decide(rows: list[sqlite3.Row], history: str, known: set[str], asked: str) -> sqlite3.Row | None:
+    """The one of several turns with the same answer, the newest first, that a history belongs to; None if unknown."""
+    fits = [r for r in rows if r["history"] == history] or [r for r in rows if r["session"] in known]
+    if not fits:
+        fits = [r for r in rows if asked and r["asked"] and (asked in r["asked"] or r["asked"] in asked)]
+        if len({r["history"] for r in fits}) > 1:
+            return None
+    # Equal requests got equal answers: prefer this conversation's session, then one that still waits, then the newest.
+    fits = [r for r in fits if r["session"] in known] or fits
+    return next((r for r in fits if r["state"] == "waiting"), fits[0] if fits else None)
+
+
+def is_news(turn: sqlite3.Row, following: list[dict], kept: bool) -> bool:
+    """Does this change the turn's recorded next message? `kept`: the conversation has gone on since, and the message is
+    as the history has it, where it may have lost what a client put around it."""
+    if not turn["next_messages"]:
+        return True
+    known, new = (
+        " ".join(re.findall(r"\w+", " ".join(words_of(m) for m in messages if m.get("role") == "user").casefold()))
+        for messages in (json.loads(turn["next_messages"]), following)
+    )
+    return not turn["confirmed"] and known != new and not (kept and f" {new} " in f" {known} ")

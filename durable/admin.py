@@ -50,6 +50,8 @@ def describe(row: sqlite3.Row) -> str:
         votes = " ".join(f"{v:+d}" for v in json.loads(row["votes"]))
         lines.append(f"  verdict   {row['score']:+d} by {row['source']} ({votes}; {row['confidence']:.0%} sure)")
         lines += [f"  hint      {one_line(hint)} ({row['hinted_by']})" for hint in json.loads(row["hints"])]
+    for late in json.loads(row["late_feedback"]):
+        lines.append(f"  too late  {late['score']:+d} {one_line(late['text'])}")
     became = f"trained on in step {row['step']}" if row["state"] == "trained" else row["state"]
     return "\n".join([*lines, f"  became    {became}{': ' + row['reason'] if row['reason'] else ''}"])
 

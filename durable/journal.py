@@ -13,7 +13,6 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TextIO
@@ -27,15 +26,18 @@ CREATE TABLE IF NOT EXISTS turns (
   id TEXT PRIMARY KEY, session TEXT NOT NULL, user TEXT NOT NULL, created REAL NOT NULL,
   messages TEXT NOT NULL,            -- the request, as the client sent it
   template TEXT NOT NULL,            -- the other fields in its prompt: tools, arguments of the chat template
-  digest TEXT NOT NULL,              -- of those messages, as sessions.fingerprints makes it
+  answer TEXT NOT NULL, history TEXT NOT NULL, asked TEXT NOT NULL,  -- what it is found by, see Turn
   text TEXT NOT NULL, finish_reason TEXT,
   prompt_ids BLOB NOT NULL, response_ids BLOB NOT NULL, logprobs BLOB NOT NULL,  -- int32, int32, float32
   versions TEXT NOT NULL,            -- [[weight version, first token, end], ...]
   temperature REAL NOT NULL, no_rl TEXT NOT NULL,
-  next_messages TEXT, score INTEGER, votes TEXT, confidence REAL, hints TEXT, hinted_by TEXT, judge TEXT, source TEXT,
+  next_messages TEXT, confirmed INTEGER NOT NULL DEFAULT 0,  -- no other message can replace it any more
+  score INTEGER, votes TEXT, confidence REAL, hints TEXT, hinted_by TEXT, judge TEXT, source TEXT,
+  late_feedback TEXT NOT NULL DEFAULT '[]',  -- ratings that came when it was trained on already
   state TEXT NOT NULL, step INTEGER, reason TEXT  -- why it was dropped, or why its hint was not used
 );
-CREATE INDEX IF NOT EXISTS by_digest ON turns (user, digest);
+CREATE INDEX IF NOT EXISTS by_answer ON turns (user, answer, created);
+CREATE INDEX IF NOT EXISTS by_history ON turns (user, answer, history, created);
 CREATE INDEX IF NOT EXISTS by_state ON turns (state, created);
 CREATE INDEX IF NOT EXISTS by_session ON turns (session);
 CREATE INDEX IF NOT EXISTS by_reason ON turns (reason) WHERE state = 'dropped';
@@ -43,7 +45,7 @@ CREATE TABLE IF NOT EXISTS checkpoints (step INTEGER PRIMARY KEY);  -- the highe
 CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NULL);  -- one row: whose answers these are
 """
 
-FORMAT = 4  # of the tables, in the file's user_version
+FORMAT = 5  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of a Turn that are not stored as they are
 AS_BYTES = {"prompt_ids": np.int32, "response_ids": np.int32, "logprobs": np.float32}
 RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `has_disk_space`
@@ -58,7 +60,9 @@ class Turn:
     user: str  # whose API key
     messages: list[dict]
     template: dict
-    digest: str
+    answer: str  # digest of the answer as the client was sent it: sessions.answer_digest
+    history: str  # digest of `messages`
+    asked: str  # how the person's last words in them begin, letters alone
     text: str
     finish_reason: str | None
     prompt_ids: list[int]  # (P,) exactly as the engine saw them
@@ -174,29 +178,52 @@ def record_turn(db: sqlite3.Connection, turn: Turn, dropped: str | None = None) 
     db.execute(f"INSERT INTO turns ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
 
 
-def candidates(db: sqlite3.Connection, user: str, digests: Iterable[str]) -> list[sqlite3.Row]:
-    """The newest answers to this user that were given to one of these message lists, as far as a match needs them.
+def record_answer(db: sqlite3.Connection, turn_id: str, answer: str) -> None:
+    """The digest of an answer as the client is sent it, where that is another one than that of the text."""
+    db.execute("UPDATE turns SET answer = ? WHERE id = ?", (answer, turn_id))
 
-    Bounded: agents send some requests (a title, a greeting) thousands of times.
+
+def candidates(db: sqlite3.Connection, user: str, answer: str, history: str) -> list[sqlite3.Row]:
+    """The newest turns of this user with this answer, those with this history too first, as far as a match needs them.
+
+    Bounded: some answers ("OK.") are given thousands of times.
     """
-    digests = list(digests)
-    marks = ",".join("?" * len(digests))
-    return db.execute(
-        "SELECT id, session, digest, text, state, created FROM turns "
-        f"WHERE user = ? AND digest IN ({marks}) ORDER BY created DESC LIMIT 512",
-        (user, *digests),
-    ).fetchall()
+    select = (
+        "SELECT id, session, history, asked, state, next_messages, confirmed FROM turns WHERE user = ? AND answer = ?"
+    )
+    newest = "ORDER BY created DESC LIMIT"
+    same = db.execute(f"{select} AND history = ? {newest} 8", (user, answer, history)).fetchall()
+    return same or db.execute(f"{select} {newest} 64", (user, answer)).fetchall()
 
 
-def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict]) -> bool:
-    """The conversation continued from this turn. True the first time: a branch or a retry doesn't judge it again."""
+def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict], confirmed: bool = False) -> bool:
+    """The conversation continued from this turn: with what it is judged by, in place of what was recorded before.
+
+    False where that comes too late: a person rated it, it is in training or trained, or dropped for good."""
+    marks = ", ".join("?" * len(REVIVED))
     return (
         db.execute(
-            "UPDATE turns SET state = 'judging', next_messages = ? WHERE id = ? AND state = 'waiting'",
-            (json.dumps(next_messages), turn_id),
+            "UPDATE turns SET state = 'judging', reason = NULL, next_messages = ?, confirmed = ? WHERE id = ? AND "
+            "source IS NOT 'feedback' AND (state IN ('waiting', 'judging', 'queued') OR state = 'dropped' AND "
+            f"reason IN ({marks}))",
+            (json.dumps(next_messages), confirmed, turn_id, *REVIVED),
         ).rowcount
         == 1
     )
+
+
+def confirm(db: sqlite3.Connection, turn_id: str) -> None:
+    """The message that is recorded as the next one is it: no other one replaces it."""
+    db.execute("UPDATE turns SET confirmed = 1 WHERE id = ?", (turn_id,))
+
+
+def is_confirmed(db: sqlite3.Connection, turn_id: str) -> bool:
+    return bool(row_of(db, turn_id)["confirmed"])
+
+
+def is_queued(db: sqlite3.Connection, turn_id: str) -> bool:
+    """Is it judged and waits for the trainer? Not if it is in training, or judged again by another message."""
+    return row_of(db, turn_id)["state"] == "queued"
 
 
 def pending(db: sqlite3.Connection) -> int:
@@ -212,17 +239,20 @@ NO_HINT = NOTHING + ": there is no hint, and the score can't be trained on"
 REVIVED = (NEUTRAL, ALONE, LAST, NO_HINT)  # by a person's rating
 
 
-def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bool:
+def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, following: list[dict] | None = None) -> bool:
     """Write the verdict down; True where the turn is queued by it, to be handed to the trainer now.
 
     A person's feedback outranks the judge, before or after it; what the judge wrote down as a hint stays where a bad
-    score comes without words. ValueError where it comes too late: the turn is in
-    training or trained, or dropped for a reason that no verdict changes.
+    score comes without words. `following`: the messages that the judge read; nothing is written where others have
+    replaced them meanwhile. ValueError where feedback comes too late: the turn is in training or trained, or dropped
+    for a reason that no verdict changes.
     """
     known = row_of(db, turn_id)
     state, reason = known["state"], known["reason"]
     open_to_all = state in ("waiting", "judging")
     if verdict.source == "judge" and not open_to_all:
+        return False
+    if following is not None and known["next_messages"] != json.dumps(following):
         return False
     if not open_to_all and state != "queued" and reason not in REVIVED:
         raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
@@ -247,6 +277,14 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict) -> bo
         ),
     )
     return now == "queued" and state != "queued"
+
+
+def keep_late_feedback(db: sqlite3.Connection, turn_id: str, feedback: dict) -> None:
+    """Write down a rating that came too late to train on."""
+    db.execute(
+        "UPDATE turns SET late_feedback = json_insert(late_feedback, '$[#]', json(?)) WHERE id = ?",
+        (json.dumps(feedback), turn_id),
+    )
 
 
 THESE = "id IN (SELECT value FROM json_each(?))"  # one statement for a batch: all of it or nothing

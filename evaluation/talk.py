@@ -89,10 +89,16 @@ class Run:
 # ---- talking ----
 
 
-async def ask(client: AsyncOpenAI, messages: list[dict], max_tokens: int, temperature: float) -> tuple[str, bool]:
-    """The answer, and whether it was cut off."""
+async def ask(
+    client: AsyncOpenAI, messages: list[dict], max_tokens: int, temperature: float, last: bool = False
+) -> tuple[str, bool]:
+    """The answer, and whether it was cut off. `last`: nothing more is said, so the server need not wait for it."""
     reply = await client.chat.completions.create(
-        model="policy", messages=messages, max_tokens=max_tokens, temperature=temperature
+        model="policy",
+        messages=messages,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        extra_headers={"X-Session-Done": "1"} if last else {},
     )
     return reply.choices[0].message.content or "", reply.choices[0].finish_reason == "length"
 
@@ -124,7 +130,7 @@ async def talk(client: AsyncOpenAI, setup: Setup, person: Person, rng: random.Ra
         {"role": "assistant", "content": first},
         {"role": "user", "content": await react(setup, person, question, subject, first, rng)},
     ]
-    await ask(client, talked, 24, setup.temperature)
+    await ask(client, talked, 24, setup.temperature, last=True)
     return {"pleased": person.pleased(subject, first), "words": len(first.split())}
 
 

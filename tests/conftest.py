@@ -27,7 +27,8 @@ CHAT_TEMPLATE = """{%- if tools %}<|im_start|>system
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
 </tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+{% if enable_thinking is defined %}<think:{{ enable_thinking }}:{{ reasoning_effort }}>
+{% endif %}{% endif %}"""
 
 
 def make_tiny_model(folder: Path, tied: bool = True, scale: float = 0.05) -> Path:

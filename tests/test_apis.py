@@ -23,9 +23,98 @@ PATH = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "require
 @pytest.fixture(scope="module")
 def program(tiny_model, tmp_path_factory):
     """One of its own, which never has a batch together: what is asked here shifts nothing for the other tests."""
-    program = Program(tiny_model, tmp_path_factory.mktemp("apis"), batch_size=1000, key="alice:key-a,bob:key-b")
+    with pytest.MonkeyPatch.context() as environment:  # nothing of this may reach the program
+        for name in ("HTTP_PROXY", "ALL_PROXY", "VLLM_API_KEY"):
+            environment.setenv(name, "http://127.0.0.1:9")
+        environment.setenv("VLLM_SERVER_DEV_MODE", "1")
+        options = {"batch_size": 1000, "key": "alice:key-a,bob:key-b", "origins": f"{PAGE}, http://other.example"}
+        program = Program(tiny_model, tmp_path_factory.mktemp("apis"), **options)
     yield program.wait_ready()
     program.stop()
+
+
+PAGE = "http://localhost:3000"
+
+
+def test_the_environment_opens_no_endpoints(program):
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    for path in ("/sleep", "/collective_rpc", "/update_weights", "/reset_prefix_cache", "/v1/load_lora_adapter"):
+        assert httpx.post(f"{program.url}{path}", headers=headers, json={}).status_code == 404, path
+
+
+def test_a_page_in_a_browser(program):
+    """It asks first, without a key, and must be able to read an error, too."""
+    wanted = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+    asked = httpx.options(
+        f"{program.url}/v1/chat/completions",
+        headers=wanted | {"Access-Control-Request-Headers": "authorization,content-type"},
+    )
+    assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == PAGE
+    assert "authorization" in asked.headers["access-control-allow-headers"]
+    body = {"model": "policy", "messages": [user("from a page")], "max_tokens": 2}
+    for key, status in ((ALICE, 200), ("wrong", 401)):
+        headers = {"Origin": PAGE, "Authorization": f"Bearer {key}"}
+        reply = httpx.post(f"{program.url}/v1/chat/completions", headers=headers, json=body, timeout=60)
+        assert reply.status_code == status and reply.headers.get_list("access-control-allow-origin") == [PAGE]
+    evil = httpx.options(f"{program.url}/v1/chat/completions", headers=wanted | {"Origin": "https://evil.example"})
+    assert evil.status_code == 400 and "access-control-allow-origin" not in evil.headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": f"bearer {ALICE}"}, 200),
+        ({"authorization": f"BEARER  {ALICE}"}, 200),
+        ({"x-api-key": ALICE, "Authorization": "Bearer of another proxy"}, 200),
+        ({"x-api-key": "wrong", "Authorization": f"Bearer {ALICE}"}, 200),
+        ({"x-api-key": "wrong", "Authorization": "Basic abc"}, 401),
+        ({"Authorization": ""}, 401),
+        ({"x-api-key": ""}, 401),
+    ],
+)
+def test_ways_to_send_a_key(program, headers, status):
+    assert httpx.get(f"{program.url}/v1/models", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "body"),
+    [
+        ("chat/completions", "max_tokens", {}),
+        ("chat/completions", "max_completion_tokens", {}),
+        ("messages", "max_tokens", {"stop_sequences": ["e"]}),
+        ("responses", "max_output_tokens", {}),
+    ],
+)
+def test_more_tokens_than_the_context_has_means_what_fits(program, path, field, body):
+    talk = [user("as long as you like")]
+    body = {"model": "policy", ("input" if path == "responses" else "messages"): talk, field: 32_000} | body
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    reply = httpx.post(f"{program.url}/v1/{path}", headers=headers, json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "shown"),
+    [
+        ("chat/completions", {"reasoning_effort": "low"}, "<think:True:low>"),
+        ("chat/completions", {"chat_template_kwargs": {"enable_thinking": False}}, "<think:False:"),
+        ("messages", {"thinking": {"type": "disabled"}}, "<think:False:none>"),
+        ("responses", {"reasoning": {"effort": "high"}}, "<think:True:high>"),
+    ],
+)
+async def test_what_reaches_the_template_is_kept(program, tiny_model, path, fields, shown):
+    """Else the prompt is another one when it is rendered again, and the hint can't be used."""
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
+    talk = [user(f"think about {path} {fields}")]
+    body = {"model": "policy", ("input" if path == "responses" else "messages"): talk, limit: 4} | fields
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    reply = httpx.post(f"{program.url}/v1/{path}", headers=headers, json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    row = rows(program)[-1]
+    prompt = np.frombuffer(row["prompt_ids"], np.int32).tolist()
+    assert shown in AutoTokenizer.from_pretrained(tiny_model).decode(prompt)
+    arguments = json.loads(row["messages"]), json.loads(row["template"]), prompt
+    assert await distill.hinted_prompts(client(program), *arguments, ["Be brief, please."])
 
 
 def session_of(program, text):
@@ -256,6 +345,24 @@ async def test_hostile_shapes(program):
                     "/v1/chat/completions", json={"model": "policy", "messages": talk, "max_tokens": 2} | tools
                 )
                 assert reply.status_code in (200, 400), reply.text
+
+
+def test_a_key_with_quotes_can_be_pasted():
+    key = """a'b"c$d"""
+    command = paste.curl("http://127.0.0.1:9/v1", "it's", key, 2048).replace("curl", "printf '%s\\n'", 1)
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert f"Authorization: Bearer {key}" in said and json.loads(said[-1])["model"] == "it's"
+    compile(paste.openai("u", "m", key, 2048), "pasted", "exec")
+    assert json.loads(paste.openclaw("u", "m", key, 2048))["models"]["providers"]["rl"]["apiKey"] == key
+    assert (
+        key
+        in subprocess.run(
+            ["bash", "-c", paste.open_webui("u", "m", key, 2048).replace("open-webui serve", "env")],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
 
 
 def test_what_to_paste_into_a_client_works(program):

@@ -1,5 +1,6 @@
 """The life of a row."""
 
+import json
 import os
 import sqlite3
 import stat
@@ -27,8 +28,8 @@ def test_from_waiting_to_trained(db):
     journal.record_turn(db, turn())
     assert state(db) == ("waiting", None, None, None)
     assert journal.record_next(db, "t1", [{"role": "user", "content": "thanks"}])
-    assert not journal.record_next(db, "t1", [{"role": "user", "content": "again"}]), "a branch judges nothing twice"
     assert state(db)[0] == "judging"
+    assert not journal.record_verdict(db, "t1", GOOD, [{"role": "user", "content": "other words"}])
     assert journal.record_verdict(db, "t1", GOOD)
     assert state(db) == ("queued", None, None, 1)
     sample = journal.load_sample(db, "t1")
@@ -36,6 +37,7 @@ def test_from_waiting_to_trained(db):
     journal.mark_trained(db, ["t1"], 7)
     assert state(db) == ("trained", None, 7, 1)
     assert journal.counts(db) == {"trained": 1}
+    assert not journal.record_next(db, "t1", [{"role": "user", "content": "again"}])
 
 
 def test_feedback_outranks_the_judge_before_and_after(db):
@@ -213,3 +215,11 @@ def test_it_survives_and_is_private(tmp_path):
     assert journal.load_turn(again, "t1")[0].response_ids == [3, 4, 5]
     for path in tmp_path.glob("j.db*"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_feedback_that_comes_too_late_is_kept(db):
+    journal.record_turn(db, turn())
+    for score in (1, -1):
+        journal.keep_late_feedback(db, "t1", {"score": score, "text": "it's late", "time": 1.0})
+    kept = json.loads(journal.row_of(db, "t1")["late_feedback"])
+    assert [(k["score"], k["text"]) for k in kept] == [(1, "it's late"), (-1, "it's late")]

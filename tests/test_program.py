@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -23,6 +24,7 @@ import distill
 import reward
 import server
 from clients import keys
+from durable import journal
 from durable.errors import UsageError
 from durable.model import model_folder
 from tests.conftest import ROOT, alive, descendants
@@ -432,7 +434,7 @@ async def test_broken_steps_are_taken_back_and_the_judge_is_down(fresh):
     waiting = rows(program, "next_messages IS NOT NULL")
     assert [r["state"] for r in waiting] == ["judging"] * 6 + ["dropped"] * 2
     assert "more than 6 turns wait" in waiting[-1]["reason"] and all(r["score"] is None for r in waiting)
-    await until(lambda: "is tried again in 30 s" in program.log())
+    await until(lambda: "no verdict from the judge" in program.log())
 
 
 async def test_what_teaches_nothing_takes_no_step_and_a_cold_turn_learns_from_its_hint(fresh):
@@ -496,14 +498,16 @@ def test_a_key_that_anybody_could_have_is_none(entry):
         keys.users_of(["alice:key-a", entry])
 
 
-async def test_with_a_full_disk_no_answer_is_begun(tmp_path):
+async def test_with_a_full_disk_no_answer_is_begun(monkeypatch):
     """The capture alone: an answer that could not be written down is not given; all else still is."""
 
     async def app(scope, receive, send):
         await PlainTextResponse("reached")(scope, receive, send)
 
     room = [True]
-    transport = httpx.ASGITransport(server.Capture(app, {}, "judge", lambda: room[0]))
+    monkeypatch.setattr(journal, "has_disk_space", lambda db: room[0])
+    hooks = SimpleNamespace(users={}, own_key="judge", origins=[])
+    transport = httpx.ASGITransport(server.Capture(app, hooks, None))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         ask_it = lambda: http.post("/v1/chat/completions", json={"messages": [user("hi")]})  # noqa: E731
         assert (await ask_it()).text == "reached"

@@ -12,6 +12,7 @@ import pytest
 
 from clients import sessions
 from durable import journal
+from tests import records
 
 CAPTURES = Path(__file__).parent / "captures"
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nActive exec sessions: none"
@@ -30,18 +31,32 @@ class Asked(NamedTuple):
     judged: bool  # was it the first to do so?
 
 
-def ask(db, messages, answer, user="ann", tools=(), session=None):
-    """One request and our answer to it, recorded as server.Recorder.generate does."""
+def sent(answer):
+    """What a client is sent of a raw answer, as vLLM's parsers would make it."""
+    text = sessions.without_thinking(answer)
+    calls = [json.loads(c, strict=False) for c in re.findall(r"<tool_call>\n(.*?)\n</tool_call>", text, re.DOTALL)]
+    content = re.sub(r"<tool_call>\n.*?\n</tool_call>", "", text, flags=re.DOTALL)
+    return calling(*(("", c["name"], json.dumps(c["arguments"])) for c in calls), content=content)
+
+
+def ask(db, messages, answer, user="ann", session=None):
+    """One request and our answer to it, recorded as server.Recorder does."""
     number = next(clock)
-    before, following = sessions.find_parent(db, user, messages, tools, session)
     side = sessions.asked_by_the_client(messages)
-    judged = bool(following) and not side and journal.record_next(db, before["id"], following)
-    session = session or (before["session"] if before is not None else f"session {number}")
-    digest = sessions.fingerprints(sessions.conversation(messages), tools)[-1]
-    tokens = [1], [2, 3], [-1.0, -2.0], [(0, 0, 2)]  # prompt ids, response ids, log-probs, versions
-    turn = journal.Turn(f"turn {number}", session, user, messages, {}, digest, answer, "stop", *tokens, 1.0, number)
+    found, judged = sessions.find_turns(db, user, messages, session), False
+    for k, (turn, following) in enumerate(found):
+        if not following or (side and not k):
+            continue
+        if sessions.is_news(turn, following, k > 0):
+            judged |= journal.record_next(db, turn["id"], following, k > 0) and not k
+        elif k:
+            journal.confirm(db, turn["id"])
+    session = session or (found[0][0]["session"] if found else f"session {number}")
+    values = {"session": session, "user": user, "messages": messages, "text": answer, "created": number}
+    keys = sessions.keys_of(messages) | {"answer": sessions.answer_digest(sent(answer))}
+    turn = records.turn(f"turn {number}", **values, **keys)
     journal.record_turn(db, turn)
-    return Asked(turn.id, turn.session, before["id"] if before is not None else None, judged)
+    return Asked(turn.id, session, found[0][0]["id"] if found else None, judged)
 
 
 def says(role, content, **more):
@@ -190,6 +205,10 @@ def test_a_long_line_in_brackets_is_read_in_linear_time():
     assert time.process_time() - begun < 0.1
 
 
+METADATA = '```json\n{"sender": "Ann", "timestamp": "Sun 10:01"}\n```'
+RAG = "### Task:\nRespond to the user query using the provided context.\n\n<context>\nx\n</context>\n\n"
+
+
 @pytest.mark.parametrize(
     ("written", "words"),
     [
@@ -199,11 +218,41 @@ def test_a_long_line_in_brackets_is_read_in_linear_time():
         ("[Sunday] No.", "[Sunday] No."),
         ("What is this?\n\nRuntime: agent=main\nand more", "What is this?\n\nRuntime: agent=main\nand more"),
         (None, ""),
+        ("[WhatsApp +15550100 Sun 10:01] No, wrong.", "No, wrong."),
+        ("[Telegram Ann id:12 +2m 2026-11-23 10:01 UTC] hi", "hi"),
+        (f"Conversation info (untrusted metadata):\n{METADATA}\n\nhello", "hello"),
+        (f"Sender: ⟦openclaw:ctx⟧\n{METADATA}\n\nhello", "hello"),
+        (f"hello\n\n{METADATA}", "hello"),
+        ('{"sender": "Ann", "timestamp": 1}\nhello', "hello"),
+        ('Fix this:\n```json\n{"a": 1}\n```', 'Fix this:\n```json\n{"a": 1}\n```'),
+        ("[Chat messages since your last reply - for context]\nBo: a\n\n[Current message - respond to this]\nno", "no"),
+        (
+            [{"type": "text", "text": t} for t in ("<system-reminder>\na\n</system-reminder>\n", "Say hello")],
+            "Say hello",
+        ),
+        ("Fix it\n<environment_details>\nfiles\n</environment_details>", "Fix it"),
+        ("<task>Say hello</task>\n<environment_details>\nfiles\n</environment_details>", "Say hello"),
+        ("<attached_files>\na\n</attached_files>\n<user_query>\nWhy?\n</user_query>", "Why?"),
+        ("<config>\n<a>1</a>\n</config>\nwhy?", "<config>\n<a>1</a>\n</config>\nwhy?"),
+        (f"{RAG}What is a bee?", "What is a bee?"),
+        ("No. Do this instead:\n<task>\nsort it\n</task>", "No. Do this instead:\n<task>\nsort it\n</task>"),
+        ("Rewrite this.\nCurrent message:\nfix stuff", "Rewrite this.\nCurrent message:\nfix stuff"),
+        ('No:\n{"user_id": 1, "user_name": "bob"}', 'No:\n{"user_id": 1, "user_name": "bob"}'),
     ],
 )
 def test_a_persons_own_words(written, words):
     assert sessions.words_of(says("user", written)) == words
     assert sessions.words_of(says("tool", "[Sun 2026-11-22 23:33 UTC] x")) == "[Sun 2026-11-22 23:33 UTC] x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<a>\n", "[12:30 ", "{", "\n{", "Runtime: agent=\n\n", "<context>x</context>\n", "### Task: ", "[WhatsApp] "],
+)
+def test_words_are_found_in_linear_time(text):
+    begun = time.process_time()
+    sessions.words_of(says("user", text * (500_000 // len(text))))
+    assert time.process_time() - begun < 0.1
 
 
 def test_users_are_never_linked(db):
@@ -249,8 +298,19 @@ def test_edit_of_an_earlier_message(db):
     ask(db, [HELLO, HI, MORE], "Of course.")
     edited = [HELLO, HI, says("user", "tell me less")]
     branch, after = ask(db, edited, "All right."), ask(db, [*edited, bot("All right."), MORE], "x")
-    assert branch[1:] == (first.session, first.id, False) and after[1:] == (first.session, branch.id, True)
-    assert ask(db, [says("user", "good evening"), HI, MORE], "x").before is None
+    assert branch[1:] == (first.session, first.id, True) and after[1:] == (first.session, branch.id, True)
+    assert journal.load_turn(db, first.id)[1] == edited[2:]
+
+
+def test_a_branch_does_not_replace_what_the_person_said_first(db):
+    """It did so while nobody knew better: then the history shows what stayed in the conversation."""
+    first = ask(db, [HELLO], HI["content"])
+    second = ask(db, [HELLO, HI, MORE], "Of course.")
+    assert ask(db, [HELLO, HI, says("user", "tell me less")], "All right.").judged
+    ask(db, [HELLO, HI, MORE, bot("Of course."), HELLO], "Well.")
+    assert journal.load_turn(db, first.id)[1] == [MORE] and journal.is_confirmed(db, first.id)
+    assert ask(db, [HELLO, HI, says("user", "bye")], "x")[1:] == (first.session, first.id, False)
+    assert journal.load_turn(db, first.id)[1] == [MORE] and journal.load_turn(db, second.id)[1] == [HELLO]
 
 
 def test_retry_is_judged_once(db):
@@ -290,7 +350,6 @@ def test_content_in_parts(db):
     second = ask(db, [HELLO, bot(parts), MORE], "Sure.")
     assert second.before == first.id
     assert ask(db, [HELLO, HI, MORE, bot("Sure."), HELLO], "x").before == second.id
-    assert ask(db, [says("user", [{"type": "text", "text": "bye"}]), HI, MORE], "x").before is None
 
 
 @pytest.mark.parametrize(
@@ -334,7 +393,7 @@ def test_text_on_both_sides_of_a_call(db):
 
 def test_unknown_tool_is_taken_out_of_the_history(db):
     """OpenClaw shows the model its call to a tool that there is none of once, and deletes both after the answer."""
-    ask_ = partial(ask, db, tools=("read", "exec"))
+    ask_ = partial(ask, db)
     first = ask_([HELLO], raw_call("look", '{"path": "a"}'))
     failed = [calling(("i1", "look", '{"path": "a"}'), content=""), says("tool", "no such tool", tool_call_id="i1")]
     second = ask_([HELLO, *failed], "Sorry, I can't look.")
@@ -346,9 +405,9 @@ def test_unknown_tool_is_taken_out_of_the_history(db):
 
 def test_tools_change_in_the_conversation(db):
     call, result = calling(("i", "read", '{"path": "a"}')), says("tool", "text of a", tool_call_id="i")
-    ask(db, [HELLO], raw_call("read", '{"path": "a"}'), tools=("read",))
-    second = ask(db, [HELLO, call, result], "Done.", tools=("read",))
-    assert ask(db, [HELLO, call, result, bot("Done."), MORE], "x", tools=("exec",)).before == second.id
+    ask(db, [HELLO], raw_call("read", '{"path": "a"}'))
+    second = ask(db, [HELLO, call, result], "Done.")
+    assert ask(db, [HELLO, call, result, bot("Done."), MORE], "x").before == second.id
 
 
 FLUSH = says("user", "Pre-compaction memory flush. Store durable memories now.")
@@ -381,6 +440,8 @@ def test_what_the_client_asks_in_between(db, own, stays):
         ([HELLO, HI, says("user", "A scheduled reminder has been triggered. The reminder content is:")], True),
         ([HELLO, HI, says("user", "[Sun 2026-11-22 23:33 UTC] What is an [OpenClaw heartbeat poll]?")], False),
         ([HELLO, HI, FLUSH, bot("Stored."), MORE], False),
+        ([HELLO, HI, says("user", "Why did you print HEARTBEAT_OK?")], False),
+        ([says("user", "Your task is to create a detailed summary of the attached report.")], False),
         ([says("user", "What is a Pre-compaction memory flush.")], False),
         ([], False),
     ],
@@ -389,13 +450,145 @@ def test_who_asks(messages, own):
     assert sessions.asked_by_the_client(messages) is own
 
 
+@pytest.mark.parametrize("own", ["[SUGGESTION MODE: Suggest what they may type.]", "Propose three tags, please."])
+def test_a_request_of_the_clients_own_does_not_use_up_the_reply(db, own):
+    """One that is known is no evidence; one in words never seen is replaced by what the person says."""
+    first = ask(db, [HELLO], HI["content"])
+    aside = ask(db, [HELLO, HI, says("user", own)], "run the tests again")
+    assert aside.judged is own.startswith("Propose")
+    second = ask(db, [HELLO, HI, MORE], "Sure, here it is.")
+    assert second[1:] == (first.session, first.id, True) and journal.load_turn(db, first.id)[1] == [MORE]
+    ask(db, [HELLO, HI, MORE, bot("Sure, here it is."), says("user", own)], "run them once more")
+    assert journal.load_turn(db, first.id)[1] == [MORE] and journal.is_confirmed(db, first.id)
+
+
+@pytest.mark.parametrize("state", ["training", "trained"])
+def test_a_turn_in_training_keeps_its_next_message(db, state):
+    first = ask(db, [HELLO], HI["content"])
+    ask(db, [HELLO, HI, says("user", "Propose three tags.")], "x")
+    db.execute("UPDATE turns SET state = ? WHERE id = ?", (state, first.id))
+    assert not ask(db, [HELLO, HI, MORE], "Sure.").judged
+    assert journal.load_turn(db, first.id)[1] == [says("user", "Propose three tags.")]
+
+
+def test_a_reply_after_expiry_revives_the_turn(db):
+    first = ask(db, [HELLO], HI["content"])
+    assert journal.expire(db, 0.0) == 1 and journal.in_state(db, "waiting") == []
+    assert ask(db, [HELLO, HI, MORE], "Sure.").judged and journal.in_state(db, "judging") == [first.id]
+
+
+@pytest.mark.parametrize(
+    "live",
+    [
+        "[WhatsApp +15550100 Sun 10:01] {}",
+        "{}\n\n" + METADATA.replace("{", "{{").replace("}", "}}"),
+        RAG + "{}",
+        "<memo>unknown</memo>\n{}",
+    ],
+)
+def test_what_stands_around_the_words_is_gone_from_the_history(db, live):
+    first = ask(db, [says("user", live.format("hello there"))], "Sure.")
+    second = ask(
+        db, [says("user", "hello there"), bot("Sure."), says("user", live.format("No, wrong."))], "Of course not."
+    )
+    assert second.before == first.id and second.judged
+    history = [says("user", "hello there"), bot("Sure."), says("user", "No, wrong."), bot("Of course not."), MORE]
+    assert ask(db, history, "x")[1:] == (first.session, second.id, True) and journal.is_confirmed(db, first.id)
+
+
+@pytest.mark.parametrize("prompt", ["Read HEARTBEAT.md if it exists.", "Anything new? If not, say HEARTBEAT_OK."])
+def test_a_heartbeat_in_other_words(db, prompt):
+    ask(db, [HELLO], HI["content"])
+    assert not ask(db, [HELLO, HI, says("user", f"[Sun 2026-11-22 23:33 UTC] {prompt}")], "HEARTBEAT_OK").judged
+
+
+def test_a_reply_belongs_to_one_of_two_equal_turns(db):
+    """Also when the history shows it a second time."""
+    one, two = ask(db, [HELLO], HI["content"]), ask(db, [HELLO], HI["content"])
+    second = ask(db, [HELLO, HI, MORE], "Sure, here it is.")
+    ask(db, [HELLO, HI, MORE, bot("Sure, here it is."), HELLO], "x")
+    assert second.before == two.id and journal.load_turn(db, one.id)[1] == []
+    assert one.id in journal.in_state(db, "waiting") and journal.is_confirmed(db, two.id)
+
+
+def test_a_word_within_another_one_confirms_nothing(db):
+    first, no = ask(db, [HELLO], HI["content"]), says("user", "No")
+    ask(db, [HELLO, HI, no], "Sorry, I see.")
+    assert ask(db, [HELLO, HI, says("user", "Now write a short title.")], "A title").judged
+    ask(db, [HELLO, HI, no, bot("Sorry, I see."), MORE], "x")
+    assert journal.load_turn(db, first.id)[1] == [no]
+
+
+def test_equal_short_answers(db):
+    """The history decides, or the session of other answers in it, or what was asked; else they stay unlinked."""
+    red, blue = (ask(db, [says("user", f"paint it {c}")], "OK.") for c in ("red", "blue"))
+    asked = [says("user", "the story so far: somebody wants paint"), bot("OK."), MORE]
+    assert ask(db, asked, "x").before is None
+    asked[0] = says("user", "about the weather. paint it red")
+    assert ask(db, asked, "A long answer about paint.").before == red.id
+    again = ask(db, [*asked, bot("A long answer about paint."), HELLO], "OK.")
+    rewritten = [
+        says("user", "a summary"),
+        bot("A long answer about paint."),
+        says("user", "another summary"),
+        bot("OK."),
+    ]
+    assert ask(db, [*rewritten, MORE], "x").before == again.id and blue.id in journal.in_state(db, "waiting")
+
+
+def test_a_rewritten_history_keeps_its_answers(db):
+    first = ask(db, [HELLO, HI, MORE], "Here is a longer answer.")
+    assert ask(db, [says("user", "They said hello."), bot("Here is a longer answer."), HELLO], "x").before == first.id
+
+
+def test_an_answer_in_several_messages(db):
+    """As the Responses API returns it: text and calls are items of their own."""
+    first = ask(db, [HELLO], "Sure.\n" + raw_call("read", '{"path": "a"}') + "\n" + raw_call("read", '{"path": "b"}'))
+    parts = [bot("Sure."), *(calling((c, "read", f'{{"path": "{c}"}}')) for c in "ab")]
+    results = [says("tool", "text", tool_call_id=c) for c in "ab"]
+    assert ask(db, [HELLO, *parts, *results], "x").before == first.id
+    assert journal.load_turn(db, first.id)[1] == results
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"a":' * 5000 + "1" + "}" * 5000, "[" * 100_000, '{"a": [' + "1.5, " * 50_000 + "2]}"]
+)
+def test_a_call_costs_bounded_work(db, arguments):
+    begun = time.process_time()
+    first = ask(db, [HELLO], "A long enough answer.")
+    ask(db, [HELLO, bot("A long enough answer."), calling(("i", "read", arguments)), says("tool", "ok")], "x")
+    assert time.process_time() - begun < 0.5 and first.id
+
+
+def test_the_time_to_find_a_turn(db):
+    """Among 100,000, of which 10,000 are "OK.", for a conversation of 700 KiB."""
+    ok, other = (sessions.answer_digest(bot(t)) for t in ("OK.", "something else"))
+    row = vars(records.turn("t0", user="ann", messages=[], template={}, versions=[(0, 0, 3)]))
+    columns = [*row, "state"]
+    fixed = {n: json.dumps(row[n]) if n in journal.AS_JSON else b"" if n in journal.AS_BYTES else row[n] for n in row}
+    values = [fixed[n] for n in row] + ["waiting"]
+    at, answer, history = (columns.index(n) for n in ("id", "answer", "history"))
+
+    def rows():
+        for k in range(100_000):
+            values[at], values[answer], values[history] = f"t{k}", ok if k % 10 == 0 else f"{other}{k}", f"h{k}"
+            yield tuple(values)
+
+    db.execute("BEGIN")
+    db.executemany(f"INSERT INTO turns ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows())
+    db.execute("COMMIT")
+    talk = [m for k in range(100) for m in (says("user", f"question {k} " + "x" * 7000), bot("OK."))]
+    begun = time.process_time()
+    sessions.find_turns(db, "ann", [*talk, MORE])
+    assert time.process_time() - begun < 0.05
+
+
 def test_retry_with_the_text_rewritten(db):
-    """After an error OpenClaw asks again in words that its history never shows: that answer has no next state."""
+    """After an error OpenClaw asks again in words that its history never shows."""
     note = "Queued user message from a previous active turn; preserved as context only. "  # 2026.9.6's words
     again = says("user", f"[{note}Continue with the active prompt below.]\nhello")
     answer = ask(db, [again], HI["content"])
-    assert ask(db, [HELLO, HI, MORE], "Sure.").before is None
-    assert answer.id in journal.in_state(db, "waiting")
+    assert ask(db, [HELLO, HI, MORE], "Sure.")[1:] == (answer.session, answer.id, True)
 
 
 def test_empty_answer_is_asked_again(db):
@@ -423,16 +616,6 @@ def test_another_tool_call_is_not_ours(db, other):
     assert ask(db, [HELLO, calling(("id", *other)), says("tool", "ok")], "x").before is None
 
 
-def test_tool_call_of_another_history(db):
-    """It differs in a call's arguments, or in the result, or in who says it."""
-    call, result = calling(("i", "read", '{"path": "a"}')), says("tool", "text of a")
-    ask(db, [HELLO, call, result], "Done.")
-    done = [bot("Done."), MORE]
-    assert ask(db, [HELLO, calling(("i", "read", '{"path": "b"}')), result, *done], "x").before is None
-    for other in (says("tool", "text of b"), says("user", "text of a")):
-        assert ask(db, [HELLO, call, other, *done], "x").before is None
-
-
 @pytest.mark.parametrize("opened", ["<think>\n", ""])  # some templates open the block in the prompt
 @pytest.mark.parametrize("sent", ["Hi! What can I do?", "\n\n  Hi! What can I do? ", "<think>\nhm\n</think>\n\n{}"])
 def test_thinking_stripped_by_the_client(db, opened, sent):
@@ -454,7 +637,6 @@ def test_edited_answer_is_not_ours(db, edited):
 
 def test_answers_of_another_model_between(db):
     first = ask(db, [HELLO], HI["content"])
-    assert ask(db, [HELLO, bot("Yo."), MORE, HI, MORE], "x").before is None  # our words, but not after our request
     assert ask(db, [HELLO, HI, MORE, bot("Yo."), HELLO], "x").before == first.id
     assert journal.load_turn(db, first.id)[1] == [MORE]
 

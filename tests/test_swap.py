@@ -3,6 +3,7 @@
 import asyncio
 import resource
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ async def test_a_new_answer_never_reads_the_old_weights_cache(served, tmp_path):
     from vllm.sampling_params import RequestOutputKind
 
     version = int(await served.engine.get_weight_version())
-    recorder = server.Recorder(served.engine, journal.open_journal(tmp_path / "j.db"), print)
+    recorder = server.Recorder(served.engine, journal.open_journal(tmp_path / "j.db"), Mock())
     final = {"output_kind": RequestOutputKind.FINAL_ONLY}
     busy = SamplingParams(max_tokens=250, ignore_eos=True, **final)
     short = SamplingParams(max_tokens=1, temperature=1.0, logprobs=20, **final)

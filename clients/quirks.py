@@ -1,0 +1,145 @@
+"""What single clients put into messages: around a person's words, and as requests of their own. Nothing depends on this
+being complete: see `sessions`."""
+
+import json
+import re
+
+# OpenClaw appends this user message to each request and takes it away again before the next.
+CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
+
+# ---- what clients ask by themselves ----
+
+# How the person's last words, or the system message, begin where the client itself asks, in a person's conversation or
+# outside it. In the history of later requests OpenClaw puts a line in brackets in place of such a request.
+OWN_REQUESTS = {
+    "user": re.compile(
+        # OpenClaw, and its heartbeats before 2026.9
+        r"\s*(Pre-compaction memory flush\.|Follow the heartbeat monitor|Read HEARTBEAT\.md|"
+        r"Run the following periodic tasks \(only those due|A scheduled (reminder has been|cron event was) triggered|"
+        r"An async command (you ran|completion event)|\[System\] |Refresh this session.s progress card now|"
+        r"\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\]|"
+        # Claude Code
+        r"\[SUGGESTION MODE\b|Write the title in the language|CRITICAL: Respond with TEXT ONLY|"
+        r"Your task is to create a detailed summary of the conversation so far|"
+        # Codex, Cline
+        r"You are performing a CONTEXT CHECKPOINT COMPACTION|The current conversation is rapidly running out of)"
+    ),
+    "system": re.compile(
+        r"\s*(Generate a concise session title|You are a context summarization assistant|"
+        r"You are a title generator|Analyze if this message indicates a new conversation topic)"
+    ),
+}
+# A heartbeat's prompt can be configured, but the answer that it wants to hear if all is well stays the same.
+HEARTBEAT = re.compile(r"(?<!you )\b(reply|respond|answer|say|return|output|send)\b[^\n]{0,60}\bHEARTBEAT_OK\b", re.I)
+# Messages from a subagent, another session or a tool have this line in them.
+ROUTED = re.compile(r"^\[Inter-session message\] .*isUser=false$", re.MULTILINE)
+# Replies to such requests that clients hide from the person.
+SILENT = re.compile(r"\W*(NO_REPLY\W*)*|\s*HEARTBEAT_OK.{0,300}|.{0,300}HEARTBEAT_OK\W*", re.DOTALL | re.IGNORECASE)
+SPEAKING_TOOLS = ("message", "heartbeat_respond")  # may still show the person something
+
+# ---- what they put around a person's words ----
+
+# What comes before this line is context (OpenClaw in a group).
+CURRENT = "[Current message - respond to this]\n"
+# A channel and a time in brackets, or a time alone: "[WhatsApp +15550100 Sun 10:01] No." (OpenClaw and its relatives),
+# and a retry after an error.
+ENVELOPE = re.compile(
+    r"\s*\[(?:(?:WhatsApp|Telegram|Signal|Discord|Slack|iMessage|SMS|Matrix|Teams|Mattermost|LINE|Zalo|WebChat|Email|"
+    r"Google Chat|Nostr|Feishu|Queued user message)\b[^\]\n]{0,300}|[^\]\n]{0,150}\b\d\d?:\d\d[^\]\n]{0,150})\]\s?"
+)
+FOOTER = re.compile(r"Runtime: agent=|Current time: |\[message_id: ")  # a last line that begins so
+# A line before a block of metadata; and the keys that distinguish metadata from JSON that a person pasted.
+LABEL = re.compile(r"\s*[^\n{}<]{0,100}(?:\(untrusted[^()\n]{0,80}\):|⟦openclaw:ctx⟧)[ \t]*\n")
+METADATA = re.compile(r"(sender|timestamp|message_?id|chat_?id|conversation|channel|provider|surface)", re.I)
+# A tagged block of context, by the name of its tag; other tags may be a person's own.
+CONTEXT_TAG = re.compile(
+    r"context|reminder|environment|metadata|caveat|instruction|memor|workspace|attach|editor|ide_|selection|open_files|"
+    r"additional|command|stdout|system|history|session|rules|skills|documents|sources",
+    re.IGNORECASE,
+)
+# And one that holds the person's words (Cursor, Copilot, Cline, Open WebUI).
+WORDS_TAG = re.compile(r"(user_?(query|message|request|input|prompt|question)|task|feedback|query|question)", re.I)
+# Open WebUI's words before retrieved documents.
+PREAMBLE = re.compile(r"\s*### Task:\s[^<]{0,6000}(?=<context>|<source)")
+OPENS = re.compile(r"\s*<([A-Za-z][\w-]{1,60})(?:\s[^<>]{0,300})?>")
+CLOSES = re.compile(r"</([A-Za-z][\w-]{1,60})>\s*\Z")
+
+
+def leading_block(text: str) -> tuple[str, str, str] | None:
+    """(name, content, the rest) of the tagged block that a text begins with."""
+    if (opened := OPENS.match(text)) and (end := text.find(f"</{opened[1]}>", opened.end())) >= 0:
+        return opened[1], text[opened.end() : end], text[end + len(opened[1]) + 3 :]
+    return None
+
+
+def trailing_block(text: str) -> tuple[str, str, str] | None:
+    """(name, content, what comes before) of the tagged block that a text ends with, on lines of its own."""
+    tail = len(text) - 200
+    if closed := CLOSES.search(text, max(0, tail)):
+        at = text.rfind(f"\n<{closed[1]}", 0, closed.start())
+        if at >= 0 and (opened := OPENS.match(text, at)) and opened[1] == closed[1]:
+            return closed[1], text[opened.end() : closed.start()], text[:at]
+    return None
+
+
+def is_metadata(value: object) -> bool:
+    return isinstance(value, dict) and sum(bool(METADATA.match(k)) for k in value) >= 2
+
+
+FENCE = re.compile(r"\s*(```(?:json)?[ \t]*\n\s*)?(?=\{)")
+
+
+def parsed(text: str, at: int) -> tuple[object, int]:
+    """The JSON that begins at a place, and where it ends; (None, at) where there is none."""
+    try:
+        return json.JSONDecoder().raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return None, at
+
+
+def without_metadata(text: str) -> str:
+    """Without the JSON about sender and time that a text begins or ends with, fenced or not, labelled or not."""
+    label = LABEL.match(text)
+    if opened := FENCE.match(text, label.end() if label else 0):
+        value, end = parsed(text, opened.end())
+        if value is not None and (label or is_metadata(value)):
+            return re.sub(r"\A\s*```[ \t]*\n?" if opened[1] else r"\A\s*", "", text[end:])
+    if (at := text.rfind("\n{")) >= 0:
+        value, end = parsed(text, at + 1)
+        if is_metadata(value) and text[end:].strip() in ("", "```"):
+            return re.sub(
+                r"(^|\n)[^\n]{0,100}(\(untrusted[^()\n]{0,80}\)|metadata|⟦openclaw:ctx⟧):?\s*\Z",
+                "",
+                (text[:at].removesuffix("```json").removesuffix("```").rstrip()),
+            )
+    return text
+
+
+def without_last_line(text: str) -> str:
+    lines = text.rstrip().rsplit("\n", 1)
+    return lines[0].rstrip() if len(lines) == 2 and FOOTER.match(lines[1]) else text
+
+
+PASSES = 8  # over a text at most: the work stays bounded
+
+
+def persons_words(text: str) -> str:
+    """What a person wrote, of a user message that their client sent; "" where all of it is the client's.
+
+    Each pass removes something from the text's beginning or end. Tagged blocks that may be the person's own stay.
+    """
+    text = text.rpartition(CURRENT)[2]
+    preamble = PREAMBLE.match(text)
+    words = text[preamble.end() :] if preamble else text
+    for _ in range(PASSES):
+        before = words
+        words = without_last_line(without_metadata(words))
+        if envelope := ENVELOPE.match(words):
+            words = words[envelope.end() :]
+        blocks = [block for block in (leading_block(words), trailing_block(words)) if block]
+        words = next((rest for name, _, rest in blocks if CONTEXT_TAG.search(name)), words)
+        if words == before and blocks and WORDS_TAG.fullmatch(blocks[0][0]) and not blocks[0][2].strip():
+            words = blocks[0][1]
+        if words == before:
+            break
+    return words.strip() if words != text else text
