@@ -58,7 +58,7 @@ class Config:
     # ---- the losses ----
     w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints alone
     w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores alone
-    kl: float = 0.05  # weight of the KL to the starting weights; 0: off
+    kl: float = 0.1  # weight of the KL to the starting weights; 0: off
     baseline: Literal["mean", "none", "group"] = (
         "mean"  # of the reward: running mean per user, upstream's 0, same prompt
     )
