@@ -225,6 +225,7 @@ def read_labels(choice: Any) -> dict[str, float] | None:
     return {label: math.log(max(p, 1e-6)) for label, p in mass.items()}
 
 
+BAD_REQUEST = (openai.BadRequestError, openai.UnprocessableEntityError)
 # What endpoints refuse of a request, in the order in which it is tried, and what they are sent instead.
 INSTEAD: dict[str, Callable[[Any], dict]] = {
     "max_tokens": lambda tokens: {"max_completion_tokens": tokens},
@@ -302,7 +303,7 @@ class ChatJudge:
             fields |= {k: v for name in refused if name in request for k, v in INSTEAD[name](request[name]).items()}
             try:
                 reply = await self.client.chat.completions.create(model=self.model, **fields)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
+            except BAD_REQUEST as e:
                 left = [name for name in INSTEAD if name in fields]
                 named = [name for name in left if re.search(rf"\b{name}\b", e.response.text)]
                 if not (named or left and not request["extra_body"]):
@@ -359,7 +360,7 @@ class ChatJudge:
                 return result
             except (openai.APIError, TimeoutError, ValueError, AttributeError, TypeError, LookupError) as error:
                 # the last three: JSON of another form than that of a reply, which the client lets through
-                bad_request = isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
+                bad_request = isinstance(error, BAD_REQUEST)
                 if bad_request and refused + 1 < len(all_fields):
                     refused += 1
                     continue

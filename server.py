@@ -234,18 +234,15 @@ def note_rendered(renderer: Any) -> None:
     render = renderer.preprocess_chat
 
     async def preprocess_chat(request: Any, messages: list, *args: Any, **kwargs: Any) -> Any:
-        if (seen := asked.get()) is not None:
-            made = request.build_chat_params(None, "auto").chat_template_kwargs
-            # The two that every request has are fields of /tokenize, too, and may not be given twice.
-            known = ("add_generation_prompt", "continue_final_message", "tools", "tokenize")
-            arguments = {k: v for k, v in made.items() if v is not None and k not in known}
-            seen.template = {k: v for k, v in seen.template.items() if k != "chat_template_kwargs"}
-            seen.template |= {"chat_template_kwargs": arguments} if arguments else {}
-            # A client's max_tokens may be over the context, and its user can't change it (Claude Code asks for 32,000).
-            # vLLM would refuse it while rendering, and takes what fits when it samples.
-            limits = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-            given = {k: v for k in limits if (v := getattr(request, k, None)) and v > 0}
-        if seen is not None and seen.path != CHAT:
+        if (seen := asked.get()) is None:
+            return await render(request, messages, *args, **kwargs)
+        made = request.build_chat_params(None, "auto").chat_template_kwargs
+        # The two that every request has are fields of /tokenize, too, and may not be given twice.
+        known = ("add_generation_prompt", "continue_final_message", "tools", "tokenize")
+        arguments = {k: v for k, v in made.items() if v is not None and k not in known}
+        seen.template = {k: v for k, v in seen.template.items() if k != "chat_template_kwargs"}
+        seen.template |= {"chat_template_kwargs": arguments} if arguments else {}
+        if seen.path != CHAT:
             # As plain JSON, and a copy of its own: vLLM rewrites calls in place, and pydantic's iterators end.
             text = json.dumps(messages, default=lambda o: o.model_dump() if hasattr(o, "model_dump") else list(o))
             messages, seen.messages = json.loads(text), json.loads(text)
@@ -254,8 +251,10 @@ def note_rendered(renderer: Any) -> None:
                     part["type"] = "text"  # /tokenize, for the hinted prompt, knows it by this name
             if tools := kwargs.get("tool_dicts"):
                 seen.template["tools"] = tools
-        if seen is None:
-            return await render(request, messages, *args, **kwargs)
+        # A client's max_tokens may be over the context, and its user can't change it (Claude Code asks for 32,000).
+        # vLLM would refuse it while rendering, and takes what fits when it samples.
+        limits = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+        given = {k: v for k in limits if (v := getattr(request, k, None)) and v > 0}
         for name in given:
             setattr(request, name, None)
         try:

@@ -78,6 +78,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     """
     turns = [lesson.turn for lesson in lessons]
     n, sums = sum(len(t.response_ids) for t in turns), Counter[str]()
+    per_token = torch.tensor([1 / len(turns) / len(t.response_ids) for t in turns], device=state.policy.device)  # (B,)
     for row in grpo.collate(
         [t.prompt_ids for t in turns],
         [t.response_ids for t in turns],
@@ -98,8 +99,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         loss, found = row_loss(config, state, row, hinted)
         # The mean over answers of the mean over an answer's tokens: in a mean over all tokens long answers would count
         # for more. A gradient through logits / T is 1 / T as large: without this factor a cold turn would dominate.
-        weight = torch.tensor([1 / len(turns) / len(t.response_ids) for t in turns], device=loss.device)[row["sample"]]
-        (loss * weight * row["temperature"]).sum().backward()
+        (loss * per_token[row["sample"]] * row["temperature"]).sum().backward()
         accumulate_grads(state)
         found["dlogp_max"] = max(0.0, found["dlogp_max"] - sums["dlogp_max"])  # `update` adds
         sums.update(found)

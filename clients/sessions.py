@@ -136,7 +136,7 @@ def answer_digest(*messages: dict) -> str:
     return hashlib.sha256(json.dumps([content, calls]).encode()).hexdigest()
 
 
-def history_digests(talk: list[dict], at: list[int]) -> dict[int, str]:
+def history_digests(talk: list[dict], at: set[int]) -> dict[int, str]:
     """Digest of talk[:k] for each k of `at`."""
     digest, found = hashlib.sha256(), {}
     for k, m in enumerate([*talk, {}]):
@@ -151,7 +151,7 @@ def history_digests(talk: list[dict], at: list[int]) -> dict[int, str]:
 def keys_of(messages: list[dict]) -> dict[str, str]:
     """What a new turn is found by later, besides the digest of its answer: see `journal.Turn`."""
     talk = conversation(messages)
-    return {"history": history_digests(talk, [len(talk)])[len(talk)], "asked": letters(request_of(talk))[:200]}
+    return {"history": history_digests(talk, {len(talk)})[len(talk)], "asked": letters(request_of(talk))[:200]}
 
 
 # ---- which turn a request continues ----
@@ -173,11 +173,12 @@ def find_turns(
         if m.get("role") == "assistant":
             runs.append((runs.pop()[0] if runs and runs[-1][1] == k else k, k + 1))
     runs = runs[-LATEST:]
-    history = history_digests(talk, [k for begin, end in runs for k in range(begin, end)])
+    history = history_digests(talk, {k for begin, end in runs for k in range(begin, end)})
     known = {session} if session else set()  # sessions that this conversation may be
     answered: list[tuple[int, list[sqlite3.Row], list[dict], bool]] = []
     for begin, end in reversed(runs):
-        ways = [(begin, end), *[(k, k + 1) for k in reversed(range(begin, end))]]  # all of it, or one message
+        # All of it, or one message.
+        ways = [(begin, end), *[(k, k + 1) for k in reversed(range(max(begin, end - LATEST), end))]]
         for first, behind in ways:
             rows = journal.candidates(db, user, answer_digest(*talk[first:behind]), history[first])
             if session:
@@ -194,12 +195,12 @@ def find_turns(
     for k, rows, following, brief in answered:
         rows = [r for r in rows if r["id"] not in [turn["id"] for turn, _ in found]]
         asked = letters(request_of(talk[:k]))[:200]
-        turn = decide(rows, history[k], known, asked)
-        if turn is None and len(rows) == 1 and not brief:
-            turn = rows[0]
-        if turn is not None and len(found) < 2:
+        turn = decide(rows, history[k], known, asked) or (rows[0] if len(rows) == 1 and not brief else None)
+        if turn is not None:
             found.append((turn, following))
             known.add(turn["session"])
+        if len(found) == 2:
+            break
     return found
 
 

@@ -560,6 +560,13 @@ def test_a_call_costs_bounded_work(db, arguments):
     assert time.process_time() - begun < 0.5 and first.id
 
 
+def test_thousands_of_assistant_messages_in_a_row_cost_bounded_work(db):
+    ask(db, [HELLO], HI["content"])
+    begun = time.process_time()
+    sessions.find_turns(db, "ann", [HELLO, *[bot(f"part {k}") for k in range(9000)], MORE])
+    assert time.process_time() - begun < 0.2
+
+
 def test_the_time_to_find_a_turn(db):
     """Among 100,000, of which 10,000 are "OK.", for a conversation of 700 KiB."""
     ok, other = (sessions.answer_digest(bot(t)) for t in ("OK.", "something else"))
