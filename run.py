@@ -9,109 +9,32 @@ Read `train` first: it is the loop. `judge_turns` feeds it, `server.py` records 
 import asyncio
 import json
 import os
-import secrets
 import signal
 import socket
-import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
 
-import openai
 import torch
-from openai import AsyncOpenAI
 
-import distill
 import grpo
 import machine
 import reward
 import server
 import swap
 import trainer
+from batch import next_batch, prepare_lessons
 from clients import keys, paste, sessions
 from config import Config, parse
 from durable import checkpoint, guard, journal
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
 from durable.model import CACHE, check_folder, fingerprint, model_folder
+from program import Program
 
 SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
-
-
-@dataclass
-class Program:
-    """What the parts of the running program share."""
-
-    config: Config
-    lock: TextIO  # on config.out
-    db: sqlite3.Connection
-    listener: socket.socket
-    users: dict[str, str]  # API key -> user
-    url: str  # of this server
-    engine_args: Any
-    engine: Any
-    state: trainer.State
-    trainer: ThreadPoolExecutor  # one thread
-    judging: ThreadPoolExecutor  # one thread
-    fitting: "Future[reward.Head] | None"  # of a small model's judge
-    own_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # of our own requests: not recorded
-    to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns that have a next message
-    to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of judged turns
-    judge_health: reward.Health = field(default_factory=reward.Health)
-    training: str = "on"  # or why it waits or stopped
-    swapping: asyncio.Lock = field(default_factory=asyncio.Lock)  # a swap is never left half-way
-    pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
-
-    def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
-        """Run f(*args) on the trainer's thread, while serving and judging continue."""
-        return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
-
-    @property
-    def origins(self) -> list[str]:
-        return [origin.strip().rstrip("/") for origin in self.config.origins.split(",") if origin.strip()]
-
-    @cached_property
-    def own_client(self) -> AsyncOpenAI:
-        """A client of this server, for the judge and the hinted prompts. Ignores proxies of the environment."""
-        http = openai.DefaultAsyncHttpxClient(trust_env=False)
-        return AsyncOpenAI(base_url=self.url, api_key=self.own_key, http_client=http)
-
-    def on_next(self, turn_id: str) -> None:
-        """The server calls this when a conversation continued from a turn."""
-        self.enqueue(self.to_judge, turn_id)
-
-    def on_confirmed(self, turn_id: str) -> None:
-        """The server calls this when it is certain what a turn is judged by."""
-        if journal.is_queued(self.db, turn_id):
-            self.to_train.put_nowait(turn_id)
-
-    def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
-        """The server calls this when a user rates a turn. ValueError where that comes too late."""
-        if journal.record_verdict(self.db, turn_id, verdict):
-            self.enqueue(self.to_train, turn_id)
-
-    def enqueue(self, queue: "asyncio.Queue[str]", turn_id: str) -> None:
-        if journal.pending(self.db) > (most := self.config.max_waiting):
-            journal.drop(self.db, [turn_id], f"more than {most} turns wait for the judge or the trainer")
-        else:
-            queue.put_nowait(turn_id)
-
-    def status(self) -> dict[str, Any]:
-        """What GET /status shows."""
-        return {
-            "step": self.state.step,
-            "training": self.training,
-            "batch_size": self.config.batch_size,
-            "pause": self.pause,
-            "turns": journal.counts(self.db),
-            "dropped": journal.drop_reasons(self.db),
-        }
 
 
 # ---- the judge's loop ----
@@ -192,7 +115,7 @@ async def train(p: Program) -> None:
             gap, p.pause = await swap.push(p.engine, new, old, (state.probe_ids, probe_logps), config.push_bound)
 
         # 5. commit: mark the turns as trained; a restart or a reverted step returns to this snapshot
-        await wait_for_disk_space(p)
+        await p.wait_for_disk_space()
         journal.mark_trained(p.db, ids, state.step + 1)
         for s in batch:
             grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
@@ -205,58 +128,6 @@ async def train(p: Program) -> None:
         if state.step - max(journal.checkpoints(p.db), default=0) >= config.save_every:
             await save(p)
     p.training = "off"
-
-
-async def next_batch(p: Program) -> list[Sample]:
-    """Wait for a full batch. Turns that are unfit for it are dropped with their reason, once there is disk space to
-    write that down."""
-    batch: list[Sample] = []
-    while len(batch) < p.config.batch_size:
-        turn_id = await p.to_train.get()
-        await wait_for_disk_space(p)
-        batch = [sample for sample in batch if journal.is_queued(p.db, sample.turn.id)]
-        if not journal.is_queued(p.db, turn_id) or turn_id in [sample.turn.id for sample in batch]:
-            continue  # trained on already, or judged again
-        sample = journal.load_sample(p.db, turn_id)
-        if why_not := guard.reject_reason(sample, batch, p.state.step, p.config):
-            journal.drop(p.db, [turn_id], why_not)
-        else:
-            batch.append(sample)
-    return journal.begin_step(p.db, [sample.turn.id for sample in batch])
-
-
-async def prepare_lessons(p: Program, batch: list[Sample]) -> tuple[list[Sample], list[trainer.Lesson]]:
-    """The samples of a batch that teach something, and what; the others are dropped."""
-    keys = [grpo.baseline_key(s.turn.user, s.from_tool) for s in batch]
-    prompts = [tuple(s.turn.prompt_ids) for s in batch]
-    # What was not sampled from the plain policy has no advantage: it can only learn from its hint.
-    scores = [0 if s.turn.no_rl or not p.config.w_rl else s.verdict.score for s in batch]
-    advs = grpo.advantages(scores, keys, prompts, p.state.baselines, p.config.baseline)
-    kept, lessons = [], []
-    for sample, key, adv in zip(batch, keys, advs, strict=True):
-        hinted = await hinted_prompts(p, sample) if p.config.w_opd and sample.verdict.hints else []
-        if adv or hinted:
-            kept.append(sample)
-            lessons.append(trainer.Lesson(sample.turn, adv, hinted))
-        else:
-            grpo.move_baseline(p.state.baselines, key, sample.verdict.score)
-            journal.drop(p.db, [sample.turn.id], journal.NOTHING)
-    return kept, lessons
-
-
-async def hinted_prompts(p: Program, sample: Sample) -> list[list[int]]:
-    """A prompt for each candidate hint that fits; [] where none can be used, with the reason in the turn's row."""
-    turn, longest = sample.turn, p.config.max_train_tokens - len(sample.turn.response_ids)
-    try:
-        prompts = await distill.hinted_prompts(
-            p.own_client, turn.messages, turn.template, turn.prompt_ids, sample.verdict.hints
-        )
-        if not (fitting := [prompt for prompt in prompts if len(prompt) <= longest]):
-            raise distill.NoHintedPrompt(f"longer than {p.config.max_train_tokens} tokens with it")
-    except distill.NoHintedPrompt as e:
-        journal.note(p.db, turn.id, f"hint not used: {e}")
-        return []
-    return fitting
 
 
 def report(p: Program, batch: list[Sample], metrics: dict[str, float]) -> None:
@@ -275,13 +146,6 @@ def report(p: Program, batch: list[Sample], metrics: dict[str, float]) -> None:
     with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
     print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
-
-
-async def wait_for_disk_space(p: Program) -> None:
-    while not journal.has_disk_space(p.db):
-        p.training = "waits: the disk is full"
-        await asyncio.sleep(1)
-    p.training = "on"
 
 
 async def save(p: Program) -> None:

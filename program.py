@@ -1,0 +1,97 @@
+"""What the parts of the running program share: the options, the journal, the engine, the queues between them."""
+
+import asyncio
+import secrets
+import socket
+import sqlite3
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TextIO
+
+import openai
+from openai import AsyncOpenAI
+
+import reward
+import trainer
+from config import Config
+from durable import journal
+from durable.journal import Verdict
+
+
+@dataclass
+class Program:
+    """What the parts of the running program share."""
+
+    config: Config
+    lock: TextIO  # on config.out
+    db: sqlite3.Connection
+    listener: socket.socket
+    users: dict[str, str]  # API key -> user
+    url: str  # of this server
+    engine_args: Any
+    engine: Any
+    state: trainer.State
+    trainer: ThreadPoolExecutor  # one thread
+    judging: ThreadPoolExecutor  # one thread
+    fitting: "Future[reward.Head] | None"  # of a small model's judge
+    own_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # of our own requests: not recorded
+    to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns that have a next message
+    to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of judged turns
+    judge_health: reward.Health = field(default_factory=reward.Health)
+    training: str = "on"  # or why it waits or stopped
+    swapping: asyncio.Lock = field(default_factory=asyncio.Lock)  # a swap is never left half-way
+    pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
+
+    def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
+        """Run f(*args) on the trainer's thread, while serving and judging continue."""
+        return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
+
+    @property
+    def origins(self) -> list[str]:
+        return [origin.strip().rstrip("/") for origin in self.config.origins.split(",") if origin.strip()]
+
+    @cached_property
+    def own_client(self) -> AsyncOpenAI:
+        """A client of this server, for the judge and the hinted prompts. Ignores proxies of the environment."""
+        http = openai.DefaultAsyncHttpxClient(trust_env=False)
+        return AsyncOpenAI(base_url=self.url, api_key=self.own_key, http_client=http)
+
+    def on_next(self, turn_id: str) -> None:
+        """The server calls this when a conversation continued from a turn."""
+        self.enqueue(self.to_judge, turn_id)
+
+    def on_confirmed(self, turn_id: str) -> None:
+        """The server calls this when it is certain what a turn is judged by."""
+        if journal.is_queued(self.db, turn_id):
+            self.to_train.put_nowait(turn_id)
+
+    def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
+        """The server calls this when a user rates a turn. ValueError where that comes too late."""
+        if journal.record_verdict(self.db, turn_id, verdict):
+            self.enqueue(self.to_train, turn_id)
+
+    def enqueue(self, queue: "asyncio.Queue[str]", turn_id: str) -> None:
+        if journal.pending(self.db) > (most := self.config.max_waiting):
+            journal.drop(self.db, [turn_id], f"more than {most} turns wait for the judge or the trainer")
+        else:
+            queue.put_nowait(turn_id)
+
+    def status(self) -> dict[str, Any]:
+        """What GET /status shows."""
+        return {
+            "step": self.state.step,
+            "training": self.training,
+            "batch_size": self.config.batch_size,
+            "pause": self.pause,
+            "turns": journal.counts(self.db),
+            "dropped": journal.drop_reasons(self.db),
+        }
+
+    async def wait_for_disk_space(self) -> None:
+        """Training writes down what it does: it waits while there is no space for that."""
+        while not journal.has_disk_space(self.db):
+            self.training = "waits: the disk is full"
+            await asyncio.sleep(1)
+        self.training = "on"
