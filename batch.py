@@ -1,5 +1,7 @@
 """From judged turns to a batch: which of them are trained on, and what each of them teaches."""
 
+import asyncio
+
 import distill
 import grpo
 import trainer
@@ -7,23 +9,37 @@ from durable import guard, journal
 from durable.journal import Sample
 from program import Program
 
+TRAIN_NOW = ""  # in the queue: do not wait for a full batch
+
 
 async def next_batch(p: Program) -> list[Sample]:
-    """Wait for a full batch. Turns that are unfit for it are dropped with their reason, once there is disk space to
-    write that down."""
+    """Wait for a full batch, and until training is not paused. Newest turns first: under overload the oldest grow
+    stale. Turns that are unfit are dropped with their reason, once there is disk space to write that down."""
     batch: list[Sample] = []
-    while len(batch) < p.config.batch_size:
-        turn_id = await p.to_train.get()
+    later: list[str] = []  # turns of users who have their share of the batch, while others' turns wait
+    while True:
+        await asyncio.sleep(0)  # a long queue of unfit turns must not hold up serving
+        nobody_else = bool(later) and p.to_train.empty()
+        turn_id = later.pop(0) if nobody_else else await p.to_train.get()
         await p.wait_for_disk_space()
         batch = [sample for sample in batch if journal.is_queued(p.db, sample.turn.id)]
-        if not journal.is_queued(p.db, turn_id) or turn_id in [sample.turn.id for sample in batch]:
-            continue  # trained on already, or judged again
-        sample = journal.load_sample(p.db, turn_id)
-        if why_not := guard.reject_reason(sample, batch, p.state.step, p.config):
-            journal.drop(p.db, [turn_id], why_not)
-        else:
-            batch.append(sample)
-    return journal.begin_step(p.db, [sample.turn.id for sample in batch])
+        if turn_id != TRAIN_NOW and journal.is_queued(p.db, turn_id) and turn_id not in [s.turn.id for s in batch]:
+            sample = journal.load_sample(p.db, turn_id)
+            if why_not := guard.reject_reason(sample, batch, p.state.step, p.config):
+                journal.drop(p.db, [turn_id], why_not)
+            elif not nobody_else and guard.has_user_share(sample, batch, p.config):
+                later.append(turn_id)
+            elif sample.attempts >= journal.ALONE_AFTER:
+                later += [s.turn.id for s in batch]
+                batch = [sample]
+                break
+            else:
+                batch.append(sample)
+        if len(batch) == p.config.batch_size or (batch and turn_id == TRAIN_NOW):
+            break
+    for turn_id in later:
+        p.to_train.put_nowait(turn_id)
+    return batch
 
 
 async def prepare_lessons(p: Program, batch: list[Sample]) -> tuple[list[Sample], list[trainer.Lesson]]:

@@ -40,8 +40,8 @@ class Config:
     # ---- which turns are trained on ----
     max_staleness: int = 8  # samples from weights older than this many steps are dropped
     max_train_tokens: int = 16384  # longer samples are served, not trained on; memory is planned for one of this length
-    user_share: float = 1.0  # largest part of a batch from one user; more is dropped
-    session_share: float = 1.0  # the same for one conversation
+    user_share: float = 0.5  # largest part of a batch from one user while other users' turns wait
+    session_share: float = 1.0  # largest part of a batch from one conversation; more is dropped
     truncated_share: float = 1.0  # the same for answers that max_tokens cut off; 0: none is trained on
 
     # ---- the step ----
@@ -91,7 +91,7 @@ class Config:
         if self.judge_url and not self.judge_model:
             raise ValueError("--judge_url needs --judge_model, the name of the model there")
         for name in ("user_share", "session_share", "truncated_share"):
-            least = 0 if name == "truncated_share" else 1 / self.batch_size
+            least = 1 / self.batch_size if name == "session_share" else 0
             if not least <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: expected a part from {least:g} to 1")
 

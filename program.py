@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import socket
 import sqlite3
+import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,15 +39,40 @@ class Program:
     fitting: "Future[reward.Head] | None"  # of a small model's judge
     own_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # of our own requests: not recorded
     to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns that have a next message
-    to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of judged turns
+    to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.LifoQueue)  # ids of judged turns, newest first
     judge_health: reward.Health = field(default_factory=reward.Health)
     training: str = "on"  # or why it waits or stopped
+    served: int = 0  # step of the weights in the engine
+    resumed: asyncio.Event = field(default_factory=asyncio.Event)  # unset: no step begins
+    stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
     swapping: asyncio.Lock = field(default_factory=asyncio.Lock)  # a swap is never left half-way
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
+
+    def __post_init__(self) -> None:
+        self.served = self.state.step
+        self.resumed.set()
 
     def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
         """Run f(*args) on the trainer's thread, while serving and judging continue."""
         return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
+
+    def pause_training(self, why: str) -> None:
+        """No step begins from here on; one that runs is finished."""
+        self.training = why
+        self.resumed.clear()
+
+    def resume_training(self) -> None:
+        self.training = "on"
+        self.resumed.set()
+
+    def stop_training(self, error: str, seconds: float | None = None) -> None:
+        """After a failed step, with a new try after some seconds; None: not before somebody resumes it."""
+        again = "resume it by python -m durable.admin resume" if seconds is None else f"next try in {seconds:.0f} s"
+        self.pause_training(f"stopped: {error} ({again})")
+        print(f"training stopped, serving continues with step {self.state.step}: {error} ({again})", file=sys.stderr)
+        if seconds is not None:
+            stopped = self.training
+            asyncio.get_running_loop().call_later(seconds, lambda: self.training == stopped and self.resume_training())
 
     @property
     def origins(self) -> list[str]:
@@ -91,7 +117,8 @@ class Program:
 
     async def wait_for_disk_space(self) -> None:
         """Training writes down what it does: it waits while there is no space for that."""
+        before = self.training
         while not journal.has_disk_space(self.db):
             self.training = "waits: the disk is full"
             await asyncio.sleep(1)
-        self.training = "on"
+        self.training = before

@@ -14,10 +14,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-import torch
 
 import grpo
 import machine
@@ -76,58 +75,83 @@ async def judge_turns(p: Program, judge: reward.ChatJudge | reward.HeadJudge) ->
 
 
 async def train(p: Program) -> None:
-    """The loop: a batch, what it teaches, a step, a swap, the records."""
-    config, state, reverted = p.config, p.state, 0
-    while not config.steps or state.step < config.steps:
-        # 1. judged turns that are fit for a batch
+    """The loop. An error ends neither it nor the program: the step is undone, its turns are queued again, and training
+    stops until somebody resumes it; after an unknown error also by itself, after a pause that grows."""
+    failed = 0  # steps in a row
+    while not p.config.steps or p.state.step < p.config.steps:
         batch = await next_batch(p)
-        started = time.monotonic()
-
-        # 2. what there is to learn: an advantage from the score, prompts with a hint from the correction
-        batch, lessons = await prepare_lessons(p, batch)
-        if not lessons:
-            continue
-        ids = [sample.turn.id for sample in batch]
-
-        # 3. gradient and Adam; then a look at the new weights before anybody meets them
-        before = await p.on_trainer(trainer.served_weights, state.policy)
-        try:
-            metrics = await p.on_trainer(trainer.update, config, state, lessons)
-            probe = await p.on_trainer(
-                trainer.probe, state.policy, state.probe_ids, state.probe_prompts, state.first_logps
-            )
-            guard.check_weights(probe, state.first_probe, state.probe)
-        except (guard.Refused, torch.OutOfMemoryError) as e:
-            await p.on_trainer(trainer.restore, state)
-            journal.drop(p.db, ids, f"step {state.step + 1} reverted: {e}")
-            print(f"step {state.step + 1} reverted: {e}", file=sys.stderr)
-            reverted += 1
-            if reverted == guard.IN_A_ROW:
-                raise guard.Refused(f"{reverted} steps in a row reverted, the last one: {e}") from e
-            continue
-        trained, reverted = time.monotonic(), 0
-
-        # 4. swap: the engine gets the new weights; running answers continue
-        weights = await p.on_trainer(trainer.served_weights, state.policy)
-        probe_logps = await p.on_trainer(trainer.probe_logps, state.policy, state.probe_ids)
-        new, old = (state.step + 1, weights), (state.step, before)
-        async with p.swapping:
-            gap, p.pause = await swap.push(p.engine, new, old, (state.probe_ids, probe_logps), config.push_bound)
-
-        # 5. commit: mark the turns as trained; a restart or a reverted step returns to this snapshot
-        await p.wait_for_disk_space()
-        journal.mark_trained(p.db, ids, state.step + 1)
-        for s in batch:
-            grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
-        state.step, state.probe = state.step + 1, probe
-        await p.on_trainer(trainer.snapshot, state)
-
-        # 6. report, and a checkpoint every `save_every` steps
-        seconds = {"train_s": trained - started, "push_s": time.monotonic() - trained}
-        report(p, batch, metrics | {f"probe_{k}": v for k, v in probe.items()} | {"push_gap": gap} | seconds)
-        if state.step - max(journal.checkpoints(p.db), default=0) >= config.save_every:
-            await save(p)
+        await p.resumed.wait()
+        async with p.stepping:
+            batch = journal.begin_step(p.db, [sample.turn.id for sample in batch])
+            try:
+                await step(p, batch)
+                failed = 0
+            except (trainer.Stopped, swap.EngineDied):
+                raise
+            except guard.Refused as e:
+                failed += 1
+                await undo(p)
+                journal.drop(p.db, [s.turn.id for s in batch], f"step {p.state.step + 1} reverted: {e}")
+                print(f"step {p.state.step + 1} reverted: {e}", file=sys.stderr)
+                if failed >= guard.IN_A_ROW:
+                    p.stop_training(f"{failed} steps in a row reverted, the last one: {e}")
+            except Exception as e:
+                failed += 1
+                await undo(p)
+                for turn_id in journal.requeue(p.db, f"{type(e).__name__}: {e}"):
+                    p.to_train.put_nowait(turn_id)
+                traceback.print_exception(e)
+                p.stop_training(str(e), None if isinstance(e, swap.PushError) else min(3600, 5 * 2**failed))
     p.training = "off"
+
+
+async def step(p: Program, batch: list[Sample]) -> None:
+    """One step: what a batch teaches, new weights, the swap, the records."""
+    config, state, started = p.config, p.state, time.monotonic()
+
+    # 1. what there is to learn: an advantage from the score, prompts with a hint from the correction
+    batch, lessons = await prepare_lessons(p, batch)
+    if not lessons:
+        return
+
+    # 2. gradient and Adam; then a look at the new weights before anybody meets them
+    before = await p.on_trainer(trainer.served_weights, state.policy)
+    metrics = await p.on_trainer(trainer.update, config, state, lessons)
+    probe = await p.on_trainer(trainer.probe, state.policy, state.probe_ids, state.probe_prompts, state.first_logps)
+    guard.check_weights(probe, state.first_probe, state.probe)
+    trained = time.monotonic()
+
+    # 3. swap: the engine gets the new weights; running answers continue
+    weights = await p.on_trainer(trainer.served_weights, state.policy)
+    probe_logps = await p.on_trainer(trainer.probe_logps, state.policy, state.probe_ids)
+    new, old = (state.step + 1, weights), (state.step, before)
+    async with p.swapping:
+        gap, p.pause = await swap.push(p.engine, new, old, (state.probe_ids, probe_logps), config.push_bound)
+        p.served = state.step + 1
+
+    # 4. commit: a restart or a reverted step returns to this snapshot
+    await p.wait_for_disk_space()
+    journal.mark_trained(p.db, [sample.turn.id for sample in batch], state.step + 1)
+    for s in batch:
+        grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
+    await p.on_trainer(trainer.snapshot, state)
+    state.step, state.probe = state.step + 1, probe
+
+    # 5. report, and a checkpoint every `save_every` steps
+    seconds = {"train_s": trained - started, "push_s": time.monotonic() - trained}
+    report(p, batch, metrics | {f"probe_{k}": v for k, v in probe.items()} | {"push_gap": gap} | seconds)
+    if state.step - max(journal.checkpoints(p.db), default=0) >= config.save_every:
+        await save(p)
+
+
+async def undo(p: Program) -> None:
+    """After a step that failed: the trainer, and the engine if it has the new weights, return to the last snapshot."""
+    await p.on_trainer(trainer.restore, p.state)
+    if p.served != p.state.step:
+        weights = await p.on_trainer(trainer.served_weights, p.state.policy)
+        async with p.swapping:
+            await swap.load(p.engine, weights, p.state.step)
+            p.served = p.state.step
 
 
 def report(p: Program, batch: list[Sample], metrics: dict[str, float]) -> None:
@@ -181,7 +205,8 @@ async def setup(config: Config) -> Program:
     step = journal.recover(db)
     checkpoint.remove_others(out, journal.checkpoints(db))
     checkpoint.trim_metrics(out / "metrics.jsonl", step)
-    folder = checkpoint.folder_of(out, step) if step else start
+    saved = checkpoint.folder_of(out, step) if step else None
+    folder = saved or start
     check_folder(folder, trainer.ROLL_BACK if step else "")
     plan = machine.plan(config, folder)
     try:  # before the engine starts, which takes a while
@@ -210,7 +235,7 @@ async def setup(config: Config) -> Program:
     # look at `stopping`: the process can't end before they do.
     stopping = threading.Event()
     threads = [ThreadPoolExecutor(1, name, machine.bind_thread, (plan.trainer_cores,)) for name in ("train", "judge")]
-    loading = threads[0].submit(trainer.load_state, config, folder, start, plan.device, plan.dtype)
+    loading = threads[0].submit(trainer.load_state, config, saved, start, plan.device, plan.dtype)
     fitting = threads[1].submit(fit_judge, loading, start, stopping) if plan.judge_style == "head" else None
     engine = None
     try:
@@ -259,10 +284,7 @@ async def serve(p: Program) -> bool:
         while not stopped.is_set() and not died.is_set():
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for error in (task.exception() for task in done):
-                if isinstance(error, swap.PushError | guard.Refused):
-                    p.training = f"stopped: {error}"
-                    print(f"training stopped, serving continues with step {p.state.step}: {error}", file=sys.stderr)
-                elif error and not p.engine.errored:
+                if error and not p.engine.errored:
                     raise error
         if died.is_set() and time.monotonic() - ready < 60:
             raise UsageError("the engine died soon after the start")
@@ -282,6 +304,7 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
     shutdown = asyncio.create_task(asyncio.to_thread(p.engine.shutdown, 2))
     await asyncio.gather(*tasks, return_exceptions=True)
     watch.cancel()
+    journal.leave_step(p.db)
     await asyncio.gather(shutdown, save(p))
 
 

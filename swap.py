@@ -42,7 +42,7 @@ class PushError(RuntimeError):
 
 
 class EngineDied(RuntimeError):
-    """One of vLLM's processes is gone; nothing can be served any more."""
+    """One of vLLM's processes is gone or broken; nothing can be served any more."""
 
 
 # ---- in vLLM's worker process ----
@@ -272,8 +272,8 @@ async def push(
     `new`, `old`: version and weights. `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,)
     under the new weights. Where a tensor was not loaded, shared memory is full, or the probe disagrees by more than
     `bound`, the engine gets the old weights back and PushError is raised. Running requests may have had a few tokens
-    from the bad weights; their turns carry its version. A worker's own error ends the program: it is not
-    known what it would serve.
+    from the bad weights; their turns carry its version. EngineDied where a worker failed: it is not known what it
+    would serve.
     """
     (version, weights), (ids, probe_logps) = new, probe
     if weights.keys() != old[1].keys():  # the engine merges q, k and v, and would not miss one of them by name
@@ -286,7 +286,10 @@ async def push(
         if not gap <= bound:  # also for NaN
             raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {bound}")
     except Exception as e:
-        if loads > tried:  # a reload that failed inside the worker can't be begun again there: this raises then, too
-            await load(engine, old[1], old[0])
+        if loads > tried:
+            try:
+                await load(engine, old[1], old[0])
+            except Exception as failed:  # a reload that failed inside the worker can't be begun again there
+                raise EngineDied(f"the engine can't be given the old weights again: {failed}") from e
         raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
     return gap, pause

@@ -274,20 +274,39 @@ def saved_bytes(state: State) -> int:
     return 14 * sum(m.numel() for m in state.masters)
 
 
-def load_state(
-    config: Config, folder: Path, start: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> State:
-    """The trainer's state for the model in `folder`; where that is a checkpoint, with its optimizer and step.
+def load_checkpoint(state: State, folder: Path | None) -> None:
+    """Continue from a checkpoint, with its optimizer, step and baselines; None: from the first weights.
 
-    `start`: folder of the weights that training began from. `dtype`: of the arithmetic. UsageError where a file is
-    damaged.
+    UsageError where its file is damaged."""
+    if folder is None:
+        firsts = [p.detach() for p in state.start.parameters()]
+        saved = {"state": firsts + [torch.zeros_like(t) for t in mutable(state)[len(firsts) :]]}
+        saved |= {"step": 0, "baselines": {}}
+    else:
+        try:
+            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise UsageError(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}") from e
+    copy_tensors(saved["state"], mutable(state))
+    sync_bf16(state.masters, state.policy)
+    state.step, state.baselines = saved["step"], saved["baselines"]
+    state.probe = probe(state.policy, state.probe_ids, state.probe_prompts, state.first_logps)
+    snapshot(state)
+
+
+def load_state(
+    config: Config, folder: Path | None, start: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> State:
+    """The trainer's state: for the checkpoint in `folder`, or for the weights in `start`, which training began from.
+
+    `dtype`: of the arithmetic. UsageError where a file is damaged.
     """
 
     def load(source: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
         return model.to(device, dtype)
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(start)
     probe_ids = tokenizer(PROBE)["input_ids"]
     asked = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
@@ -295,7 +314,7 @@ def load_state(
     packs = check_arithmetic(first, probe_ids)
     first_logps = text_logps(first, probe_ids)
     first_probe = probe(first, probe_ids, prompts, first_logps)
-    policy = load(folder).train()
+    policy = load(start).train()
     masters = [p.detach().float().clone().requires_grad_() for p in policy.parameters()]
     for p, master in zip(policy.parameters(), masters, strict=True):
         master.grad = torch.zeros_like(master)
@@ -318,15 +337,10 @@ def load_state(
         probe=first_probe,
         packs=packs,
     )
-    if folder != start:
-        try:
-            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-            raise UsageError(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}") from e
-        copy_tensors(saved["state"], mutable(state))
-        state.step, state.baselines = saved["step"], saved["baselines"]
-        state.probe = probe(policy, probe_ids, prompts, first_logps)
-    snapshot(state)
+    if folder:
+        load_checkpoint(state, folder)
+    else:
+        snapshot(state)
     return state
 
 

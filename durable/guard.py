@@ -23,8 +23,8 @@ class Refused(RuntimeError):
 def reject_reason(sample: Sample, chosen: list[Sample], step: int, config: Any) -> str | None:
     """Why this sample is not trained on in a batch that already has `chosen`; None: it is.
 
-    `config`: the options of `config.Config`. Its shares bound what part of a batch comes from one user, from one
-    session, and from answers that max_tokens cut off.
+    `config`: the options of `config.Config`. Its shares bound what part of a batch comes from one session, and from
+    answers that max_tokens cut off.
     """
     turn = sample.turn
     if step - min(version for version, _, _ in turn.versions) > config.max_staleness:
@@ -35,7 +35,6 @@ def reject_reason(sample: Sample, chosen: list[Sample], step: int, config: Any) 
         return f"{NOTHING}: there is no hint, and the score is not trained on (w_rl is 0)"
     cut = turn.finish_reason == "length"
     alike = {
-        "user": sum(s.turn.user == turn.user for s in chosen),
         "session": sum((s.turn.user, s.turn.session) == (turn.user, turn.session) for s in chosen),
         "truncated": sum(s.turn.finish_reason == "length" for s in chosen) if cut else -1,
     }
@@ -44,6 +43,12 @@ def reject_reason(sample: Sample, chosen: list[Sample], step: int, config: Any) 
         if alike[what] + 1 > share * config.batch_size:
             return f"over the share of a batch: {what}, {share:g}"
     return None
+
+
+def has_user_share(sample: Sample, chosen: list[Sample], config: Any) -> bool:
+    """Does this sample's user have as much of the batch already as one may have while others wait?"""
+    theirs = sum(s.turn.user == sample.turn.user for s in chosen)
+    return theirs >= max(1.0, config.user_share * config.batch_size)
 
 
 def check_batch(loss: float, grad_norm: float, dlogp: float) -> None:

@@ -34,6 +34,7 @@ CREATE TABLE IF NOT EXISTS turns (
   next_messages TEXT, confirmed INTEGER NOT NULL DEFAULT 0,  -- no other message can replace it any more
   score INTEGER, votes TEXT, confidence REAL, hints TEXT, hinted_by TEXT, judge TEXT, source TEXT,
   late_feedback TEXT NOT NULL DEFAULT '[]',  -- ratings that came when it was trained on already
+  attempts INTEGER NOT NULL DEFAULT 0,  -- steps that were begun with it and not finished
   state TEXT NOT NULL, step INTEGER, reason TEXT  -- why it was dropped, or why its hint was not used
 );
 CREATE INDEX IF NOT EXISTS by_answer ON turns (user, answer, created);
@@ -45,9 +46,10 @@ CREATE TABLE IF NOT EXISTS checkpoints (step INTEGER PRIMARY KEY);  -- the highe
 CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NULL);  -- one row: whose answers these are
 """
 
-FORMAT = 5  # of the tables, in the file's user_version
+FORMAT = 6  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of a Turn that are not stored as they are
 AS_BYTES = {"prompt_ids": np.int32, "response_ids": np.int32, "logprobs": np.float32}
+ALONE_AFTER = 2  # failed steps; see `requeue`
 RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `has_disk_space`
 
 
@@ -102,6 +104,7 @@ class Sample:
     turn: Turn
     verdict: Verdict
     from_tool: bool  # the next message was a tool's output
+    attempts: int = 0  # steps with it that were not finished; from ALONE_AFTER on it is in a batch of its own
 
 
 def lock_out_dir(out: Path) -> TextIO:
@@ -291,14 +294,36 @@ THESE = "id IN (SELECT value FROM json_each(?))"  # one statement for a batch: a
 
 
 def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
-    """The samples of a batch with their verdicts as they are now; from here on no feedback changes them."""
-    db.execute(f"UPDATE turns SET state = 'training' WHERE {THESE}", (json.dumps(turn_ids),))
-    return [load_sample(db, i) for i in turn_ids]
+    """The samples of those that are still queued, with their verdicts as they are now; from here on no feedback and
+    no other message changes them."""
+    begun = db.execute(
+        f"UPDATE turns SET state = 'training', attempts = attempts + 1 WHERE state = 'queued' AND {THESE} RETURNING id",
+        (json.dumps(turn_ids),),
+    ).fetchall()
+    return [load_sample(db, i) for i in turn_ids if i in {r["id"] for r in begun}]
+
+
+def requeue(db: sqlite3.Connection, error: str) -> list[str]:
+    """Turns in training, whose step failed or died with the program, are queued again; returns their ids. One that
+    failed alone is set aside: after ALONE_AFTER failures with others, it must be this turn that the step fails on."""
+    db.execute(
+        "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'training' AND attempts > ?",
+        (f"set aside, since training fails on it: {error}", ALONE_AFTER),
+    )
+    queued = db.execute("UPDATE turns SET state = 'queued' WHERE state = 'training' RETURNING id")
+    return [r["id"] for r in queued.fetchall()]
+
+
+def leave_step(db: sqlite3.Connection) -> None:
+    """At a clean stop: turns in training are queued again, and nothing is held against them."""
+    db.execute("UPDATE turns SET state = 'queued', attempts = attempts - 1 WHERE state = 'training'")
 
 
 def mark_trained(db: sqlite3.Connection, turn_ids: list[str], step: int) -> None:
     """Provisional until a checkpoint of this step or a later one is the current one: see `recover`."""
-    db.execute(f"UPDATE turns SET state = 'trained', step = ? WHERE {THESE}", (step, json.dumps(turn_ids)))
+    db.execute(
+        f"UPDATE turns SET state = 'trained', step = ?, attempts = 0 WHERE {THESE}", (step, json.dumps(turn_ids))
+    )
 
 
 def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
@@ -327,10 +352,9 @@ def recover(db: sqlite3.Connection) -> int:
     """At a start: the step of the current checkpoint, 0 for none. What was trained on after it is queued again, since
     those weights are gone; so is what was in training."""
     step = max(checkpoints(db), default=0)
+    requeue(db, "the program died in the step")
     db.execute(
-        "UPDATE turns SET state = 'queued', step = NULL, reason = NULL "
-        "WHERE state = 'training' OR state = 'trained' AND step > ?",
-        (step,),
+        "UPDATE turns SET state = 'queued', step = NULL, reason = NULL WHERE state = 'trained' AND step > ?", (step,)
     )
     return step
 
@@ -400,7 +424,8 @@ def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
     turn, following = turn_of(r)
     votes, hints, by = json.loads(r["votes"]), json.loads(r["hints"]), r["hinted_by"]
     verdict = Verdict(r["score"], votes, r["confidence"], hints, by, r["judge"], r["source"])
-    return Sample(turn, verdict, r["source"] == "judge" and following[-1]["role"] == "tool")
+    from_tool = r["source"] == "judge" and following[-1]["role"] == "tool"
+    return Sample(turn, verdict, from_tool, r["attempts"])
 
 
 def row_of(db: sqlite3.Connection, turn_id: str) -> sqlite3.Row:

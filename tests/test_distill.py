@@ -178,7 +178,7 @@ def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
     (word,), (said,) = (tokenizer(w)["input_ids"] for w in (" Luna", " Max"))
     at = answer.index(said)
     config = Config(lr=1e-5, opd_k=k, w_rl=0.0, kl=0.0)
-    state = trainer.load_state(config, folder, folder)
+    state = trainer.load_state(config, None, folder)
 
     @torch.no_grad()
     def probabilities():

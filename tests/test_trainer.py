@@ -18,7 +18,7 @@ from tests.records import turn
 
 
 def load(folder, start=None, lr=1e-3, dtype=torch.float32):
-    return trainer.load_state(Config(lr=lr), folder, start or folder, "cpu", dtype)
+    return trainer.load_state(Config(lr=lr), folder if start else None, start or folder, "cpu", dtype)
 
 
 def save(state, out, size=0):
