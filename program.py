@@ -46,6 +46,7 @@ class Program:
     resumed: asyncio.Event = field(default_factory=asyncio.Event)  # unset: no step begins
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
     swapping: asyncio.Lock = field(default_factory=asyncio.Lock)  # a swap is never left half-way
+    last_step: dict[str, float] = field(default_factory=dict)  # its metrics
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
 
     def __post_init__(self) -> None:

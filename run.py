@@ -18,6 +18,10 @@ import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import prometheus_client
+
+import chat_judge
+import control
 import grpo
 import machine
 import reward
@@ -39,7 +43,7 @@ SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
 # ---- the judge's loop ----
 
 
-async def judge_turns(p: Program, judge: reward.ChatJudge | reward.HeadJudge) -> None:
+async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge) -> None:
     """One of several that judge side by side. A turn whose judge fails keeps waiting: an error is never a score. It is
     given up after a few tries where the error is about the turn itself."""
     while True:
@@ -167,6 +171,7 @@ def report(p: Program, batch: list[Sample], metrics: dict[str, float]) -> None:
         "waiting": p.to_train.qsize(),
         "time": time.time(),
     }
+    p.last_step = row
     with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
     print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
@@ -265,7 +270,8 @@ async def serve(p: Program) -> bool:
         for turn_id in journal.in_state(p.db, state):
             queue.put_nowait(turn_id)
     judge = make_judge(p)
-    web = server.web_server(await server.build_app(p.engine, p.engine_args, p.db, p))
+    web = server.web_server(await server.build_app(p.engine, p.engine_args, p.db, p, control.routes(p)))
+    prometheus_client.REGISTRY.register(control.Figures(p))
     # The watch runs to the very end, so that no call waits for a dead engine.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")
     tasks = [asyncio.create_task(web.serve(sockets=[p.listener]), name="server")]
@@ -308,12 +314,12 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
     await asyncio.gather(shutdown, save(p))
 
 
-def make_judge(p: Program) -> reward.ChatJudge | reward.HeadJudge:
+def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
     if p.fitting:
         return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
-    client = reward.endpoint(p.config.judge_url) if p.config.judge_url else p.own_client
+    client = chat_judge.endpoint(p.config.judge_url) if p.config.judge_url else p.own_client
     longest = min(4096, p.config.max_model_len)  # vLLM refuses more
-    return reward.ChatJudge(client, p.config.judge_model or p.config.name, p.config.votes, longest)
+    return chat_judge.ChatJudge(client, p.config.judge_model or p.config.name, p.config.votes, longest)
 
 
 async def expire_turns(p: Program) -> None:

@@ -11,7 +11,7 @@ import sqlite3
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -424,8 +424,10 @@ class Hooks(Protocol):
         """The body of GET /status."""
 
 
-async def build_app(engine: Any, args: Namespace, db: sqlite3.Connection, hooks: Hooks) -> ASGIApp:
-    """vLLM's OpenAI app behind the capture, next to `POST /v1/feedback` and `GET /status`.
+async def build_app(
+    engine: Any, args: Namespace, db: sqlite3.Connection, hooks: Hooks, more: Sequence[Route] = ()
+) -> ASGIApp:
+    """vLLM's OpenAI app behind the capture, next to `POST /v1/feedback`, `GET /status` and `more` routes.
 
     Relied on in vLLM 0.32.0: `build_app` and `init_app_state` as its own launcher calls them, and that the app
     reaches the engine through the object given to `init_app_state` alone.
@@ -471,6 +473,7 @@ async def build_app(engine: Any, args: Namespace, db: sqlite3.Connection, hooks:
     routes = [
         Route("/v1/feedback", feedback, methods=["POST"]),
         Route("/status", show_status, methods=["GET"]),
+        *more,
         Mount("/", app=vllm_app),
     ]
     capture = Capture(Starlette(routes=routes), hooks, db)

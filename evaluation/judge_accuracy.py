@@ -15,9 +15,10 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chat_judge import ChatJudge, endpoint
 from durable.errors import UsageError
 from durable.model import CACHE, fingerprint, model_folder
-from reward import VOTES, ChatJudge, endpoint, head_verdict, labelled, make_head
+from reward import VOTES, head_verdict, labelled, make_head
 
 
 @dataclass(frozen=True)

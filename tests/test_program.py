@@ -19,9 +19,9 @@ import pytest
 from starlette.responses import PlainTextResponse
 from transformers import AutoTokenizer
 
+import chat_judge
 import config
 import distill
-import reward
 import server
 from clients import keys
 from durable import journal
@@ -204,9 +204,9 @@ async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_mode
 
 async def test_a_judge_that_writes_hints_keeps_to_the_form(program):
     """The random model under the judge's constraint: NONE, or a line long enough."""
-    messages = reward.hint_messages("q", "a", [user("No, too long.")])
-    judge = reward.ChatJudge(client(program, BOB), "policy", votes=8)
-    written = await judge.samples(messages, str, 1.0, reward.HINT_PATTERN)
+    messages = chat_judge.hint_messages("q", "a", [user("No, too long.")])
+    judge = chat_judge.ChatJudge(client(program, BOB), "policy", votes=8)
+    written = await judge.samples(messages, str, 1.0, chat_judge.HINT_PATTERN)
     assert all(re.fullmatch(r"NONE|[A-Z][^\n]{10,300}", text) for text in written)
 
 

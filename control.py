@@ -1,0 +1,106 @@
+"""What an admin can order while the program runs (`POST /admin/COMMAND`), and our figures at /metrics beside vLLM's.
+
+The same commands on the command line: python -m durable.admin --help.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+import swap
+import trainer
+from batch import TRAIN_NOW
+from durable import checkpoint, journal
+from durable.errors import UsageError
+from program import Program
+from server import openai_error
+
+
+async def roll_back(p: Program, step: int) -> str:
+    """Train and serve on from the checkpoint of `step`; 0: from the first weights. UsageError where there is none."""
+    async with p.stepping, p.swapping:
+        if step not in (known := [0, *journal.checkpoints(p.db)]):
+            raise UsageError(f"step {step}: there are checkpoints of the steps {', '.join(map(str, known))}")
+        state, out = p.state, Path(p.config.out)
+        old = p.served, await p.on_trainer(trainer.served_weights, state.policy)
+        await p.on_trainer(trainer.load_checkpoint, state, checkpoint.folder_of(out, step) if step else None)
+        new = step, await p.on_trainer(trainer.served_weights, state.policy)
+        probe_logps = await p.on_trainer(trainer.probe_logps, state.policy, state.probe_ids)
+        _, p.pause = await swap.push(p.engine, new, old, (state.probe_ids, probe_logps), p.config.push_bound)
+        p.served = step
+        undone = journal.rollback(p.db, step)
+        checkpoint.remove_others(out, journal.checkpoints(p.db))
+        checkpoint.trim_metrics(out / "metrics.jsonl", step)
+    return f"step {step} is the current one; {undone} turns that came after it are dropped"
+
+
+async def order(p: Program, command: str, body: dict[str, Any]) -> str:
+    """Carry out a command; returns what to tell the admin. UsageError where it can't be, KeyError if it is unknown."""
+    if command == "pause":
+        p.pause_training("paused by the admin")
+        return "training pauses after the step that runs; serving and judging continue"
+    if command == "resume":
+        if p.training == "off":
+            raise UsageError(f"training has ended, by --steps={p.config.steps}")
+        p.resume_training()
+        return "training is on"
+    if command == "train":
+        p.to_train.put_nowait(TRAIN_NOW)
+        return "the next step begins with the turns that are judged by now"
+    if command == "rollback":
+        return await roll_back(p, body["step"])
+    raise KeyError(command)
+
+
+def routes(p: Program) -> list[Route]:
+    async def answer(request: Request) -> JSONResponse:
+        if request.scope["state"]["user"] != "":
+            return openai_error(403, "this needs the key in OUT/admin_key")
+        try:
+            body = json.loads(await request.body() or b"{}")
+            # A client that hangs up must not leave a command half done.
+            said = await asyncio.shield(order(p, request.path_params["command"], body))
+        except UsageError as e:
+            return openai_error(400, str(e))
+        except swap.PushError as e:
+            p.stop_training(str(e))
+            return openai_error(500, f"the engine keeps the weights that it had: {e}", "server_error")
+        except (ValueError, KeyError, TypeError) as e:
+            return openai_error(400, f"unknown command or wrong field: {e!r}")
+        return JSONResponse({"done": said})
+
+    return [Route("/admin/{command}", answer, methods=["POST"])]
+
+
+class Figures:
+    """A collector of prometheus_client: it is asked at each scrape."""
+
+    def __init__(self, p: Program) -> None:
+        self.p = p
+
+    def collect(self) -> Iterator[Metric]:
+        p, prefix = self.p, "openclaw_rl_"
+        yield GaugeMetricFamily(prefix + "training", "1: on, 0: it waits, is paused or stopped", p.training == "on")
+        yield GaugeMetricFamily(prefix + "step", "Steps of the weights that are served", p.state.step)
+        yield GaugeMetricFamily(prefix + "swap_pause_seconds", "Pause of the last swap", p.pause[1] - p.pause[0])
+        failures = p.judge_health.failures
+        yield CounterMetricFamily(prefix + "judge_failures", "Verdicts that the judge failed to give", failures)
+        turns = GaugeMetricFamily(prefix + "turns", "Turns by state", labels=["state"])
+        for state, n in journal.counts(p.db).items():
+            turns.add_metric([state], n)
+        yield turns
+        dropped = GaugeMetricFamily(prefix + "dropped_turns", "Dropped turns by reason", labels=["reason"])
+        for reason, n in journal.drop_reasons(p.db).items():
+            dropped.add_metric([reason], n)
+        yield dropped
+        last = GaugeMetricFamily(prefix + "last_step", "Metrics of the last step, see docs/method.md", labels=["key"])
+        for key, value in p.last_step.items():
+            last.add_metric([key], value)
+        yield last
