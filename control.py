@@ -32,8 +32,8 @@ async def roll_back(p: Program, step: int) -> str:
         old = p.served, await p.on_trainer(trainer.served_weights, state.policy)
         await p.on_trainer(trainer.load_checkpoint, state, checkpoint.folder_of(out, step) if step else None)
         new = step, await p.on_trainer(trainer.served_weights, state.policy)
-        probe_logps = await p.on_trainer(trainer.probe_logps, state.policy, state.probe_ids)
-        _, p.pause = await swap.push(p.engine, new, old, (state.probe_ids, probe_logps), p.config.push_bound)
+        probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
+        _, p.pause = await swap.push(p.engine, new, old, probe, p.config.push_bound)
         p.served = step
         undone = journal.rollback(p.db, step)
         checkpoint.remove_others(out, journal.checkpoints(p.db))

@@ -121,16 +121,16 @@ async def step(p: Program, batch: list[Sample]) -> None:
     # 2. gradient and Adam; then a look at the new weights before anybody meets them
     before = await p.on_trainer(trainer.served_weights, state.policy)
     metrics = await p.on_trainer(trainer.update, config, state, lessons)
-    probe = await p.on_trainer(trainer.probe, state.policy, state.probe_ids, state.probe_prompts, state.first_logps)
-    guard.check_weights(probe, state.first_probe, state.probe)
+    probed = await p.on_trainer(state.probe.measure, state.policy)
+    guard.check_weights(probed, state.probe.first, state.probed)
     trained = time.monotonic()
 
     # 3. swap: the engine gets the new weights; running answers continue
     weights = await p.on_trainer(trainer.served_weights, state.policy)
-    probe_logps = await p.on_trainer(trainer.probe_logps, state.policy, state.probe_ids)
+    probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
     new, old = (state.step + 1, weights), (state.step, before)
     async with p.swapping:
-        gap, p.pause = await swap.push(p.engine, new, old, (state.probe_ids, probe_logps), config.push_bound)
+        gap, p.pause = await swap.push(p.engine, new, old, probe, config.push_bound)
         p.served = state.step + 1
 
     # 4. commit: a restart or a reverted step returns to this snapshot
@@ -139,11 +139,11 @@ async def step(p: Program, batch: list[Sample]) -> None:
     for s in batch:
         grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
     await p.on_trainer(trainer.snapshot, state)
-    state.step, state.probe = state.step + 1, probe
+    state.step, state.probed = state.step + 1, probed
 
     # 5. report, and a checkpoint every `save_every` steps
     seconds = {"train_s": trained - started, "push_s": time.monotonic() - trained}
-    report(p, batch, metrics | {f"probe_{k}": v for k, v in probe.items()} | {"push_gap": gap} | seconds)
+    report(p, batch, metrics | {f"probe_{k}": v for k, v in probed.items()} | {"push_gap": gap} | seconds)
     if state.step - max(journal.checkpoints(p.db), default=0) >= config.save_every:
         await save(p)
 

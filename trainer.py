@@ -22,15 +22,8 @@ from config import Config
 from durable import guard
 from durable.errors import UsageError
 from durable.journal import Turn
+from probe import Probe, check_arithmetic, make_probe
 
-# The fixed text that the engine and the trainer are compared on after each push, and that drift is measured on.
-PROBE = (
-    "The tide comes in twice a day because the moon pulls the sea towards it. On the far side of the earth the water "
-    "bulges too, since the moon pulls the solid earth a little more than the sea behind it. Sailors have kept tables "
-    "of high and low water for centuries: a harbour with two metres of water at noon may be a field of mud by six."
-)
-PROMPTS = ("What is a bridge?", "Tell me about bees.", "How do I boil an egg?", "Write a sentence about the sea.")
-ANSWER_TOKENS = 24  # of an answer to one of them
 ROLL_BACK = "; python -m durable.admin rollback goes back to an earlier checkpoint"
 
 
@@ -48,12 +41,9 @@ class State:
     masters: list[Tensor]  # fp32, in the order of policy.parameters()
     adam: torch.optim.Adam
     kept: list[Tensor]  # the last `snapshot` of `mutable`, on the CPU
-    probe_ids: list[int]  # PROBE
-    probe_prompts: list[list[int]]  # PROMPTS
-    first_logps: Tensor  # (L - 1, V) of the first weights on PROBE
-    first_probe: dict[str, float]  # of `probe`, for the first weights
-    probe: dict[str, float]  # and for those that are served
-    packs: bool  # may samples share a row? See `check_arithmetic`
+    probe: Probe
+    probed: dict[str, float]  # of `probe`, for the weights that are served
+    packs: bool  # may samples share a row? See `probe.check_arithmetic`
     step: int = 0
     baselines: dict[str, float] = field(default_factory=dict)  # running mean reward, see grpo.baseline_key
     stopping: threading.Event = field(default_factory=threading.Event)  # set by the event loop, read between rows
@@ -290,7 +280,7 @@ def load_checkpoint(state: State, folder: Path | None) -> None:
     copy_tensors(saved["state"], mutable(state))
     sync_bf16(state.masters, state.policy)
     state.step, state.baselines = saved["step"], saved["baselines"]
-    state.probe = probe(state.policy, state.probe_ids, state.probe_prompts, state.first_logps)
+    state.probed = state.probe.measure(state.policy)
     snapshot(state)
 
 
@@ -307,13 +297,9 @@ def load_state(
         return model.to(device, dtype)
 
     tokenizer = AutoTokenizer.from_pretrained(start)
-    probe_ids = tokenizer(PROBE)["input_ids"]
-    asked = [[{"role": "user", "content": text}] for text in PROMPTS]
-    prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
     first = load(start).eval()
-    packs = check_arithmetic(first, probe_ids)
-    first_logps = text_logps(first, probe_ids)
-    first_probe = probe(first, probe_ids, prompts, first_logps)
+    probe = make_probe(first, tokenizer)
+    packs = check_arithmetic(first, probe.ids)
     policy = load(start).train()
     masters = [p.detach().float().clone().requires_grad_() for p in policy.parameters()]
     for p, master in zip(policy.parameters(), masters, strict=True):
@@ -330,11 +316,8 @@ def load_state(
         masters=masters,
         adam=adam,
         kept=[],
-        probe_ids=probe_ids,
-        probe_prompts=prompts,
-        first_logps=first_logps,
-        first_probe=first_probe,
-        probe=first_probe,
+        probe=probe,
+        probed=probe.first,
         packs=packs,
     )
     if folder:
@@ -342,87 +325,3 @@ def load_state(
     else:
         snapshot(state)
     return state
-
-
-@torch.no_grad()
-def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
-    """Two halves of a text, read packed into a row and alone, against the model's own logits: may samples share a row?
-
-    Models with a recurrent state, a convolution or chunked attention don't see where a sample begins in a row.
-    UsageError where our log-probs are not the model's own: some scale or cap their logits, which `grpo.token_logps`
-    doesn't know.
-    """
-    if not hasattr(model, "model") or model.get_output_embeddings() is None:
-        raise UsageError(f"{type(model).__name__} has no `model` with a head on it: it can't be trained here")
-    most = 1e-3 if model.dtype == torch.float32 else 0.2  # what rounding does
-    halves = [ids[: len(ids) // 2], ids[len(ids) // 2 :]]
-    own, alone = [], []
-    for half in halves:
-        own.append(text_logps(model, half).gather(1, torch.tensor(half[1:], device=model.device)[:, None])[:, 0].cpu())
-        alone.append(probe_logps(model, half))
-    gap = (torch.cat(own) - torch.cat(alone)).abs().max().item()
-    if gap > most:
-        raise UsageError(
-            f"{type(model).__name__} can't be trained here: its logits are more than the product of hidden state and "
-            f"head (scaled, capped or shifted: log-probs differ by {gap:.2g})"
-        )
-    prompts, answers = [half[:1] for half in halves], [half[1:] for half in halves]
-    zeros = [[0.0] * len(answer) for answer in answers]
-    row = next(grpo.collate(prompts, answers, zeros, [0.0, 0.0], [1.0, 1.0], len(ids), model.device))
-    packed = grpo.response_logps(model, row).cpu()  # (N,), the longer half first
-    order = row["sample"].unique_consecutive().tolist()
-    packs = (packed - torch.cat([alone[i] for i in order])).abs().max().item() <= most
-    if not packs:
-        print(f"rows      of one sample each: {type(model).__name__} would mix samples that share a row", flush=True)
-    return packs
-
-
-# ---- the probe: how the weights do on fixed texts ----
-
-
-@torch.no_grad()
-def probe_logps(policy: PreTrainedModel, ids: list[int]) -> Tensor:
-    """The trainer's log-probs of ids[1:], for comparison with the engine's. (L - 1,) on the CPU"""
-    return grpo.response_logps(policy, grpo.alone(ids[:1], ids[1:], policy.device)).cpu()
-
-
-@torch.no_grad()
-def text_logps(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Log-probs of the whole vocabulary at each place of a text but the first. (L - 1, V)"""
-    return model(torch.tensor([ids], device=model.device)).logits[0, :-1].float().log_softmax(-1)
-
-
-@torch.no_grad()
-def sample_answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
-    """One sampled answer to each prompt, at most ANSWER_TOKENS, with its stop token; the same for the same weights."""
-    longest, training = max(map(len, prompts)), model.training
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)  # (B, P), padded left
-    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    stop = model.generation_config.eos_token_id
-    stops = set(stop) if isinstance(stop, list) else {stop}
-    options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-    model.eval()  # in training, with gradient checkpointing on, there would be no KV cache
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(0)
-        out = model.generate(ids, attention_mask=seen, max_new_tokens=ANSWER_TOKENS, pad_token_id=0, **options)
-    model.train(training)
-    rows = out[:, longest:].tolist()
-    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
-    return [row[:end] for row, end in zip(rows, ends, strict=True)]
-
-
-def probe(model: PreTrainedModel, ids: list[int], prompts: list[list[int]], first: Tensor) -> dict[str, float]:
-    """How a model does on PROBE and PROMPTS. `first` (L - 1, V): the first weights' `text_logps`.
-
-    guard.Refused where log-probs are not finite: there is nothing to sample from then."""
-    logps = text_logps(model, ids)
-    if not logps.isfinite().all():
-        raise guard.Refused("the log-probs of the probe are not finite")
-    said = sample_answers(model, prompts)
-    return {
-        "nll": -logps.gather(1, torch.tensor(ids[1:], device=logps.device)[:, None]).mean().item(),
-        "entropy": -(logps.exp() * logps).sum(-1).mean().item(),
-        "kl": (logps.exp() * (logps - first)).sum(-1).mean().item(),
-        "repeated": sum(map(grpo.repetition, said)) / len(said),
-        "length": sum(map(len, said)) / len(said),
-    }

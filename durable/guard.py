@@ -60,7 +60,7 @@ def check_batch(loss: float, grad_norm: float, dlogp: float) -> None:
 
 
 def check_weights(found: dict[str, float], first: dict[str, float], before: dict[str, float]) -> None:
-    """After Adam's step, on the probe (`trainer.probe`) of the new weights, of the first and of those that are served.
+    """After Adam's step, on the probe (`probe.measure`) of the new weights, of the first and of those that are served.
 
     Refused where the new ones are broken; each condition is written so that NaN fails it."""
     for fine, why in (

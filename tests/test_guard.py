@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import trainer
+import probe
 from config import Config
 from durable import guard
 from durable.journal import Sample, Verdict
@@ -98,13 +98,13 @@ def test_the_probe_against_an_obvious_reference(tiny_model):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids, prompts = list(range(5, 45)), [[1, 2, 3], [4, 5, 6, 7, 8]]
-    first = trainer.text_logps(model, ids)
-    assert trainer.probe(model, ids, prompts, first)["kl"] == pytest.approx(0, abs=1e-6)
+    first = probe.text_logps(model, ids)
+    assert probe.measure(model, ids, prompts, first)["kl"] == pytest.approx(0, abs=1e-6)
     drawn = torch.get_rng_state()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    found, again = (trainer.probe(model, ids, prompts, first) for _ in range(2))
+    found, again = (probe.measure(model, ids, prompts, first) for _ in range(2))
     assert found == again, "the same weights give the same probe"
     torch.set_rng_state(drawn)
     logits = model(torch.tensor([ids])).logits[0].double()
@@ -119,12 +119,12 @@ def test_the_probe_against_an_obvious_reference(tiny_model):
 
 def test_weights_that_are_no_numbers_are_refused(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    ids, first = [1, 2, 3], trainer.text_logps(model, [1, 2, 3])
+    ids, first = [1, 2, 3], probe.text_logps(model, [1, 2, 3])
     with torch.no_grad():
         next(model.parameters())[0, 0] = math.nan
         next(model.parameters())[1:4] = math.inf
     with pytest.raises(guard.Refused, match="not finite"):
-        trainer.probe(model, ids, [[1, 2]], first)
+        probe.measure(model, ids, [[1, 2]], first)
 
 
 def test_probe_answers_are_the_models_own(tiny_model):
@@ -133,10 +133,10 @@ def test_probe_answers_are_the_models_own(tiny_model):
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(200)  # nearly no chance left in what is sampled
     prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4]]
-    for prompt, answer in zip(prompts, trainer.sample_answers(model, prompts), strict=True):
+    for prompt, answer in zip(prompts, probe.sample_answers(model, prompts), strict=True):
         so_far = list(prompt)
         for token in answer:
             assert model(torch.tensor([so_far])).logits[0, -1].softmax(-1)[token] > 0.01
             so_far.append(token)
-        assert len(answer) == trainer.ANSWER_TOKENS or answer[-1] == model.generation_config.eos_token_id
+        assert len(answer) == probe.ANSWER_TOKENS or answer[-1] == model.generation_config.eos_token_id
     assert model.training

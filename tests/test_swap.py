@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import machine
+import probe
 import server
 import swap
-import trainer
 from config import Config
 from durable import journal
 from tests.conftest import make_tiny_model
@@ -52,9 +52,9 @@ def change(model, seed):
 
 async def test_after_a_push_the_engine_agrees_with_the_trainer(served):
     for version in (1, 2, 3):
-        before, old = weights(served.model), trainer.probe_logps(served.model, served.ids)
+        before, old = weights(served.model), probe.token_logps(served.model, served.ids)
         change(served.model, version)
-        new = trainer.probe_logps(served.model, served.ids)
+        new = probe.token_logps(served.model, served.ids)
         assert (new - old).abs().mean() > 0.3
         gap, pause = await push(served, weights(served.model), before, new, version)
         assert gap < BOUND and 0 < pause[1] - pause[0] < 10
@@ -63,7 +63,7 @@ async def test_after_a_push_the_engine_agrees_with_the_trainer(served):
 
 
 async def test_a_push_of_other_names_is_refused(served):
-    before, old = weights(served.model), trainer.probe_logps(served.model, served.ids)
+    before, old = weights(served.model), probe.token_logps(served.model, served.ids)
     lacking = {k: w for k, w in before.items() if k != "model.layers.1.self_attn.q_proj.weight"}
     for wrong, name in [(lacking, "q_proj"), (before | {"model.extra": torch.ones(3)}, "model.extra")]:
         with pytest.raises(swap.PushError, match=name):
@@ -77,7 +77,7 @@ async def test_a_push_of_other_names_is_refused(served):
 
 
 async def test_a_push_that_disagrees_is_refused_and_the_old_weights_serve(served):
-    before, old = weights(served.model), trainer.probe_logps(served.model, served.ids)
+    before, old = weights(served.model), probe.token_logps(served.model, served.ids)
     other = AutoModelForCausalLM.from_config(served.model.config).to(torch.bfloat16)
     with pytest.raises(swap.PushError, match="disagree"):
         await push(served, weights(other), before, old)
@@ -86,7 +86,7 @@ async def test_a_push_that_disagrees_is_refused_and_the_old_weights_serve(served
 
 
 async def test_a_push_that_shared_memory_has_no_room_for_is_refused(served):
-    before, old = weights(served.model), trainer.probe_logps(served.model, served.ids)
+    before, old = weights(served.model), probe.token_logps(served.model, served.ids)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
@@ -112,7 +112,7 @@ async def test_a_running_answer_goes_on_across_a_swap(served):
     running = asyncio.create_task(generate())
     await asyncio.sleep(0.3)
     change(served.model, 11)
-    new = trainer.probe_logps(served.model, served.ids)
+    new = probe.token_logps(served.model, served.ids)
     await push(served, weights(served.model), before, new, version + 1)
     answer = (await running).outputs[0]
     assert len(answer.token_ids) == 300 and answer.finish_reason == "length"
@@ -139,7 +139,7 @@ async def test_a_new_answer_never_reads_the_old_weights_cache(served, tmp_path):
     await generate(short, "before")  # its prompt is in the prefix cache now
     before = weights(served.model)
     change(served.model, 13)
-    new = trainer.probe_logps(served.model, served.ids)
+    new = probe.token_logps(served.model, served.ids)
     await push(served, weights(served.model), before, new, version + 1)
     version += 1
     got = (await generate(short, "after")).outputs[0].logprobs[0]
