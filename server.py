@@ -31,7 +31,7 @@ import reward
 import swap
 from clients.answers import AnswerReader
 from clients.keys import from_elsewhere
-from clients.sessions import answer_digest, asked_by_the_client, find_turns, is_news, keys_of, request_of
+from clients.sessions import answer_digest, asked_by_the_client, find_rated, find_turns, is_news, keys_of, request_of
 from durable import journal
 from durable.journal import Turn, Verdict
 
@@ -442,22 +442,25 @@ async def build_app(
     vllm_app.state.server = SimpleNamespace()  # vLLM tells it to exit when the engine died; here swap.watch does that
 
     async def feedback(request: Request) -> JSONResponse:
+        user = request.scope["state"]["user"]
         try:
             body = json.loads(await request.body())
-            turn_id, score, text = body["completion_id"], body["score"], body.get("text", "")
+            score, text, messages = body["score"], body.get("text", ""), [dict(m) for m in body.get("messages", [])]
+            said = [{"role": "user", "content": text}]
+            turn_id = find_rated(db, user, messages, said) if messages else body["completion_id"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return openai_error(400, 'expected {"completion_id": ..., "score": 1 or -1, "text": optional}')
+            which = '"completion_id": ... or "messages": [..., the rated answer]'
+            return openai_error(400, f'expected {{{which}, "score": 1 or -1, "text": optional}}')
         if score not in (1, -1) or isinstance(score, bool) or not isinstance(text, str):
             return openai_error(400, "score must be 1 or -1, and text a string")
-        user = request.scope["state"]["user"]
         try:
             turn, _ = journal.load_turn(db, str(turn_id))
         except KeyError:
             turn = None
         if turn is None or turn.user != user:
-            return openai_error(404, f"no completion {turn_id!r} of yours")
+            which = "answer at the end of these messages that is" if messages else f"completion {turn_id!r}"
+            return openai_error(404, f"no {which} of yours")
         try:
-            said = [{"role": "user", "content": text}]
             hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
             hooks.on_feedback(
                 turn.id, Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback")

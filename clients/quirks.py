@@ -22,7 +22,10 @@ OWN_REQUESTS = {
         r"\[SUGGESTION MODE\b|Write the title in the language|CRITICAL: Respond with TEXT ONLY|"
         r"Your task is to create a detailed summary of the conversation so far|"
         # Codex, Cline
-        r"You are performing a CONTEXT CHECKPOINT COMPACTION|The current conversation is rapidly running out of)"
+        r"You are performing a CONTEXT CHECKPOINT COMPACTION|The current conversation is rapidly running out of|"
+        # Open WebUI: a title, tags, follow-ups, searches, completions of what is typed, an image, an emoji
+        r"### Task:\s+(Generate (a concise|1-3 broad|a detailed prompt)|(Predict|Suggest) 3-5|Analyze the chat history|"
+        r"You are an autocompletion)|Your task is to reflect the speaker's likely facial expression)"
     ),
     "system": re.compile(
         r"\s*(Generate a concise session title|You are a context summarization assistant|"
@@ -60,7 +63,7 @@ CONTEXT_TAG = re.compile(
 # And one that holds the person's words (Cursor, Copilot, Cline, Open WebUI).
 WORDS_TAG = re.compile(r"(user_?(query|message|request|input|prompt|question)|task|feedback|query|question)", re.I)
 # Open WebUI's words before retrieved documents.
-PREAMBLE = re.compile(r"\s*### Task:\s[^<]{0,6000}(?=<context>|<source)")
+PREAMBLE = re.compile(r"\s*### Task:\s+Respond to (?s:.{0,6000}?)\n(?=<context>|<source)")
 OPENS = re.compile(r"\s*<([A-Za-z][\w-]{1,60})(?:\s[^<>]{0,300})?>")
 CLOSES = re.compile(r"</([A-Za-z][\w-]{1,60})>\s*\Z")
 

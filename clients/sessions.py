@@ -204,6 +204,12 @@ def find_turns(
     return found
 
 
+def find_rated(db: sqlite3.Connection, user: str, messages: list[dict], said: list[dict]) -> str | None:
+    """Id of the turn whose answer is the last of these messages, None if there is none; `said`: what is said to it."""
+    found = find_turns(db, user, [*messages, *said])
+    return next((turn["id"] for turn, following in found if following == said), None)
+
+
 def is_brief(answer: list[dict]) -> bool:
     said = letters("".join(without_thinking(text_of(m.get("content"))) for m in answer))
     return len(said) < SHORT and not any(map(calls_of, answer))

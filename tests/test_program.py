@@ -167,6 +167,14 @@ async def test_explicit_feedback(program):
         assert (await http.post("/v1/feedback", json=body)).status_code == 200
         (row,) = rows(program, "id = ?", reply.id)
         assert (row["score"], row["hints"]) == (1, "[]"), "praise is no correction"
+        talk = [user("rate me"), {"role": "assistant", "content": reply.choices[0].message.content}]
+        by_words = {"messages": talk, "score": -1, "text": "answer in two sentences"}
+        assert (await http.post("/v1/feedback", json=by_words)).json() == {"completion_id": reply.id, "score": -1}
+        (row,) = rows(program, "id = ?", reply.id)
+        assert json.loads(row["hints"]) == ["answer in two sentences"]
+        for unknown in ([*talk, user("why?")], [user("rate me")]):
+            error = await http.post("/v1/feedback", json=by_words | {"messages": unknown})
+            assert error.status_code == 404 and "at the end of these messages" in error.json()["error"]["message"]
         side = await ask(c, [user("no use")], extra_headers={"X-Turn-Type": "side"})
         late = await http.post("/v1/feedback", json=body | {"completion_id": side.id})
         assert late.status_code == 409 and "side request" in late.json()["error"]["message"]
@@ -176,7 +184,9 @@ async def test_explicit_feedback(program):
         ).status_code == 200
         (row,) = rows(program, "id = ?", greedy.id)
         assert row["state"] == "dropped" and row["reason"].startswith("nothing to learn from: there is no hint")
-        for wrong in ({}, {"completion_id": reply.id, "score": 7}, {"completion_id": reply.id, "score": True}, []):
+        wrongs = [{}, [], *({"completion_id": reply.id, "score": score} for score in (7, True))]
+        wrongs += [{"messages": m, "score": 1} for m in ([], 1, None, ["a"], [{"role": "user", "content": [1]}])]
+        for wrong in wrongs:
             error = await http.post("/v1/feedback", json=wrong)
             assert error.status_code == 400 and error.json()["error"]["message"]
 

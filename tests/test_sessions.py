@@ -206,7 +206,10 @@ def test_a_long_line_in_brackets_is_read_in_linear_time():
 
 
 METADATA = '```json\n{"sender": "Ann", "timestamp": "Sun 10:01"}\n```'
-RAG = "### Task:\nRespond to the user query using the provided context.\n\n<context>\nx\n</context>\n\n"
+RAG = (
+    '### Task:\nRespond to the user query, with citations only where the <source> tag has an id (<source id="1">).\n\n'
+)
+RAG += '<context>\n<source id="1" name="a.txt">a <b>bee</b></source>\n</context>\n\n'
 
 
 @pytest.mark.parametrize(
@@ -235,6 +238,11 @@ RAG = "### Task:\nRespond to the user query using the provided context.\n\n<cont
         ("<attached_files>\na\n</attached_files>\n<user_query>\nWhy?\n</user_query>", "Why?"),
         ("<config>\n<a>1</a>\n</config>\nwhy?", "<config>\n<a>1</a>\n</config>\nwhy?"),
         (f"{RAG}What is a bee?", "What is a bee?"),
+        (f'{RAG}<attached_files>\n<file name="a.txt"/>\n</attached_files>\n\nWhat is a bee?', "What is a bee?"),
+        (
+            "### Task:\nRewrite it.\n<context>\nx\n</context>\nNow.",
+            "### Task:\nRewrite it.\n<context>\nx\n</context>\nNow.",
+        ),
         ("No. Do this instead:\n<task>\nsort it\n</task>", "No. Do this instead:\n<task>\nsort it\n</task>"),
         ("Rewrite this.\nCurrent message:\nfix stuff", "Rewrite this.\nCurrent message:\nfix stuff"),
         ('No:\n{"user_id": 1, "user_name": "bob"}', 'No:\n{"user_id": 1, "user_name": "bob"}'),
@@ -253,6 +261,18 @@ def test_words_are_found_in_linear_time(text):
     begun = time.process_time()
     sessions.words_of(says("user", text * (500_000 // len(text))))
     assert time.process_time() - begun < 0.1
+
+
+def test_a_rating_finds_its_turn_by_the_conversation(db):
+    first = ask(db, [HELLO], HI["content"])
+    second = ask(db, [HELLO, HI, MORE], "Sure, here it is.")
+    thumb, sure = [says("user", "")], bot("Sure, here it is.")
+    rated = partial(sessions.find_rated, db, "ann", said=thumb)
+    assert (rated(messages=[HELLO, HI]), rated(messages=[HELLO, HI, MORE, sure])) == (first.id, second.id)
+    assert rated(messages=[says("user", "in other words"), sure]) == second.id
+    for none in ([HELLO, HI, MORE], [HELLO, HI, MORE, bot("Another model's.")], [HELLO, HI, bot("Another's")]):
+        assert rated(messages=none) is None
+    assert sessions.find_rated(db, "bob", [HELLO, HI], thumb) is None
 
 
 def test_users_are_never_linked(db):
@@ -440,6 +460,10 @@ def test_what_the_client_asks_in_between(db, own, stays):
         ([HELLO, HI, says("user", "A scheduled reminder has been triggered. The reminder content is:")], True),
         ([HELLO, HI, says("user", "[Sun 2026-11-22 23:33 UTC] What is an [OpenClaw heartbeat poll]?")], False),
         ([HELLO, HI, FLUSH, bot("Stored."), MORE], False),
+        ([says("user", "### Task:\nGenerate a concise title summarizing the chat history.\n### Guidelines:")], True),
+        ([says("user", "### Task:\nGenerate 1-3 broad tags\n<chat_history>\nUSER: a\n</chat_history>")], True),
+        ([says("user", "### Task:\nPredict 3-5 useful messages this user might naturally send next")], True),
+        ([says("user", "### Task:\nGenerate a test for this function.")], False),
         ([HELLO, HI, says("user", "Why did you print HEARTBEAT_OK?")], False),
         ([says("user", "Your task is to create a detailed summary of the attached report.")], False),
         ([says("user", "What is a Pre-compaction memory flush.")], False),
