@@ -67,7 +67,7 @@ def curl(url: str, model: str, key: str, context: int) -> str:
 
 
 def open_webui(url: str, model: str, key: str, context: int) -> str:
-    """Its own requests for titles, tags and follow-ups continue no turn, and nothing continues them: they expire."""
+    """The headers name the chat of each request; docs/openwebui_feedback.py brings its thumbs."""
     return (
         f"OPENAI_API_BASE_URL={url} OPENAI_API_KEY={shlex.quote(key)} ENABLE_FORWARD_USER_INFO_HEADERS=true \\\n"
         "  DATA_DIR=./open-webui open-webui serve"

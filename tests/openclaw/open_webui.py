@@ -26,11 +26,7 @@ from tests.talking import rows
 PACKAGE, KEY, CONTEXT = "open-webui==0.12.4", "sk-webui", 32_768  # its own tools have 20,600 bytes; a byte is a token
 OWN_MODELS = ("accelerate", "einops", "faster-whisper", "opencv", "rapidocr", "sentence-transformers", "transformers")
 SETTINGS = {"WEBUI_AUTH": "False", "OFFLINE_MODE": "true", "ENABLE_OLLAMA_API": "False", "WEBUI_SECRET_KEY": "x"}
-SETTINGS |= {
-    "BYPASS_EMBEDDING_AND_RETRIEVAL": "true",
-    "RAG_EMBEDDING_ENGINE": "openai",
-    "ANONYMIZED_TELEMETRY": "false",
-}
+SETTINGS |= {"BYPASS_EMBEDDING_AND_RETRIEVAL": "true", "RAG_EMBEDDING_ENGINE": "openai"}
 NO_TOOLS = {"function_calling": "legacy"}
 
 
