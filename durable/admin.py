@@ -20,7 +20,7 @@ from clients.sessions import last_request, without_thinking, words_of
 from durable import checkpoint, journal
 from durable.errors import UsageError
 
-QUERY = "SELECT *, length(response_ids) / 4 AS tokens, length(prompt_ids) / 4 AS prompt FROM turns"
+QUERY = "SELECT * FROM readable"
 
 
 def one_line(text: str, width: int = 160) -> str:
@@ -41,7 +41,7 @@ def describe(row: sqlite3.Row) -> str:
     at = messages[-1] if messages and messages[-1].get("role") == "tool" else messages[last] if last is not None else {}
     lines = [
         f"{time.strftime('%F %T', time.localtime(row['created']))}  {row['session']}  ({row['user']})  "
-        f"{row['prompt']} + {row['tokens']} tokens",
+        f"{row['prompt_tokens']} + {sum(e - b for _, b, e in json.loads(row['versions']))} tokens",
         f"  {at.get('role', '?'):<9} {said(at)}",
         f"  answer    {one_line(without_thinking(row['text']))}",
         *[f"  {m.get('role', '?'):<9} {said(m)}" for m in following],

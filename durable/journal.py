@@ -13,42 +13,58 @@ import os
 import shutil
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
+from durable import pieces
 from durable.errors import UsageError
 
-SCHEMA = """
+NEXT = f"CASE WHEN next_messages NOT NULL THEN {pieces.as_list(pieces.ITEMS.format('next_messages'))} END"
+SCHEMA = (
+    pieces.SCHEMA
+    + f"""
 CREATE TABLE IF NOT EXISTS turns (
-  id TEXT PRIMARY KEY, session TEXT NOT NULL, user TEXT NOT NULL, created REAL NOT NULL,
-  messages TEXT NOT NULL,            -- the request, as the client sent it
-  template TEXT NOT NULL,            -- the other fields in its prompt: tools, arguments of the chat template
+  number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, session TEXT NOT NULL, user TEXT NOT NULL, created REAL NOT NULL,
+  state TEXT NOT NULL, step INTEGER, reason TEXT,  -- why it was dropped, or why its hint was not used
   answer TEXT NOT NULL, history TEXT NOT NULL, asked TEXT NOT NULL,  -- what it is found by, see Turn
-  text TEXT NOT NULL, finish_reason TEXT,
-  prompt_ids BLOB NOT NULL, response_ids BLOB NOT NULL, logprobs BLOB NOT NULL,  -- int32, int32, float32
+  confirmed INTEGER NOT NULL DEFAULT 0,  -- no other next message can replace it any more
+  score INTEGER, votes TEXT, confidence REAL, hinted_by TEXT, judge TEXT, source TEXT,
+  finish_reason TEXT, temperature REAL NOT NULL, no_rl TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
+  template INTEGER,                  -- a piece: the other fields in its prompt: tools, arguments of the chat template
+  messages TEXT NOT NULL, prompt_ids TEXT NOT NULL,  -- lists of pieces, see pieces.py
+  next_messages TEXT,                -- a list of pieces, not nested
   versions TEXT NOT NULL,            -- [[weight version, first token, end], ...]
-  temperature REAL NOT NULL, no_rl TEXT NOT NULL,
-  next_messages TEXT, confirmed INTEGER NOT NULL DEFAULT 0,  -- no other message can replace it any more
-  score INTEGER, votes TEXT, confidence REAL, hints TEXT, hinted_by TEXT, judge TEXT, source TEXT,
-  late_feedback TEXT NOT NULL DEFAULT '[]',  -- ratings that came when it was trained on already
   attempts INTEGER NOT NULL DEFAULT 0,  -- steps that were begun with it and not finished
-  state TEXT NOT NULL, step INTEGER, reason TEXT  -- why it was dropped, or why its hint was not used
+  hints TEXT, late_feedback TEXT NOT NULL DEFAULT '[]'  -- ratings that came when it was trained on already
+);
+-- The wide columns, apart: a change of state writes a turn's row anew.
+CREATE TABLE IF NOT EXISTS answers (
+  number INTEGER PRIMARY KEY, text TEXT NOT NULL, response_ids BLOB NOT NULL, logprobs BLOB NOT NULL  -- packed
 );
 CREATE INDEX IF NOT EXISTS by_answer ON turns (user, answer, created);
 CREATE INDEX IF NOT EXISTS by_history ON turns (user, answer, history, created);
 CREATE INDEX IF NOT EXISTS by_state ON turns (state, created);
 CREATE INDEX IF NOT EXISTS by_session ON turns (session);
-CREATE INDEX IF NOT EXISTS by_reason ON turns (reason) WHERE state = 'dropped';
+CREATE VIEW IF NOT EXISTS readable AS SELECT
+  id, session, user, created, state, step, reason, answer, history, asked, confirmed,
+  {pieces.as_list(pieces.NESTED.format("messages"))} AS messages, text, {NEXT} AS next_messages,
+  score, votes, confidence, hints, hinted_by, judge, source, attempts, late_feedback,
+  finish_reason, temperature, no_rl, versions,
+  (SELECT data FROM pieces WHERE pieces.id = template) AS template, prompt_tokens, prompt_ids, response_ids, logprobs
+  FROM turns JOIN answers USING (number);
 CREATE TABLE IF NOT EXISTS checkpoints (step INTEGER PRIMARY KEY);  -- the highest is the current one
 CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NULL);  -- one row: whose answers these are
 """
+)
 
-FORMAT = 6  # of the tables, in the file's user_version
-AS_JSON = ("messages", "template", "versions")  # columns of a Turn that are not stored as they are
-AS_BYTES = {"prompt_ids": np.int32, "response_ids": np.int32, "logprobs": np.float32}
+FORMAT = 7  # of the tables, in the file's user_version
+AS_JSON = ("messages", "template", "versions")  # columns of `readable` that are not as in a Turn
+AS_BYTES = {"response_ids": np.int32, "logprobs": np.float32}
 ALONE_AFTER = 2  # failed steps; see `requeue`
 RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `has_disk_space`
 
@@ -151,6 +167,17 @@ def open_journal(path: Path) -> sqlite3.Connection:
     return db
 
 
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of it or nothing; inside another one, a part of that."""
+    if db.in_transaction:
+        yield
+    else:
+        with db:
+            db.execute("BEGIN")
+            yield
+
+
 def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str) -> None:
     """This model's answers alone are in this journal. UsageError where it was begun with another model, or where it is
     new and there are checkpoints that it doesn't know."""
@@ -176,9 +203,16 @@ def has_disk_space(db: sqlite3.Connection) -> bool:
 def record_turn(db: sqlite3.Connection, turn: Turn, dropped: str | None = None) -> None:
     """Write an answer down, before its last byte is sent. `dropped`: why it can't be trained on, known already now."""
     row = vars(turn) | {"state": "dropped" if dropped else "waiting", "reason": dropped}
-    row |= {name: json.dumps(row[name]) for name in AS_JSON}
-    row |= {name: np.asarray(row[name], dtype).tobytes() for name, dtype in AS_BYTES.items()}
-    db.execute(f"INSERT INTO turns ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+    row |= {"prompt_tokens": len(turn.prompt_ids), "versions": json.dumps(turn.versions)}
+    row |= {name: pieces.packed(np.asarray(row[name], dtype).tobytes()) for name, dtype in AS_BYTES.items()}
+    with transaction(db):
+        row["messages"] = pieces.put_list(db, pieces.put_texts(db, turn.messages))
+        row["prompt_ids"] = pieces.put_tokens(db, turn.prompt_ids)
+        (row["template"],) = pieces.put(db, [pieces.as_json(turn.template)])
+        answer = [row.pop(name) for name in ("text", "response_ids", "logprobs")]
+        marks = ", ".join("?" * len(row))
+        number = db.execute(f"INSERT INTO turns ({', '.join(row)}) VALUES ({marks})", list(row.values())).lastrowid
+        db.execute("INSERT INTO answers VALUES (?, ?, ?, ?)", (number, *answer))
 
 
 def record_answer(db: sqlite3.Connection, turn_id: str, answer: str) -> None:
@@ -191,9 +225,8 @@ def candidates(db: sqlite3.Connection, user: str, answer: str, history: str) -> 
 
     Bounded: some answers ("OK.") are given thousands of times.
     """
-    select = (
-        "SELECT id, session, history, asked, state, next_messages, confirmed FROM turns WHERE user = ? AND answer = ?"
-    )
+    found = f"id, session, history, asked, state, {NEXT} AS next_messages, confirmed"
+    select = f"SELECT {found} FROM turns WHERE user = ? AND answer = ?"
     newest = "ORDER BY created DESC LIMIT"
     same = db.execute(f"{select} AND history = ? {newest} 8", (user, answer, history)).fetchall()
     return same or db.execute(f"{select} {newest} 64", (user, answer)).fetchall()
@@ -204,15 +237,17 @@ def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict],
 
     False where that comes too late: a person rated it, it is in training or trained, or dropped for good."""
     marks = ", ".join("?" * len(REVIVED))
-    return (
-        db.execute(
-            "UPDATE turns SET state = 'judging', reason = NULL, next_messages = ?, confirmed = ? WHERE id = ? AND "
+    with transaction(db):
+        done = db.execute(
+            "UPDATE turns SET state = 'judging', reason = NULL, confirmed = ? WHERE id = ? AND "
             "source IS NOT 'feedback' AND (state IN ('waiting', 'judging', 'queued') OR state = 'dropped' AND "
             f"reason IN ({marks}))",
-            (json.dumps(next_messages), confirmed, turn_id, *REVIVED),
+            (confirmed, turn_id, *REVIVED),
         ).rowcount
-        == 1
-    )
+        if done:
+            following = pieces.as_json(pieces.put_texts(db, next_messages))
+            db.execute("UPDATE turns SET next_messages = ? WHERE id = ?", (following, turn_id))
+    return bool(done)
 
 
 def confirm(db: sqlite3.Connection, turn_id: str) -> None:
@@ -255,7 +290,7 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, follo
     open_to_all = state in ("waiting", "judging")
     if verdict.source == "judge" and not open_to_all:
         return False
-    if following is not None and known["next_messages"] != json.dumps(following):
+    if following is not None and load_turn(db, turn_id)[1] != following:
         return False
     if not open_to_all and state != "queued" and reason not in REVIVED:
         raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
@@ -339,8 +374,7 @@ def add_checkpoint(db: sqlite3.Connection, step: int, keep: int) -> None:
     """From this statement on, all that was trained on up to `step` stays so; the last `keep` checkpoints are kept.
 
     Call it when the folder is complete; folders that are not listed are removed."""
-    with db:
-        db.execute("BEGIN")
+    with transaction(db):
         db.execute("INSERT OR IGNORE INTO checkpoints VALUES (?)", (step,))
         db.execute(
             "DELETE FROM checkpoints WHERE step NOT IN (SELECT step FROM checkpoints ORDER BY step DESC LIMIT ?)",
@@ -365,8 +399,7 @@ def rollback(db: sqlite3.Connection, step: int) -> int:
     UsageError where there is no such checkpoint."""
     if step not in (known := [0, *checkpoints(db)]):
         raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
-    with db:
-        db.execute("BEGIN")
+    with transaction(db):
         db.execute("DELETE FROM checkpoints WHERE step > ?", (step,))
         return db.execute(
             "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'trained' AND step > ? OR "
@@ -415,29 +448,31 @@ def drop_reasons(db: sqlite3.Connection) -> dict[str, int]:
 
 def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
     """The turn and the messages that followed it (empty while it waits). KeyError where there is none."""
-    return turn_of(row_of(db, turn_id))
+    return turn_of(db, r := row_of(db, turn_id, "readable")), json.loads(r["next_messages"] or "[]")
 
 
 def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
     """A judged turn with its verdict as it is now."""
-    r = row_of(db, turn_id)
-    turn, following = turn_of(r)
+    r = row_of(db, turn_id, "readable")
+    following = json.loads(r["next_messages"] or "[]")
     votes, hints, by = json.loads(r["votes"]), json.loads(r["hints"]), r["hinted_by"]
     verdict = Verdict(r["score"], votes, r["confidence"], hints, by, r["judge"], r["source"])
     from_tool = r["source"] == "judge" and following[-1]["role"] == "tool"
-    return Sample(turn, verdict, from_tool, r["attempts"])
+    return Sample(turn_of(db, r), verdict, from_tool, r["attempts"])
 
 
-def row_of(db: sqlite3.Connection, turn_id: str) -> sqlite3.Row:
-    r = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
+def row_of(db: sqlite3.Connection, turn_id: str, table: str = "turns") -> sqlite3.Row:
+    r = db.execute(f"SELECT * FROM {table} WHERE id = ?", (turn_id,)).fetchone()
     if r is None:
         raise KeyError(turn_id)
     return r
 
 
-def turn_of(r: sqlite3.Row) -> tuple[Turn, list[dict]]:
+def turn_of(db: sqlite3.Connection, r: sqlite3.Row) -> Turn:
+    """Of a row of `readable`."""
     values = {f.name: r[f.name] for f in fields(Turn)}
     values |= {name: json.loads(r[name]) for name in AS_JSON}
-    values |= {name: np.frombuffer(r[name], dtype).tolist() for name, dtype in AS_BYTES.items()}
+    values |= {name: np.frombuffer(pieces.unpacked(r[name]), dtype).tolist() for name, dtype in AS_BYTES.items()}
+    values["prompt_ids"] = pieces.tokens_of(db, r["prompt_ids"])
     values["versions"] = [tuple(span) for span in values["versions"]]
-    return Turn(**values), json.loads(r["next_messages"] or "[]")
+    return Turn(**values)

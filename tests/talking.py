@@ -3,9 +3,13 @@
 import asyncio
 import sqlite3
 import time
+from contextlib import closing
 
 import httpx
+import numpy as np
 import openai
+
+from durable import pieces
 
 ALICE, BOB = "key-a", "key-b"
 
@@ -27,7 +31,13 @@ def query(program, sql, *values):
 
 
 def rows(program, where="1", *values):
-    return query(program, f"SELECT * FROM turns WHERE {where} ORDER BY created", *values)
+    """The turns, with their token ids and log-probs as int32 and float32."""
+    found = [dict(r) for r in query(program, f"SELECT * FROM readable WHERE {where} ORDER BY created", *values)]
+    with closing(sqlite3.connect(program.out / "journal.db")) as db:
+        for r in found:
+            r |= {name: pieces.unpacked(r[name]) for name in ("response_ids", "logprobs")}
+            r["prompt_ids"] = np.asarray(pieces.tokens_of(db, r["prompt_ids"]), np.int32).tobytes()
+    return found
 
 
 async def until(condition, seconds=60):

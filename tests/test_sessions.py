@@ -594,10 +594,10 @@ def test_thousands_of_assistant_messages_in_a_row_cost_bounded_work(db):
 def test_the_time_to_find_a_turn(db):
     """Among 100,000, of which 10,000 are "OK.", for a conversation of 700 KiB."""
     ok, other = (sessions.answer_digest(bot(t)) for t in ("OK.", "something else"))
-    row = vars(records.turn("t0", user="ann", messages=[], template={}, versions=[(0, 0, 3)]))
-    columns = [*row, "state"]
-    fixed = {n: json.dumps(row[n]) if n in journal.AS_JSON else b"" if n in journal.AS_BYTES else row[n] for n in row}
-    values = [fixed[n] for n in row] + ["waiting"]
+    journal.record_turn(db, records.turn("t", user="ann"))
+    row = dict(journal.row_of(db, "t"))
+    columns, values = list(row), list(row.values())
+    values[columns.index("number")] = None
     at, answer, history = (columns.index(n) for n in ("id", "answer", "history"))
 
     def rows():

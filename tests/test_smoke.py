@@ -25,14 +25,14 @@ def test_an_answer_becomes_weights(fresh):
         """The row of the journal for one answer."""
         db = sqlite3.connect(program.out / "journal.db")
         db.row_factory = sqlite3.Row
-        row = db.execute("SELECT * FROM turns WHERE id = ?", (completion_id,)).fetchone()
+        row = db.execute("SELECT * FROM readable WHERE id = ?", (completion_id,)).fetchone()
         db.close()
         return row
 
     # Ask something. The answer is recorded with its token ids and log-probs, and waits for what you say next.
     talk = [{"role": "user", "content": "Say hello."}]
     first = ask(talk)
-    assert turn(first.id)["state"] == "waiting" and len(turn(first.id)["response_ids"]) == 4 * 16  # int32
+    assert turn(first.id)["state"] == "waiting" and turn(first.id)["versions"] == "[[0, 0, 16]]"  # by weights 0
 
     # Complain. The request continues the first answer, so your words are its next message, and the judge reads them.
     talk += [{"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": BAD}]

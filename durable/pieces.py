@@ -1,0 +1,93 @@
+"""Texts and token ids, each kept once: a conversation's next turn holds everything that the turn before it had.
+
+A piece is found by the hash of its data. A text is JSON (TEXT, to be read with sqlite3), token ids are compressed int32
+(BLOB). A long list is kept in two levels: a row has the ids of pieces that are lists of the ids of pieces, so that
+turns share most of their lists, too.
+"""
+
+import json
+import sqlite3
+import zlib
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+SCHEMA = "CREATE TABLE IF NOT EXISTS pieces (id INTEGER PRIMARY KEY, hash BLOB UNIQUE, data NOT NULL);"
+# What vLLM 0.32.0 reads of a message (`_parse_chat_message_content`), and what it answers thinking with.
+KNOWN = ("role", "content", "name", "tool_call_id", "tool_calls", "reasoning", "reasoning_content", "tools", "task")
+TOKENS, LIST = 256, 16  # numbers in a piece, on average
+
+
+def as_json(value: Any) -> str:
+    """JSON that a person can read; half a surrogate pair, which SQLite can't store, stays escaped."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def put(db: sqlite3.Connection, data: list[str | bytes]) -> list[int]:
+    """The ids of these pieces; those that are not there yet are stored."""
+    ids: dict[bytes, int] = {}
+    hashes = [blake2b(d.encode() if isinstance(d, str) else d, digest_size=16).digest() for d in data]
+    for h, d in zip(hashes, data, strict=True):
+        if h not in ids:
+            found = db.execute("SELECT id FROM pieces WHERE hash = ?", (h,)).fetchone()
+            if found is None:
+                stored = d if isinstance(d, str) else packed(d)
+                ids[h] = db.execute("INSERT INTO pieces VALUES (NULL, ?, ?)", (h, stored)).lastrowid
+            else:
+                ids[h] = found[0]
+    return [ids[h] for h in hashes]
+
+
+def packed(numbers: bytes) -> bytes:
+    """Numbers of 4 bytes, compressed: the lowest bytes of all, then the next ones; of token ids the highest are 0."""
+    return zlib.compress(np.frombuffer(numbers, np.uint8).reshape(-1, 4).T.tobytes(), 1)
+
+
+def unpacked(data: bytes) -> bytes:
+    return np.frombuffer(zlib.decompress(data), np.uint8).reshape(4, -1).T.tobytes()
+
+
+def cut(numbers: np.ndarray, mean: int) -> list[np.ndarray]:
+    """Blocks of about `mean` numbers. The numbers themselves say where to cut: what is put in or left out somewhere
+    moves no cut after it (agents have the clock in the first message)."""
+    mixed = numbers.astype(np.uint32) * np.uint32(2654435761)
+    mixed[1:] ^= (mixed[:-1] * np.uint32(40503)) >> 7
+    cuts, last = [], 0
+    for at in [*np.flatnonzero((mixed >> 12) % mean == 0).tolist(), len(numbers)]:
+        cuts += range(last + 4 * mean, at, 4 * mean)
+        last = cuts[-1] if cuts else 0
+        if at - last >= mean // 4:
+            cuts.append(at)
+            last = at
+    return [block for block in np.split(numbers, cuts) if len(block)]
+
+
+def put_texts(db: sqlite3.Connection, messages: list[dict]) -> list[int]:
+    """One piece for each message, with the fields that are known."""
+    return put(db, [as_json({k: v for k, v in m.items() if k in KNOWN}) for m in messages])
+
+
+def put_list(db: sqlite3.Connection, ids: list[int]) -> str:
+    return as_json(put(db, [as_json(block.tolist()) for block in cut(np.asarray(ids, np.int64), LIST)]))
+
+
+def put_tokens(db: sqlite3.Connection, tokens: list[int]) -> str:
+    blocks = cut(np.asarray(tokens, np.int32), TOKENS)
+    return put_list(db, put(db, [block.tobytes() for block in blocks]))
+
+
+# SQL: the rows (data) of a column's list of pieces, and of a list in two levels.
+ITEMS = "json_each({}) AS e CROSS JOIN pieces AS p ON p.id = e.value"
+NESTED = "json_each({}) AS l CROSS JOIN pieces AS n ON n.id = l.value CROSS JOIN " + ITEMS.format("n.data")
+
+
+def as_list(rows: str) -> str:
+    """SQL: these rows as the JSON text of a list, in order."""
+    return f"(SELECT '[' || coalesce(group_concat(p.data, ','), '') || ']' FROM {rows})"
+
+
+def tokens_of(db: sqlite3.Connection, column: str) -> list[int]:
+    found = db.execute(f"SELECT p.data FROM {NESTED.format('?')} ORDER BY l.key, e.key", (column,)).fetchall()
+    return np.frombuffer(b"".join(unpacked(r[0]) for r in found), np.int32).tolist()
