@@ -24,9 +24,12 @@ async def next_batch(p: Program) -> list[Sample]:
         await p.wait_for_disk_space()
         batch = [sample for sample in batch if journal.is_queued(p.db, sample.turn.id)]
         if turn_id != TRAIN_NOW and journal.is_queued(p.db, turn_id) and turn_id not in [s.turn.id for s in batch]:
-            sample = journal.load_sample(p.db, turn_id)
+            try:
+                sample = journal.load_sample(p.db, turn_id)
+            except KeyError:
+                continue  # forgotten by another program this moment
             if why_not := guard.reject_reason(sample, batch, p.state.step, p.config):
-                journal.drop(p.db, [turn_id], why_not)
+                await journal.patiently(journal.drop, p.db, [turn_id], why_not)
             elif not nobody_else and guard.has_user_share(sample, batch, p.config):
                 later.append(turn_id)
             elif sample.attempts >= journal.ALONE_AFTER:
@@ -57,7 +60,7 @@ async def prepare_lessons(p: Program, batch: list[Sample]) -> tuple[list[Sample]
             lessons.append(trainer.Lesson(sample.turn, adv, hinted))
         else:
             grpo.move_baseline(p.state.baselines, key, sample.verdict.score)
-            journal.drop(p.db, [sample.turn.id], journal.NOTHING)
+            await journal.patiently(journal.drop, p.db, [sample.turn.id], journal.NOTHING)
     return kept, lessons
 
 
@@ -71,6 +74,6 @@ async def hinted_prompts(p: Program, sample: Sample) -> list[list[int]]:
         if not (fitting := [prompt for prompt in prompts if len(prompt) <= longest]):
             raise distill.NoHintedPrompt(f"longer than {p.config.max_train_tokens} tokens with it")
     except distill.NoHintedPrompt as e:
-        journal.note(p.db, turn.id, f"hint not used: {e}")
+        await journal.patiently(journal.note, p.db, turn.id, f"hint not used: {e}")
         return []
     return fitting

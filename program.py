@@ -85,23 +85,24 @@ class Program:
         http = openai.DefaultAsyncHttpxClient(trust_env=False)
         return AsyncOpenAI(base_url=self.url, api_key=self.own_key, http_client=http)
 
-    def on_next(self, turn_id: str) -> None:
+    async def on_next(self, turn_id: str) -> None:
         """The server calls this when a conversation continued from a turn."""
-        self.enqueue(self.to_judge, turn_id)
+        await self.enqueue(self.to_judge, turn_id)
 
-    def on_confirmed(self, turn_id: str) -> None:
+    async def on_confirmed(self, turn_id: str) -> None:
         """The server calls this when it is certain what a turn is judged by."""
         if journal.is_queued(self.db, turn_id):
             self.to_train.put_nowait(turn_id)
 
-    def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
+    async def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
         """The server calls this when a user rates a turn. ValueError where that comes too late."""
-        if journal.record_verdict(self.db, turn_id, verdict):
-            self.enqueue(self.to_train, turn_id)
+        if await journal.patiently(journal.record_verdict, self.db, turn_id, verdict):
+            await self.enqueue(self.to_train, turn_id)
 
-    def enqueue(self, queue: "asyncio.Queue[str]", turn_id: str) -> None:
+    async def enqueue(self, queue: "asyncio.Queue[str]", turn_id: str) -> None:
         if journal.pending(self.db) > (most := self.config.max_waiting):
-            journal.drop(self.db, [turn_id], f"more than {most} turns wait for the judge or the trainer")
+            why_not = f"more than {most} turns wait for the judge or the trainer"
+            await journal.patiently(journal.drop, self.db, [turn_id], why_not)
         else:
             queue.put_nowait(turn_id)
 

@@ -49,14 +49,17 @@ async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge
     while True:
         turn_id = await p.to_judge.get()
         await p.judge_health.wait()
-        turn, following = journal.load_turn(p.db, turn_id)
+        try:
+            turn, following = journal.load_turn(p.db, turn_id)
+        except KeyError:
+            continue  # forgotten meanwhile
         request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
         try:
             score, votes, confidence = await judge.score(request, answer, following)
             hints = await judge.hints(request, answer, following) if p.config.w_opd and score < 0 else []
         except reward.JudgeError as e:
             if p.judge_health.failed(turn_id, e):
-                journal.drop(p.db, [turn_id], str(e))
+                await journal.patiently(journal.drop, p.db, [turn_id], f"the judge failed: {e}")
             else:
                 asyncio.get_running_loop().call_later(1, p.to_judge.put_nowait, turn_id)
             continue
@@ -65,11 +68,11 @@ async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge
         verdict = Verdict(score, votes, confidence, hints, judge.hinted_by if hints else "", model, "judge")
         while not journal.has_disk_space(p.db):
             await asyncio.sleep(1)
-        if journal.record_verdict(p.db, turn_id, verdict, following):
+        if await journal.patiently(journal.record_verdict, p.db, turn_id, verdict, following):
             # It may have been judged by the client's own request, so leave time for the person's reply to replace that.
             wait = 0 if journal.is_confirmed(p.db, turn_id) else SETTLE_S
             asyncio.get_running_loop().call_later(wait, p.to_train.put_nowait, turn_id)
-        elif journal.row_of(p.db, turn_id)["reason"] == journal.NEUTRAL:
+        elif journal.is_neutral(p.db, turn_id):
             # Not trained on, but it counts: most people say nothing of a good answer.
             key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
             grpo.move_baseline(p.state.baselines, key, 0.0)
@@ -86,7 +89,7 @@ async def train(p: Program) -> None:
         batch = await next_batch(p)
         await p.resumed.wait()
         async with p.stepping:
-            batch = journal.begin_step(p.db, [sample.turn.id for sample in batch])
+            batch = await journal.patiently(journal.begin_step, p.db, [sample.turn.id for sample in batch])
             try:
                 await step(p, batch)
                 failed = 0
@@ -95,14 +98,15 @@ async def train(p: Program) -> None:
             except guard.Refused as e:
                 failed += 1
                 await undo(p)
-                journal.drop(p.db, [s.turn.id for s in batch], f"step {p.state.step + 1} reverted: {e}")
+                why_not = f"step {p.state.step + 1} reverted: {e}"
+                await journal.patiently(journal.drop, p.db, [s.turn.id for s in batch], why_not)
                 print(f"step {p.state.step + 1} reverted: {e}", file=sys.stderr)
                 if failed >= guard.IN_A_ROW:
                     p.stop_training(f"{failed} steps in a row reverted, the last one: {e}")
             except Exception as e:
                 failed += 1
                 await undo(p)
-                for turn_id in journal.requeue(p.db, f"{type(e).__name__}: {e}"):
+                for turn_id in await journal.patiently(journal.requeue, p.db, f"{type(e).__name__}: {e}"):
                     p.to_train.put_nowait(turn_id)
                 traceback.print_exception(e)
                 p.stop_training(str(e), None if isinstance(e, swap.PushError) else min(3600, 5 * 2**failed))
@@ -135,7 +139,7 @@ async def step(p: Program, batch: list[Sample]) -> None:
 
     # 4. commit: a restart or a reverted step returns to this snapshot
     await p.wait_for_disk_space()
-    journal.mark_trained(p.db, [sample.turn.id for sample in batch], state.step + 1)
+    await journal.patiently(journal.mark_trained, p.db, [sample.turn.id for sample in batch], state.step + 1)
     for s in batch:
         grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
     await p.on_trainer(trainer.snapshot, state)
@@ -188,7 +192,7 @@ async def save(p: Program) -> None:
     except checkpoint.CheckpointError as e:
         print(f"no checkpoint of step {state.step}: {e}", file=sys.stderr)
         return
-    journal.add_checkpoint(p.db, state.step, p.config.keep)
+    await journal.patiently(journal.add_checkpoint, p.db, state.step, p.config.keep)
     await p.on_trainer(checkpoint.remove_others, out, journal.checkpoints(p.db))
 
 
@@ -206,8 +210,8 @@ async def setup(config: Config) -> Program:
     if not journal.has_disk_space(db):
         raise UsageError(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
     start = model_folder(config.model)
-    journal.bind_model(db, start, fingerprint(start))
-    step = journal.recover(db)
+    await journal.patiently(journal.bind_model, db, start, fingerprint(start))
+    step = await journal.patiently(journal.recover, db)
     checkpoint.remove_others(out, journal.checkpoints(db))
     checkpoint.trim_metrics(out / "metrics.jsonl", step)
     saved = checkpoint.folder_of(out, step) if step else None
@@ -310,7 +314,7 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
     shutdown = asyncio.create_task(asyncio.to_thread(p.engine.shutdown, 2))
     await asyncio.gather(*tasks, return_exceptions=True)
     watch.cancel()
-    journal.leave_step(p.db)
+    await journal.patiently(journal.leave_step, p.db)
     await asyncio.gather(shutdown, save(p))
 
 
@@ -327,7 +331,7 @@ async def expire_turns(p: Program) -> None:
     await asyncio.sleep(p.config.expire)
     while True:
         if journal.has_disk_space(p.db):
-            journal.expire(p.db, p.config.expire)
+            await journal.patiently(journal.expire, p.db, p.config.expire)
         await asyncio.sleep(min(60.0, p.config.expire))
 
 

@@ -11,7 +11,7 @@ import sqlite3
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -187,7 +187,8 @@ class Capture:
                 for index, answer in answers.items():
                     digest = answer_digest(answer)
                     if digest != request.answers.get(index, digest):
-                        journal.record_answer(self.db, choice_id(request.turn_id, index), digest)
+                        turn_id = choice_id(request.turn_id, index)
+                        await journal.patiently(journal.record_answer, self.db, turn_id, digest)
             await send(message)
 
         return noted
@@ -302,7 +303,9 @@ class Recorder:
             return
 
         # The prompt was valid, or we would not be here: only now does the request count as a next message.
-        session, dropped = self.link(request)
+        session, dropped, changed = await journal.patiently(self.link, request)
+        for hook, earlier in changed:
+            await hook(earlier)
         # As the client knows it: /v1/responses numbers the calls to the engine.
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
@@ -313,7 +316,7 @@ class Recorder:
         prompt_ids: list[int] = []
         written: set[int] = set()
 
-        def write(index: int, finish_reason: str | None, spans: list, why_not: str | None) -> None:
+        async def write(index: int, finish_reason: str | None, spans: list, why_not: str | None) -> None:
             ids, logprobs, texts = seen[index]
             if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
                 why_not = "cut short: the client hung up, or the engine stopped"
@@ -336,7 +339,7 @@ class Recorder:
                 temperature=sampling_params.temperature,
                 no_rl=why_no_rl(sampling_params),
             )
-            journal.record_turn(self._db, turn, why_not)
+            await journal.patiently(journal.record_turn, self._db, turn, why_not)
             written.add(index)
 
         try:
@@ -353,38 +356,40 @@ class Recorder:
                         texts.append(choice.text)
                         if choice.finish_reason is not None and choice.index not in written:
                             spans = [(int(s.version), s.start, s.end) for s in choice.weight_versions or []]
-                            write(choice.index, choice.finish_reason, spans, dropped)
+                            await write(choice.index, choice.finish_reason, spans, dropped)
                     yield output
         finally:
             # Cut short: the client hung up, or the engine failed. What there is stays readable, never trained on.
             for index, (ids, _, _) in seen.items():
                 if index not in written:
-                    write(index, None, [(-1, 0, len(ids))], None)
+                    await write(index, None, [(-1, 0, len(ids))], None)
 
-    def link(self, request: Asked) -> tuple[str, str | None]:
+    def link(self, request: Asked) -> tuple[str, str | None, list[tuple[Callable[[str], Awaitable], str]]]:
         """Find the turn that this request continues and record it as that turn's next message.
 
         So is the message before the last answer, for the turn before: what came next may have been a client's own
-        request, and only this history shows what stayed in the conversation. Returns the new turn's session, and why
-        the new turn is not trained on, if that is known already."""
+        request, and only this history shows what stayed in the conversation. Returns the new turn's session, why
+        the new turn is not trained on, if that is known already, and which hooks are to hear of which turns."""
         side = request.side or asked_by_the_client(request.messages)
-        found = find_turns(self._db, request.user, request.messages, request.session)
-        for k, (turn, following) in enumerate(found):
-            kept = k > 0
-            if not following or (side and not kept):
-                continue
-            confirmed = kept or request.done
-            if is_news(turn, following, kept):
-                if journal.record_next(self._db, turn["id"], following, confirmed):
-                    self._on_next(turn["id"])
-            elif confirmed and not turn["confirmed"]:
-                journal.confirm(self._db, turn["id"])
-                self._on_confirmed(turn["id"])
+        changed: list[tuple[Callable[[str], Awaitable], str]] = []
+        with journal.transaction(self._db):
+            found = find_turns(self._db, request.user, request.messages, request.session)
+            for k, (turn, following) in enumerate(found):
+                kept = k > 0
+                if not following or (side and not kept):
+                    continue
+                confirmed = kept or request.done
+                if is_news(turn, following, kept):
+                    if journal.record_next(self._db, turn["id"], following, confirmed):
+                        changed.append((self._on_next, turn["id"]))
+                elif confirmed and not turn["confirmed"]:
+                    journal.confirm(self._db, turn["id"])
+                    changed.append((self._on_confirmed, turn["id"]))
         session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
+        why_not = journal.LAST if request.done else None
         if side:
-            by = ", by its header" if request.side else ": the client's own, not a person's"
-            return session, f"side request{by}"
-        return session, journal.LAST if request.done else None
+            why_not = "side request" + (", by its header" if request.side else ": the client's own, not a person's")
+        return session, why_not, changed
 
 
 # ---- the app ----
@@ -411,13 +416,13 @@ class Hooks(Protocol):
     own_key: str  # of the program's own requests
     origins: list[str]  # of web pages that may call from a browser
 
-    def on_next(self, turn_id: str) -> None:
+    async def on_next(self, turn_id: str) -> None:
         """A conversation continued from this turn: it is to be judged."""
 
-    def on_confirmed(self, turn_id: str) -> None:
+    async def on_confirmed(self, turn_id: str) -> None:
         """The turn's next message is final now."""
 
-    def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
+    async def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
         """A user rated this turn. ValueError where that comes too late."""
 
     def status(self) -> dict[str, Any]:
@@ -462,11 +467,12 @@ async def build_app(
             return openai_error(404, f"no {which} of yours")
         try:
             hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
-            hooks.on_feedback(
+            await hooks.on_feedback(
                 turn.id, Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback")
             )
         except ValueError as e:
-            journal.keep_late_feedback(db, turn.id, {"score": score, "text": text, "time": time.time()})
+            late = {"score": score, "text": text, "time": time.time()}
+            await journal.patiently(journal.keep_late_feedback, db, turn.id, late)
             return openai_error(409, f"too late to train on, but kept: {e}")
         return JSONResponse({"completion_id": turn.id, "score": score})
 

@@ -4,20 +4,23 @@ State of a row: waiting (no next message yet) -> judging (it has one) -> queued 
 training -> trained (at step N), or dropped (and why). Ids are the truth; text is for people
 and for the judge, and nothing here or later re-tokenizes it.
 
-All calls come from the event loop's thread: one connection, no locks.
+All calls come from the event loop's thread, writes by `patiently`: one connection, no locks of our own. Upkeep
+(`upkeep.py`) has a connection of its own.
 """
 
+import asyncio
 import fcntl
 import json
 import os
 import shutil
 import sqlite3
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -65,6 +68,7 @@ CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NUL
 FORMAT = 7  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of `readable` that are not as in a Turn
 AS_BYTES = {"response_ids": np.int32, "logprobs": np.float32}
+BUSY_S = 0.005  # how long a write waits inside SQLite, with the event loop, for another program's to end
 ALONE_AFTER = 2  # failed steps; see `requeue`
 RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `has_disk_space`
 
@@ -152,7 +156,7 @@ def open_journal(path: Path) -> sqlite3.Connection:
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # before SQLite would create it with the umask's mode
         os.chmod(path, 0o600)
-        db = sqlite3.connect(path, isolation_level=None)
+        db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
         db.row_factory = sqlite3.Row
         # WAL with NORMAL: a commit survives kill -9 of this process; only a power cut may cost the last ones.
         db.execute("PRAGMA journal_mode=WAL")
@@ -161,10 +165,32 @@ def open_journal(path: Path) -> sqlite3.Connection:
         found = db.execute("PRAGMA user_version").fetchone()[0]
         if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] and found != FORMAT:
             raise UsageError(f"{path} has format {found}, this version reads and writes {FORMAT}: give another --out")
-        db.executescript(SCHEMA + f"PRAGMA user_version = {FORMAT};")
+        if found != FORMAT:
+            db.executescript(SCHEMA + f"PRAGMA user_version = {FORMAT};")
     except (OSError, sqlite3.Error) as e:
         raise UsageError(f"{path}: {e}") from e
     return db
+
+
+told_at = 0.0  # when `patiently` last said that the journal is locked
+
+
+async def patiently(write: Callable, *args: Any) -> Any:
+    """write(*args), again and again while another connection has the journal locked: serving goes on meanwhile.
+
+    `write` is all or nothing, and reads what it goes by itself: other tasks run between two tries."""
+    global told_at
+    begun = time.monotonic()
+    while True:
+        try:
+            return write(*args)
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # the rest says which kind of busy
+                raise
+        if time.monotonic() - begun > 2 and time.monotonic() - told_at > 60:
+            told_at = time.monotonic()
+            print("another program has the journal open for writing: waiting for it to finish", file=sys.stderr)
+        await asyncio.sleep(0.05)
 
 
 @contextmanager
@@ -240,8 +266,8 @@ def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict],
     with transaction(db):
         done = db.execute(
             "UPDATE turns SET state = 'judging', reason = NULL, confirmed = ? WHERE id = ? AND "
-            "source IS NOT 'feedback' AND (state IN ('waiting', 'judging', 'queued') OR state = 'dropped' AND "
-            f"reason IN ({marks}))",
+            "source IS NOT 'feedback' AND template NOT NULL AND "
+            f"(state IN ('waiting', 'judging', 'queued') OR state = 'dropped' AND reason IN ({marks}))",
             (confirmed, turn_id, *REVIVED),
         ).rowcount
         if done:
@@ -256,12 +282,16 @@ def confirm(db: sqlite3.Connection, turn_id: str) -> None:
 
 
 def is_confirmed(db: sqlite3.Connection, turn_id: str) -> bool:
-    return bool(row_of(db, turn_id)["confirmed"])
+    return bool(db.execute("SELECT 1 FROM turns WHERE id = ? AND confirmed", (turn_id,)).fetchone())
 
 
 def is_queued(db: sqlite3.Connection, turn_id: str) -> bool:
-    """Is it judged and waits for the trainer? Not if it is in training, or judged again by another message."""
-    return row_of(db, turn_id)["state"] == "queued"
+    """Is it judged and waits for the trainer? Not if it is in training, judged again by another message, or gone."""
+    return bool(db.execute("SELECT 1 FROM turns WHERE id = ? AND state = 'queued'", (turn_id,)).fetchone())
+
+
+def is_neutral(db: sqlite3.Connection, turn_id: str) -> bool:
+    return bool(db.execute("SELECT 1 FROM turns WHERE id = ? AND reason = ?", (turn_id, NEUTRAL)).fetchone())
 
 
 def pending(db: sqlite3.Connection) -> int:
@@ -285,36 +315,24 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, follo
     replaced them meanwhile. ValueError where feedback comes too late: the turn is in training or trained, or dropped
     for a reason that no verdict changes.
     """
-    known = row_of(db, turn_id)
-    state, reason = known["state"], known["reason"]
-    open_to_all = state in ("waiting", "judging")
-    if verdict.source == "judge" and not open_to_all:
-        return False
-    if following is not None and load_turn(db, turn_id)[1] != following:
-        return False
-    if not open_to_all and state != "queued" and reason not in REVIVED:
-        raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
-    if verdict.source == "feedback" and verdict.score < 0 and not verdict.hints and known["hints"]:
-        verdict = replace(verdict, hints=json.loads(known["hints"]), hinted_by=known["hinted_by"])
-    why_not = None if verdict.hints else NEUTRAL if not verdict.score else NO_HINT if known["no_rl"] else None
-    now = "dropped" if why_not else "queued"
-    db.execute(
-        "UPDATE turns SET score = ?, votes = ?, confidence = ?, hints = ?, hinted_by = ?, judge = ?, source = ?, "
-        "state = ?, reason = ? WHERE id = ?",
-        (
-            verdict.score,
-            json.dumps(verdict.votes),
-            verdict.confidence,
-            json.dumps(verdict.hints),
-            verdict.hinted_by,
-            verdict.judge,
-            verdict.source,
-            now,
-            why_not,
-            turn_id,
-        ),
-    )
-    return now == "queued" and state != "queued"
+    with transaction(db):
+        known = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
+        if known is None or verdict.source == "judge" and known["state"] not in ("waiting", "judging"):
+            return False
+        if following is not None and load_turn(db, turn_id)[1] != following:
+            return False
+        state, reason = known["state"], known["reason"]
+        if state not in ("waiting", "judging", "queued") and (reason not in REVIVED or known["template"] is None):
+            raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
+        if verdict.source == "feedback" and verdict.score < 0 and not verdict.hints and known["hints"]:
+            verdict = replace(verdict, hints=json.loads(known["hints"]), hinted_by=known["hinted_by"])
+        why_not = None if verdict.hints else NEUTRAL if not verdict.score else NO_HINT if known["no_rl"] else None
+        new = vars(verdict) | {"state": "dropped" if why_not else "queued", "reason": why_not}
+        new |= {name: json.dumps(new[name]) for name in ("votes", "hints")}
+        db.execute(
+            f"UPDATE turns SET {', '.join(f'{name} = ?' for name in new)} WHERE id = ?", (*new.values(), turn_id)
+        )
+    return not why_not and state != "queued"
 
 
 def keep_late_feedback(db: sqlite3.Connection, turn_id: str, feedback: dict) -> None:
@@ -331,22 +349,25 @@ THESE = "id IN (SELECT value FROM json_each(?))"  # one statement for a batch: a
 def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
     """The samples of those that are still queued, with their verdicts as they are now; from here on no feedback and
     no other message changes them."""
-    begun = db.execute(
-        f"UPDATE turns SET state = 'training', attempts = attempts + 1 WHERE state = 'queued' AND {THESE} RETURNING id",
-        (json.dumps(turn_ids),),
-    ).fetchall()
-    return [load_sample(db, i) for i in turn_ids if i in {r["id"] for r in begun}]
+    with transaction(db):
+        begun = db.execute(
+            "UPDATE turns SET state = 'training', attempts = attempts + 1 "
+            f"WHERE state = 'queued' AND {THESE} RETURNING id",
+            (json.dumps(turn_ids),),
+        ).fetchall()
+        return [load_sample(db, i) for i in turn_ids if i in {r["id"] for r in begun}]
 
 
 def requeue(db: sqlite3.Connection, error: str) -> list[str]:
     """Turns in training, whose step failed or died with the program, are queued again; returns their ids. One that
     failed alone is set aside: after ALONE_AFTER failures with others, it must be this turn that the step fails on."""
-    db.execute(
-        "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'training' AND attempts > ?",
-        (f"set aside, since training fails on it: {error}", ALONE_AFTER),
-    )
-    queued = db.execute("UPDATE turns SET state = 'queued' WHERE state = 'training' RETURNING id")
-    return [r["id"] for r in queued.fetchall()]
+    with transaction(db):
+        db.execute(
+            "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'training' AND attempts > ?",
+            (f"set aside, since training fails on it: {error}", ALONE_AFTER),
+        )
+        queued = db.execute("UPDATE turns SET state = 'queued' WHERE state = 'training' RETURNING id")
+        return [r["id"] for r in queued.fetchall()]
 
 
 def leave_step(db: sqlite3.Connection) -> None:
@@ -385,11 +406,13 @@ def add_checkpoint(db: sqlite3.Connection, step: int, keep: int) -> None:
 def recover(db: sqlite3.Connection) -> int:
     """At a start: the step of the current checkpoint, 0 for none. What was trained on after it is queued again, since
     those weights are gone; so is what was in training."""
-    step = max(checkpoints(db), default=0)
-    requeue(db, "the program died in the step")
-    db.execute(
-        "UPDATE turns SET state = 'queued', step = NULL, reason = NULL WHERE state = 'trained' AND step > ?", (step,)
-    )
+    with transaction(db):
+        step = max(checkpoints(db), default=0)
+        requeue(db, "the program died in the step")
+        db.execute(
+            "UPDATE turns SET state = 'queued', step = NULL, reason = NULL WHERE state = 'trained' AND step > ?",
+            (step,),
+        )
     return step
 
 

@@ -1,0 +1,94 @@
+"""Another program that writes to the journal costs time, and nothing else."""
+
+import asyncio
+import sqlite3
+import threading
+import time
+
+import httpx
+import pytest
+
+from durable import journal
+from tests.records import turn
+from tests.talking import ask, client, rated, rows, until, user
+
+
+async def longest_stall(seconds):
+    """Of the event loop."""
+    longest, end = 0.0, time.monotonic() + seconds
+    while (before := time.monotonic()) < end:
+        await asyncio.sleep(0.005)
+        longest = max(longest, time.monotonic() - before - 0.005)
+    return longest
+
+
+async def test_the_loop_goes_on_while_another_program_writes(tmp_path, capsys):
+    db, other = journal.open_journal(tmp_path / "j.db"), sqlite3.connect(tmp_path / "j.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writes = [asyncio.create_task(journal.patiently(journal.record_turn, db, turn(f"t{k}"))) for k in range(20)]
+    idle = longest_stall(3)
+    assert await idle < 0.3 and not any(w.done() for w in writes), "20 writes at once, 5 ms each"
+    assert capsys.readouterr().err.count("another program has the journal open") == 1
+    other.execute("COMMIT")
+    await asyncio.wait_for(asyncio.gather(*writes), 5)
+    assert journal.counts(db) == {"waiting": 20}
+
+
+async def test_what_was_read_before_is_read_again(tmp_path):
+    """A person's feedback comes while the judge's verdict waits for the lock: it stays."""
+    db, other = journal.open_journal(tmp_path / "j.db"), journal.open_journal(tmp_path / "j.db")
+    journal.record_turn(db, turn())
+    other.execute("BEGIN IMMEDIATE")
+    judged = asyncio.create_task(journal.patiently(journal.record_verdict, db, "t1", journal.Verdict(
+        0, [0], 1.0, [], "", "policy", "judge")))  # fmt: skip
+    await asyncio.sleep(0.2)
+    other.execute("UPDATE turns SET state = 'queued', score = -1, source = 'feedback'")
+    other.execute("COMMIT")
+    assert not await judged and journal.row_of(db, "t1")["score"] == -1
+
+
+async def test_another_error_is_raised(tmp_path):
+    db = journal.open_journal(tmp_path / "j.db")
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        await journal.patiently(db.execute, "DELETE FROM missing")
+
+
+async def test_a_program_serves_and_trains_beside_another_writer(program):
+    done = program.status()["step"]
+    waits, end, held = [], threading.Event(), []
+
+    def look():
+        with httpx.Client(base_url=program.url, timeout=30) as http:
+            while not end.is_set():
+                begun = time.monotonic()
+                assert http.get("/health").status_code == 200
+                waits.append(time.monotonic() - begun)
+                time.sleep(0.02)
+
+    def browse():
+        other = sqlite3.connect(program.out / "journal.db", isolation_level=None, timeout=10)
+        for _ in range(3):
+            other.execute("BEGIN IMMEDIATE")
+            held.append(time.monotonic())
+            time.sleep(3)
+            other.execute("COMMIT")
+            time.sleep(0.5)
+        other.close()
+
+    threads = [threading.Thread(target=f) for f in (look, browse)]
+    for t in threads:
+        t.start()
+    await asyncio.sleep(0.5)
+    begun = time.monotonic()
+    reply = await ask(client(program), [user("is anybody there?")])
+    assert time.monotonic() - begun > 2, "recorded before its last token is sent"
+    ids = await asyncio.gather(*[rated(program, f"patience {k}", (1, -1)[k % 2]) for k in range(8)])
+    await asyncio.to_thread(threads[1].join)
+    end.set()
+    await asyncio.to_thread(threads[0].join)
+    await until(lambda: program.status()["step"] > done, 120)
+    assert len(rows(program, "id = ?", reply.id)) == 1
+    assert all(len(rows(program, "id = ?", i)) == 1 for i in ids)
+    waits.sort()
+    print(f"health: {len(waits)} requests, median {waits[len(waits) // 2] * 1e3:.0f} ms, longest {waits[-1] * 1e3:.0f}")
+    assert waits[int(len(waits) * 0.99)] < 0.1
