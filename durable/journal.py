@@ -28,6 +28,16 @@ from durable import pieces
 from durable.errors import UsageError
 
 NEXT = f"CASE WHEN next_messages NOT NULL THEN {pieces.as_list(pieces.ITEMS.format('next_messages'))} END"
+# What a turn is counted by, beside its user and state: why it was dropped, without what differs from turn to turn.
+KIND = "substr(substr({0}, 1, instr({0} || ':', ':') - 1), 1, 60)"
+for digit in "0123456789":
+    KIND = f"replace({KIND}, '{digit}', '#')"
+KIND = f"CASE {{1}}.state WHEN 'dropped' THEN {KIND} ELSE '' END"
+OLD, NEW = (KIND.format(f"{row}.reason", row) for row in ("old", "new"))
+COUNT_NEW = f"""INSERT INTO counters VALUES (new.user, new.state, {NEW}, 1)
+  ON CONFLICT (user, state, kind) DO UPDATE SET n = n + 1;"""
+COUNT_OLD = f"""UPDATE counters SET n = n - 1 WHERE (user, state, kind) = (old.user, old.state, {OLD});
+  DELETE FROM counters WHERE (user, state, kind, n) = (old.user, old.state, {OLD}, 0);"""
 SCHEMA = (
     pieces.SCHEMA
     + f"""
@@ -60,6 +70,13 @@ CREATE VIEW IF NOT EXISTS readable AS SELECT
   finish_reason, temperature, no_rl, versions,
   (SELECT data FROM pieces WHERE pieces.id = template) AS template, prompt_tokens, prompt_ids, response_ids, logprobs
   FROM turns JOIN answers USING (number);
+CREATE INDEX IF NOT EXISTS by_step ON turns (step) WHERE state = 'trained';
+CREATE TABLE IF NOT EXISTS counters (
+  user TEXT, state TEXT, kind TEXT, n INTEGER, PRIMARY KEY (user, state, kind)
+) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS came AFTER INSERT ON turns BEGIN {COUNT_NEW} END;
+CREATE TRIGGER IF NOT EXISTS went AFTER DELETE ON turns BEGIN {COUNT_OLD} END;
+CREATE TRIGGER IF NOT EXISTS changed AFTER UPDATE OF state, reason ON turns BEGIN {COUNT_OLD} {COUNT_NEW} END;
 CREATE TABLE IF NOT EXISTS checkpoints (step INTEGER PRIMARY KEY);  -- the highest is the current one
 CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NULL);  -- one row: whose answers these are
 """
@@ -296,7 +313,7 @@ def is_neutral(db: sqlite3.Connection, turn_id: str) -> bool:
 
 def pending(db: sqlite3.Connection) -> int:
     """How many turns wait for the judge or for the trainer."""
-    return db.execute("SELECT COUNT(*) FROM turns WHERE state IN ('judging', 'queued')").fetchone()[0]
+    return sum(n for state, n in counts(db).items() if state in ("judging", "queued"))
 
 
 NEUTRAL = "neutral: the next message says nothing about the answer"
@@ -460,13 +477,18 @@ def in_state(db: sqlite3.Connection, state: str) -> list[str]:
     return [r["id"] for r in db.execute("SELECT id FROM turns WHERE state = ? ORDER BY created", (state,))]
 
 
-def counts(db: sqlite3.Connection) -> dict[str, int]:
-    """How many turns are in each state."""
-    return dict(db.execute("SELECT state, COUNT(*) FROM turns GROUP BY state").fetchall())
+def counts(db: sqlite3.Connection, user: str | None = None) -> dict[str, int]:
+    """How many turns are in each state, of one user or of all."""
+    return tally(db, "state", "?1 IS NULL OR user = ?1", user)
 
 
-def drop_reasons(db: sqlite3.Connection) -> dict[str, int]:
-    return dict(db.execute("SELECT reason, COUNT(*) FROM turns WHERE state = 'dropped' GROUP BY reason").fetchall())
+def drop_reasons(db: sqlite3.Connection, user: str | None = None) -> dict[str, int]:
+    """How many turns were dropped for which kind of reason: its beginning, up to a colon, with # for digits."""
+    return tally(db, "kind", "state = 'dropped' AND (?1 IS NULL OR user = ?1)", user)
+
+
+def tally(db: sqlite3.Connection, what: str, where: str, user: str | None) -> dict[str, int]:
+    return dict(db.execute(f"SELECT {what}, SUM(n) FROM counters WHERE {where} GROUP BY 1", (user,)).fetchall())
 
 
 def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:

@@ -223,3 +223,43 @@ def test_feedback_that_comes_too_late_is_kept(db):
         journal.keep_late_feedback(db, "t1", {"score": score, "text": "it's late", "time": 1.0})
     kept = json.loads(journal.row_of(db, "t1")["late_feedback"])
     assert [(k["score"], k["text"]) for k in kept] == [(1, "it's late"), (-1, "it's late")]
+
+
+def test_the_counts_follow_every_change(db):
+    truth = lambda: dict(db.execute("SELECT state, COUNT(*) FROM turns GROUP BY state").fetchall())  # noqa: E731
+    for k in range(6):
+        journal.record_turn(db, turn(f"t{k}", user=("alice", "bob")[k % 2]), journal.LAST if k == 5 else None)
+    journal.record_next(db, "t0", [{"role": "user", "content": "no"}])
+    for k in range(3):
+        journal.record_verdict(db, f"t{k}", BAD)
+        assert journal.counts(db) == truth()
+    journal.begin_step(db, ["t0", "t1"])
+    journal.mark_trained(db, ["t0"], 1)
+    journal.requeue(db, "an error")
+    journal.expire(db, -1)
+    assert journal.counts(db) == truth() and journal.pending(db) == 2
+    assert journal.counts(db, "bob") == {"queued": 1, "dropped": 2}
+    assert journal.drop_reasons(db, "bob") == {journal.ALONE: 1, journal.LAST: 1}
+    db.execute("DELETE FROM turns WHERE user = 'bob'")
+    assert journal.counts(db) == truth() and journal.counts(db, "bob") == {}
+    assert "bob" not in str([tuple(r) for r in db.execute("SELECT * FROM counters")])
+
+
+def test_reasons_are_counted_by_kind(db):
+    for k in range(40):
+        journal.record_turn(db, turn(f"t{k}"))
+        journal.drop(db, [f"t{k}"], f"step {k % 10} reverted: loss {k}" if k % 2 else f"the judge failed: error {k}")
+    assert journal.drop_reasons(db) == {"step # reverted": 20, "the judge failed": 20}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "UPDATE turns SET state = 'queued', step = NULL, reason = NULL WHERE state = 'trained' AND step > 5",
+        "UPDATE turns SET state = 'queued' WHERE state = 'training' RETURNING id",
+        "UPDATE turns SET state = 'dropped', reason = 'r' WHERE state = 'waiting' AND created <= 5",
+    ],
+)
+def test_a_start_reads_no_more_than_it_changes(db, query):
+    (plan,) = [r["detail"] for r in db.execute(f"EXPLAIN QUERY PLAN {query}")]
+    assert plan.startswith(("SEARCH turns USING INDEX", "SEARCH turns USING COVERING INDEX")), plan
