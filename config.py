@@ -16,6 +16,7 @@ class Config:
     key: str = ""  # API keys, comma-separated, "key" or "user:key"; empty: none on loopback, else those in OUT/keys
     origins: str = ""  # web pages that may call from a browser, comma-separated, such as http://localhost:3000
     max_waiting: int = 10000  # turns that wait for the judge or the trainer; more are dropped
+    keep_days: float = 0.0  # days after which texts and tokens of turns that are done with are removed; 0: never
     expire: float = 3600.0  # seconds after which an answer that got no next message is dropped
 
     # ---- the model and its engine ----

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ import trainer
 from batch import next_batch, prepare_lessons
 from clients import keys, paste, sessions
 from config import Config, parse
-from durable import checkpoint, guard, journal
+from durable import checkpoint, guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
 from durable.model import CACHE, check_folder, fingerprint, model_folder
@@ -202,7 +203,7 @@ async def save(p: Program) -> None:
 async def setup(config: Config) -> Program:
     """Everything up to a running engine and loaded weights. UsageError where an option or the folder is wrong."""
     out, loopback = Path(config.out), config.host in keys.LOOPBACK
-    lock = journal.lock_out_dir(out)
+    lock = upkeep.lock_out_dir(out)
     users = keys.users_of(config.key.split(",") if config.key else [] if loopback else keys.own_keys(out / "keys"))
     if not users and not loopback:
         raise UsageError(f"--host={config.host} is not loopback, and there is no key in {out}/keys")
@@ -210,7 +211,7 @@ async def setup(config: Config) -> Program:
     if not journal.has_disk_space(db):
         raise UsageError(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
     start = model_folder(config.model)
-    await journal.patiently(journal.bind_model, db, start, fingerprint(start))
+    await journal.patiently(upkeep.bind_model, db, start, fingerprint(start))
     step = await journal.patiently(journal.recover, db)
     checkpoint.remove_others(out, journal.checkpoints(db))
     checkpoint.trim_metrics(out / "metrics.jsonl", step)
@@ -285,6 +286,7 @@ async def serve(p: Program) -> bool:
         asyncio.create_task(train(p), name="train"),
         *[asyncio.create_task(judge_turns(p, judge), name=f"judge {i}") for i in range(8)],
         asyncio.create_task(expire_turns(p), name="expire"),
+        asyncio.create_task(prune_turns(p), name="prune"),
         asyncio.create_task(died.wait(), name="engine died"),
         asyncio.create_task(stopped.wait(), name="signal"),
     ]
@@ -333,6 +335,17 @@ async def expire_turns(p: Program) -> None:
         if journal.has_disk_space(p.db):
             await journal.patiently(journal.expire, p.db, p.config.expire)
         await asyncio.sleep(min(60.0, p.config.expire))
+
+
+async def prune_turns(p: Program) -> None:
+    """At the start and each hour: what is older than --keep_days leaves the journal. In a thread: it may take long."""
+    while p.config.keep_days:
+        if journal.has_disk_space(p.db):
+            try:
+                await asyncio.to_thread(upkeep.prune, Path(p.config.out) / "journal.db", p.config.keep_days)
+            except sqlite3.Error as e:
+                print(f"nothing is pruned, next try in an hour: {e}", file=sys.stderr)
+        await asyncio.sleep(3600)
 
 
 async def main(config: Config) -> bool:

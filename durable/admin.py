@@ -3,7 +3,8 @@
 python -m durable.admin show --out=mine                      the last 20 answers and what became of each
 python -m durable.admin show --out=mine --session=SESSION    one conversation, whole
 python -m durable.admin rollback --out=mine --step=50        the checkpoint of step 50 is the current one again
-python -m durable.admin forget --out=mine --session=SESSION  a conversation leaves the journal for good
+python -m durable.admin forget --out=mine --session=SESSION  a conversation leaves the journal for good; --user=: all
+python -m durable.admin export --out=mine                    all answers with their tokens and verdicts, as JSON lines
 """
 
 import json
@@ -11,13 +12,14 @@ import sqlite3
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import tyro
 
 from clients.sessions import last_request, without_thinking, words_of
-from durable import checkpoint, journal
+from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 
 QUERY = "SELECT * FROM readable"
@@ -36,6 +38,7 @@ def said(message: dict) -> str:
 
 def describe(row: sqlite3.Row) -> str:
     """One answer as five lines at most."""
+    pruned = row["template"] is None
     messages, following = json.loads(row["messages"]), json.loads(row["next_messages"] or "[]")
     last = last_request(messages)
     at = messages[-1] if messages and messages[-1].get("role") == "tool" else messages[last] if last is not None else {}
@@ -43,13 +46,13 @@ def describe(row: sqlite3.Row) -> str:
         f"{time.strftime('%F %T', time.localtime(row['created']))}  {row['session']}  ({row['user']})  "
         f"{row['prompt_tokens']} + {sum(e - b for _, b, e in json.loads(row['versions']))} tokens",
         f"  {at.get('role', '?'):<9} {said(at)}",
-        f"  answer    {one_line(without_thinking(row['text']))}",
+        f"  answer    {'(removed, by --keep_days)' if pruned else one_line(without_thinking(row['text']))}",
         *[f"  {m.get('role', '?'):<9} {said(m)}" for m in following],
     ]
     if row["score"] is not None:
         votes = " ".join(f"{v:+d}" for v in json.loads(row["votes"]))
         lines.append(f"  verdict   {row['score']:+d} by {row['source']} ({votes}; {row['confidence']:.0%} sure)")
-        lines += [f"  hint      {one_line(hint)} ({row['hinted_by']})" for hint in json.loads(row["hints"])]
+        lines += [f"  hint      {one_line(hint)} ({row['hinted_by']})" for hint in json.loads(row["hints"] or "[]")]
     for late in json.loads(row["late_feedback"]):
         lines.append(f"  too late  {late['score']:+d} {one_line(late['text'])}")
     became = f"trained on in step {row['step']}" if row["state"] == "trained" else row["state"]
@@ -74,46 +77,75 @@ class Rollback:
 
 @dataclass(frozen=True)
 class Forget:
-    """Remove a conversation from the journal for good. Stop the program first."""
+    """Remove a conversation and what was made of it, or all of a user, for good. The program may run."""
 
-    session: str  # as `show` prints it
+    session: str = ""  # as `show` prints it
+    user: str = ""  # all their conversations instead
     out: str = "out"  # the --out of run.py
 
 
-def main(command: Show | Rollback | Forget) -> None:
+@dataclass(frozen=True)
+class Export:
+    """Print every answer as a line of JSON: its prompt, tokens and log-probs, its verdict and what became of it."""
+
+    out: str = "out"  # the --out of run.py
+    since: str = ""  # answers from this day on, as 2026-01-31
+
+
+def main(command: Show | Rollback | Forget | Export) -> None:
     out = Path(command.out)
     if not (out / "journal.db").exists():
         raise UsageError(f"--out={out}: there is no journal.db in it")
-    if isinstance(command, Show):
-        show(out, command.session)
-        return
-    with journal.lock_out_dir(out), closing(journal.open_journal(out / "journal.db")) as db:
-        if isinstance(command, Rollback):
-            undone = journal.rollback(db, command.step)
+    if isinstance(command, Show | Export):
+        with closing(sqlite3.connect(f"file:{out / 'journal.db'}?mode=ro", uri=True)) as db:
+            db.row_factory = sqlite3.Row
+            show(db, command.session) if isinstance(command, Show) else export(db, command.since)
+    elif isinstance(command, Rollback):
+        with upkeep.lock_out_dir(out), closing(journal.open_journal(out / "journal.db")) as db:
+            undone = upkeep.rollback(db, command.step)
             checkpoint.remove_others(out, journal.checkpoints(db))
             print(f"step {command.step} is the current one; {undone} turns that came after it are dropped")
-        else:
-            removed, first = journal.forget(db, command.session)
-            if not removed:
-                raise UsageError(f"--session={command.session}: there is no such session in {out}/journal.db")
-            trained = [step for step in journal.checkpoints(db) if first and step >= first]
-            print(f"{removed} turns of {command.session} are removed; checkpoints trained on one: {trained or 'none'}")
+    else:
+        if bool(command.session) == bool(command.user):
+            raise UsageError("give --session or --user")
+        with closing(upkeep.own_connection(out / "journal.db")) as db:
+            print(printable(upkeep.forget(db, command.session, command.user).report(journal.checkpoints(db))))
 
 
-def show(out: Path, session: str) -> None:
-    with closing(sqlite3.connect(f"file:{out / 'journal.db'}?mode=ro", uri=True)) as db:
-        db.row_factory = sqlite3.Row
-        if session:
-            rows = db.execute(f"{QUERY} WHERE session = ? ORDER BY created", (session,)).fetchall()
-        else:
-            rows = db.execute(f"{QUERY} ORDER BY created DESC LIMIT 20").fetchall()[::-1]
+def printable(text: str) -> str:
+    """Without what a terminal would obey, or shows in another order: such characters as their escapes."""
+    shown = lambda c: c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()  # noqa: E731
+    return "".join(map(shown, text))
+
+
+def show(db: sqlite3.Connection, session: str) -> None:
+    if session:
+        rows = db.execute(f"{QUERY} WHERE session = ? ORDER BY created", (session,)).fetchall()
+    else:
+        rows = db.execute(f"{QUERY} ORDER BY created DESC LIMIT 20").fetchall()[::-1]
     if not rows:
         raise UsageError(f"--session={session}: no such session" if session else "the journal is empty")
-    print("\n\n".join(map(describe, rows)))
+    print(printable("\n\n".join(map(describe, rows))))
+
+
+def export(db: sqlite3.Connection, since: str) -> None:
+    try:
+        begin = datetime.fromisoformat(since).timestamp() if since else 0.0
+    except ValueError as e:
+        raise UsageError(f"--since={since}: expected a day, as 2026-01-31") from e
+    ids = db.execute("SELECT id FROM turns WHERE created >= ? AND template NOT NULL ORDER BY created", (begin,))
+    for (turn_id,) in ids.fetchall():
+        turn, following = journal.load_turn(db, turn_id)
+        row = journal.row_of(db, turn_id)
+        verdict = {name: row[name] for name in ("score", "confidence", "hinted_by", "judge", "source")}
+        verdict |= {name: json.loads(row[name] or "[]") for name in ("votes", "hints")}
+        became = {name: row[name] for name in ("state", "step", "reason")}
+        verdict = verdict if row["score"] is not None else None
+        print(json.dumps(asdict(turn) | became | {"next_messages": following, "verdict": verdict}))
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Show | Rollback | Forget, description=__doc__, use_underscores=True))
+        main(tyro.cli(Show | Rollback | Forget | Export, description=__doc__, use_underscores=True))
     except UsageError as e:
         sys.exit(str(e))

@@ -9,7 +9,6 @@ All calls come from the event loop's thread, writes by `patiently`: one connecti
 """
 
 import asyncio
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -144,27 +143,6 @@ class Sample:
     attempts: int = 0  # steps with it that were not finished; from ALONE_AFTER on it is in a batch of its own
 
 
-def lock_out_dir(out: Path) -> TextIO:
-    """Make the folder and take it for this process, as long as what is returned stays open.
-
-    UsageError where that can't be done, or another run.py has it.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = open(out / "lock", "a+")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        print(os.getpid(), file=lock, end="", flush=True)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UsageError(
-            f"--out={out} is in use by process {lock.read() or '?'}: stop it first, or give another --out"
-        ) from None
-    except OSError as e:
-        raise UsageError(f"--out={out}: {e}") from e
-    return lock
-
-
 def open_journal(path: Path) -> sqlite3.Connection:
     """Open or create the log; the file and SQLite's companions are readable by their owner alone.
 
@@ -219,23 +197,6 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         with db:
             db.execute("BEGIN")
             yield
-
-
-def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str) -> None:
-    """This model's answers alone are in this journal. UsageError where it was begun with another model, or where it is
-    new and there are checkpoints that it doesn't know."""
-    begun = db.execute("SELECT folder, fingerprint FROM model").fetchone()
-    if begun is None:
-        out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
-        if list((out / "checkpoints").glob("step-*")):
-            raise UsageError(
-                f"{out} has checkpoints, but no journal that knows them: move them away, or give another --out"
-            )
-        db.execute("INSERT INTO model VALUES (?, ?)", (str(folder.resolve()), fingerprint))
-    elif begun["fingerprint"] != fingerprint:
-        raise UsageError(
-            f"this --out was begun with the model of {begun['folder']}, not {folder}: give that one, or another --out"
-        )
 
 
 def has_disk_space(db: sqlite3.Connection) -> bool:
@@ -433,32 +394,6 @@ def recover(db: sqlite3.Connection) -> int:
     return step
 
 
-def rollback(db: sqlite3.Connection, step: int) -> int:
-    """Make the checkpoint of `step` (0: the start) the current one. Turns that later steps were trained on,
-    and answers that later weights gave, are dropped; returns their number.
-    UsageError where there is no such checkpoint."""
-    if step not in (known := [0, *checkpoints(db)]):
-        raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
-    with transaction(db):
-        db.execute("DELETE FROM checkpoints WHERE step > ?", (step,))
-        return db.execute(
-            "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'trained' AND step > ? OR "
-            "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?, ?)) AND "
-            "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?",
-            (f"undone by a rollback to step {step}", step, *REVIVED, step),
-        ).rowcount
-
-
-def forget(db: sqlite3.Connection, session: str) -> tuple[int, int | None]:
-    """Remove a conversation for good: the number of its turns, and the first step that was trained on one of them."""
-    first = db.execute("SELECT MIN(step) FROM turns WHERE session = ? AND state = 'trained'", (session,)).fetchone()[0]
-    removed = db.execute("DELETE FROM turns WHERE session = ?", (session,)).rowcount
-    db.execute("VACUUM")
-    if db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # SQLite's log has the pages as they were
-        raise UsageError("the turns are removed, but another program has the journal open: close it and do this again")
-    return removed, first
-
-
 def note(db: sqlite3.Connection, turn_id: str, reason: str) -> None:
     """Say in the row of a turn that is trained on why a part of its verdict is not used."""
     db.execute("UPDATE turns SET reason = ? WHERE id = ?", (reason, turn_id))
@@ -516,7 +451,7 @@ def row_of(db: sqlite3.Connection, turn_id: str, table: str = "turns") -> sqlite
 def turn_of(db: sqlite3.Connection, r: sqlite3.Row) -> Turn:
     """Of a row of `readable`."""
     values = {f.name: r[f.name] for f in fields(Turn)}
-    values |= {name: json.loads(r[name]) for name in AS_JSON}
+    values |= {name: json.loads(r[name] or "{}") for name in AS_JSON}  # of a pruned turn the template is gone
     values |= {name: np.frombuffer(pieces.unpacked(r[name]), dtype).tolist() for name, dtype in AS_BYTES.items()}
     values["prompt_ids"] = pieces.tokens_of(db, r["prompt_ids"])
     values["versions"] = [tuple(span) for span in values["versions"]]

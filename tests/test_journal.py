@@ -2,12 +2,11 @@
 
 import json
 import os
-import sqlite3
 import stat
 
 import pytest
 
-from durable import journal
+from durable import journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Verdict
 from tests.records import BAD, GOOD, turn
@@ -131,7 +130,7 @@ def test_rollback_after_a_kill_drops_what_later_weights_said(db):
         journal.record_turn(db, turn(name, versions=[(0, 0, 1), (version, 1, 3)]))
     journal.record_verdict(db, "newest", BAD)
     journal.record_turn(db, turn("last", versions=[(2, 0, 3)]), journal.LAST)
-    assert journal.rollback(db, 1) == 5
+    assert upkeep.rollback(db, 1) == 5
     with pytest.raises(ValueError, match="undone by"):
         journal.record_verdict(db, "last", BAD)
     assert {state(db, i)[1] for i in ("t2", "t3", "new", "newest")} == {"undone by a rollback to step 1"}
@@ -143,57 +142,35 @@ def test_rollback_drops_what_led_astray(db):
         trained(db, f"t{step}", step)
         journal.add_checkpoint(db, step, keep=2)
     with pytest.raises(UsageError, match="--step=1: there are checkpoints of the steps 0, 2, 3"):
-        journal.rollback(db, 1)
-    assert journal.rollback(db, 2) == 1 and journal.checkpoints(db) == [2]
+        upkeep.rollback(db, 1)
+    assert upkeep.rollback(db, 2) == 1 and journal.checkpoints(db) == [2]
     assert state(db, "t3")[:2] == ("dropped", "undone by a rollback to step 2") and state(db, "t2")[0] == "trained"
     assert journal.recover(db) == 2 and journal.in_state(db, "queued") == []
-    assert journal.rollback(db, 0) == 2 and journal.recover(db) == 0
-
-
-def test_a_forgotten_session_is_gone_from_the_disk(tmp_path):
-    db = journal.open_journal(tmp_path / "j.db")
-    secret = [{"role": "user", "content": "my password is xyzzy-plugh"}]
-    for i in range(200):
-        journal.record_turn(db, turn(f"other{i}", session="other"))
-        journal.record_turn(db, turn(f"t{i}", messages=secret, session="mine"))
-    journal.record_verdict(db, "t7", BAD)
-    journal.mark_trained(db, ["t7"], 12)
-    on_disk = lambda: any(b"xyzzy-plugh" in p.read_bytes() for p in tmp_path.glob("j.db*"))  # noqa: E731
-    assert on_disk()
-    assert journal.forget(db, "mine") == (200, 12)
-    assert not on_disk(), "also not in the free pages or in SQLite's log"
-    assert journal.counts(db) == {"waiting": 200} and journal.forget(db, "mine") == (0, None)
-    reader = sqlite3.connect(tmp_path / "j.db")
-    reader.execute("BEGIN")
-    reader.execute("SELECT COUNT(*) FROM turns").fetchone()
-    with pytest.raises(UsageError, match="another program has the journal open"):
-        journal.forget(db, "other")
-    reader.close()
-    assert journal.counts(db) == {}
+    assert upkeep.rollback(db, 0) == 2 and journal.recover(db) == 0
 
 
 def test_a_folder_is_one_programs(tmp_path):
-    held = journal.lock_out_dir(tmp_path / "out")
+    held = upkeep.lock_out_dir(tmp_path / "out")
     with pytest.raises(UsageError, match=f"in use by process {os.getpid()}: stop it first"):
-        journal.lock_out_dir(tmp_path / "out")
+        upkeep.lock_out_dir(tmp_path / "out")
     held.close()
-    journal.lock_out_dir(tmp_path / "out").close()
+    upkeep.lock_out_dir(tmp_path / "out").close()
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--out=.*Not a directory"):
-        journal.lock_out_dir(tmp_path / "file" / "out")
+        upkeep.lock_out_dir(tmp_path / "file" / "out")
 
 
 def test_a_journal_is_one_models(db, tmp_path):
-    journal.bind_model(db, tmp_path / "model", "abc")
-    journal.bind_model(db, tmp_path / "moved", "abc")
+    upkeep.bind_model(db, tmp_path / "model", "abc")
+    upkeep.bind_model(db, tmp_path / "moved", "abc")
     with pytest.raises(UsageError, match="begun with the model of .*/model, not .*/another: give that one"):
-        journal.bind_model(db, tmp_path / "another", "def")
+        upkeep.bind_model(db, tmp_path / "another", "def")
 
 
 def test_checkpoints_that_a_new_journal_does_not_know_are_not_touched(db, tmp_path):
     (tmp_path / "checkpoints" / "step-000050").mkdir(parents=True)
     with pytest.raises(UsageError, match="no journal that knows them"):
-        journal.bind_model(db, tmp_path / "model", "abc")
+        upkeep.bind_model(db, tmp_path / "model", "abc")
 
 
 def test_what_is_no_journal_is_refused(tmp_path):

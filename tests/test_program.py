@@ -411,7 +411,7 @@ async def test_a_stop_a_kill_and_what_comes_after(fresh):
     session = rows(program, "id = ?", first[0])[0]["session"]
     assert admin("forget", f"--session={session}") == (
         0,
-        f"1 turns of {session} are removed; checkpoints trained on one: [1, 2]",
+        "checkpoints that did not see it: only the start, step 0 (rollback --step); that did: 1, 2",
     )
     assert admin("forget", f"--session={session}")[0] == 1 and not rows(program, "id = ?", first[0])
     status, said = admin("rollback", "--step=1")

@@ -1,0 +1,288 @@
+"""What is done to a journal as a whole: taken by one program, rolled back, pruned, and forgotten from.
+
+`prune` and `forget` may run beside the program, on a connection of their own: they hold the lock for short writes only.
+"""
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from clients.sessions import asked_by_the_client, conversation, letters, text_of, without_thinking, words_of
+from durable import journal, pieces
+from durable.errors import UsageError
+from durable.journal import checkpoints, transaction
+
+PORTION = 100  # rows in one write
+PROOF = 20  # letters; a shorter text does not show that a conversation holds another one's
+LONG = 100  # letters that two conversations do not begin with by chance
+HEAD = 200  # letters of a text that are looked for: clients cut what they quote
+COMMON = 3  # a text that so many other sessions have as a message of their own is no proof
+
+# All pieces that a turn refers to, in a temporary table.
+LIVE = """
+DROP TABLE IF EXISTS temp.live;
+CREATE TEMP TABLE live (id INTEGER PRIMARY KEY);
+INSERT OR IGNORE INTO live SELECT e.value FROM turns, json_each(messages) AS e;
+INSERT OR IGNORE INTO live SELECT e.value FROM turns, json_each(prompt_ids) AS e;
+INSERT OR IGNORE INTO live SELECT e.value FROM temp.live AS l JOIN pieces AS n USING (id), json_each(n.data) AS e;
+INSERT OR IGNORE INTO live SELECT e.value FROM turns, json_each(next_messages) AS e;
+INSERT OR IGNORE INTO live SELECT template FROM turns WHERE template NOT NULL;
+"""
+
+
+def lock_out_dir(out: Path) -> TextIO:
+    """Make the folder and take it for this process, as long as what is returned stays open.
+
+    UsageError where that can't be done, or another run.py has it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = open(out / "lock", "a+")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        print(os.getpid(), file=lock, end="", flush=True)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UsageError(
+            f"--out={out} is in use by process {lock.read() or '?'}: stop it first, or give another --out"
+        ) from None
+    except OSError as e:
+        raise UsageError(f"--out={out}: {e}") from e
+    return lock
+
+
+def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str) -> None:
+    """This model's answers alone are in this journal. UsageError where it was begun with another model, or where it is
+    new and there are checkpoints that it doesn't know."""
+    begun = db.execute("SELECT folder, fingerprint FROM model").fetchone()
+    if begun is None:
+        out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
+        if list((out / "checkpoints").glob("step-*")):
+            raise UsageError(
+                f"{out} has checkpoints, but no journal that knows them: move them away, or give another --out"
+            )
+        db.execute("INSERT INTO model VALUES (?, ?)", (str(folder.resolve()), fingerprint))
+    elif begun["fingerprint"] != fingerprint:
+        raise UsageError(
+            f"this --out was begun with the model of {begun['folder']}, not {folder}: give that one, or another --out"
+        )
+
+
+def own_connection(path: Path) -> sqlite3.Connection:
+    """For upkeep beside the program: it waits for the lock, and its temporary tables never reach the disk."""
+    db = journal.open_journal(path)
+    db.execute("PRAGMA busy_timeout = 60000")
+    db.execute("PRAGMA temp_store = MEMORY")
+    return db
+
+
+def rollback(db: sqlite3.Connection, step: int) -> int:
+    """Make the checkpoint of `step` (0: the start) the current one. Turns that later steps were trained on,
+    and answers that later weights gave, are dropped; returns their number.
+    UsageError where there is no such checkpoint."""
+    if step not in (known := [0, *checkpoints(db)]):
+        raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
+    with transaction(db):
+        db.execute("DELETE FROM checkpoints WHERE step > ?", (step,))
+        return db.execute(
+            "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'trained' AND step > ? OR "
+            "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?, ?)) AND "
+            "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?",
+            (f"undone by a rollback to step {step}", step, *journal.REVIVED, step),
+        ).rowcount
+
+
+# ---- pieces that nothing refers to ----
+
+
+def in_portions(db: sqlite3.Connection, statement: str, ids: Iterable[str | int]) -> None:
+    """Run a statement with `IN (SELECT value FROM json_each(?))` for a few ids at a time, so that others write too."""
+    todo = list(ids)
+    for k in range(0, len(todo), PORTION):
+        db.execute(statement, (pieces.as_json(todo[k : k + PORTION]),))
+        time.sleep(0.01)
+
+
+def sweep(db: sqlite3.Connection) -> None:
+    """Delete the pieces that no turn refers to.
+
+    A program that runs may take up such a piece again for a new turn. So it first loses its hash, by which it is found;
+    then it is looked at once more."""
+    these = "id IN (SELECT value FROM json_each(?))"
+    for dead, statement in (
+        ("hash NOT NULL", f"UPDATE pieces SET hash = NULL WHERE {these}"),
+        ("hash IS NULL", f"DELETE FROM pieces WHERE {these}"),
+    ):
+        with transaction(db):  # one view of all tables
+            for fill in filter(str.strip, LIVE.split(";")):
+                db.execute(fill)
+            found = db.execute(f"SELECT id FROM pieces WHERE {dead} AND id NOT IN (SELECT id FROM temp.live)")
+            ids = [r["id"] for r in found]
+        in_portions(db, statement, ids)
+    db.execute("DROP TABLE temp.live")
+
+
+PRUNED = (
+    "messages = '[]', prompt_ids = '[]', versions = '[]', template = NULL, next_messages = NULL, asked = '', "
+    "hints = NULL, late_feedback = '[]'"
+)
+
+
+def prune(path: Path, days: float) -> int:
+    """The texts and token ids of turns that are older than this and done with leave the journal: of dropped ones, and
+    of those trained on up to the oldest checkpoint that is kept. Verdict, state and reason stay. Returns their number.
+    """
+    with closing(own_connection(path)) as db:
+        found = db.execute(
+            "SELECT id FROM turns WHERE created < ? AND template NOT NULL AND "
+            "(state = 'dropped' OR state = 'trained' AND step <= ?)",
+            (time.time() - days * 86400, min(checkpoints(db), default=0)),
+        ).fetchall()
+        for k in range(0, len(found), PORTION):
+            ids = pieces.as_json([r["id"] for r in found[k : k + PORTION]])
+            with transaction(db):
+                # A person may have rated one since: then it is queued.
+                these = (
+                    "template NOT NULL AND state IN ('dropped', 'trained') AND id IN (SELECT value FROM json_each(?))"
+                )
+                db.execute(
+                    "UPDATE answers SET text = '', response_ids = ?, logprobs = ? "
+                    f"WHERE number IN (SELECT number FROM turns WHERE {these})",
+                    (pieces.packed(b""), pieces.packed(b""), ids),
+                )
+                db.execute(f"UPDATE turns SET {PRUNED} WHERE {these}", (ids,))
+            time.sleep(0.01)
+        if found:
+            sweep(db)
+    return len(found)
+
+
+# ---- forget ----
+
+
+@dataclass
+class Forgotten:
+    """What `forget` removed."""
+
+    turns: int = 0
+    sessions: dict[str, str] = field(default_factory=dict)  # session -> why
+    first: int | None = None  # the first step that was trained on one of the turns
+    left: str = ""  # why a copy may still be on the disk
+
+    def report(self, kept: list[int]) -> str:
+        """In words; `kept`: the steps of the checkpoints."""
+        touched = [step for step in kept if self.first is not None and step >= self.first]
+        clean = [step for step in kept if step not in touched]
+        lines = [f"{self.turns} turns are removed", *[f"  {session}: {why}" for session, why in self.sessions.items()]]
+        if self.first is not None:
+            lines += [
+                f"trained on one of them: the steps from {self.first} on. What weights, Adam's moments and the running "
+                "means of rewards took from it stays there.",
+                f"checkpoints that did not see it: {', '.join(map(str, clean)) or 'only the start, step 0'} "
+                f"(rollback --step); that did: {', '.join(map(str, touched)) or 'none'}",
+            ]
+        return "\n".join([*lines, *([self.left] if self.left else [])])
+
+
+def said_in(messages: list[dict]) -> list[str]:
+    """The letters of what a person and the model said; a client's own requests and the system's text are left out."""
+    talk = [m for m in conversation(messages) if m.get("role") in ("user", "assistant")]
+    return [letters(words_of(m) if m["role"] == "user" else without_thinking(text_of(m.get("content")))) for m in talk]
+
+
+@dataclass
+class Said:
+    """The texts of a session, as their letters."""
+
+    answers: set[str]
+    said: set[str]  # whole messages of the person and the model, and the answers
+    begins: set[str]  # those that a person's conversation begins with
+    all: str  # what all its messages say, also the client's own requests
+
+
+def texts_of(db: sqlite3.Connection, session: str) -> Said:
+    def messages(rows: str) -> list[dict]:
+        found = db.execute(
+            f"SELECT DISTINCT p.id, p.data FROM turns, {rows} WHERE session = ? ORDER BY p.id", (session,)
+        )
+        return [json.loads(r["data"]) for r in found]
+
+    sent = messages(pieces.NESTED.format("messages")) + messages(pieces.ITEMS.format("next_messages"))
+    texts = db.execute(
+        "SELECT text FROM turns JOIN answers USING (number) WHERE session = ? ORDER BY created", (session,)
+    )
+    answers, talk = [letters(without_thinking(r["text"])) for r in texts], said_in(sent)
+    all_text = "\0".join(letters(text_of(m.get("content"))) for m in sent)
+    begins = set() if asked_by_the_client(sent) else {*talk[:2], *answers[:1]}
+    return Said(set(answers), {*talk, *answers}, begins, all_text)
+
+
+def derived(db: sqlite3.Connection, session: str) -> dict[str, str]:
+    """Other sessions of the same user that hold a text of this one, and on from their answers: a title, a summary, the
+    conversation after a compaction. Why, for each."""
+    (user,) = db.execute("SELECT user FROM turns WHERE session = ? LIMIT 1", (session,)).fetchone()
+    rows = db.execute("SELECT DISTINCT session FROM turns WHERE user = ? AND session != ?", (user, session))
+    others = {r["session"]: texts_of(db, r["session"]) for r in rows.fetchall()}
+    new, found = texts_of(db, session).said, {}
+    while proofs := {t for t in new if len(t) >= PROOF}:
+        rare = [p for p in proofs if sum(p in other.said for other in others.values()) < COMMON]
+        reasons = {name: why for name, other in others.items() if (why := why_derived(other, rare))}
+        new = {answer for name in reasons for answer in others.pop(name).answers}
+        found |= reasons
+    return found
+
+
+def why_derived(other: Said, proofs: list[str]) -> str | None:
+    for proof in proofs:
+        if proof in other.said:
+            if len(proof) >= LONG or proof not in other.begins:
+                return f"it has a message of {len(proof)} letters in common"
+        elif proof[:HEAD] in other.all:
+            return f"it quotes a text of {len(proof)} letters"
+    return None
+
+
+def forget(db: sqlite3.Connection, session: str = "", user: str = "") -> Forgotten:
+    """Remove a conversation with all that was made of it, or all of a user, for good. On `own_connection`."""
+    column, value = ("session", session) if session else ("user", user)
+    found = db.execute(f"SELECT DISTINCT session FROM turns WHERE {column} = ?", (value,)).fetchall()
+    if not found:
+        if not empty_log(db):  # of an earlier time
+            raise UsageError(STILL_READ)
+        raise UsageError(f"--{column}={value}: there is no such {column} in the journal")
+    gone = Forgotten(sessions={r["session"]: "as asked" for r in found} | (derived(db, session) if session else {}))
+    mine = "session IN (SELECT value FROM json_each(?))" + (" AND user = ?" if user else "")
+    given = (pieces.as_json(list(gone.sessions)), *([user] if user else []))
+    trained = db.execute(f"SELECT MIN(step) FROM turns WHERE {mine} AND state = 'trained'", given)
+    gone.first = trained.fetchone()[0]
+    ids = [r["id"] for r in db.execute(f"SELECT id FROM turns WHERE {mine}", given)]
+    these = "id IN (SELECT value FROM json_each(?))"
+    in_portions(db, f"DELETE FROM answers WHERE number IN (SELECT number FROM turns WHERE {these})", ids)
+    in_portions(db, f"DELETE FROM turns WHERE {these}", ids)
+    gone.turns = len(ids)
+    sweep(db)
+    gone.left = "" if empty_log(db) else STILL_READ
+    return gone
+
+
+STILL_READ = (
+    "SQLite's log still has what was removed, since another program reads the journal: close it, and repeat this"
+)
+
+
+def empty_log(db: sqlite3.Connection, seconds: float = 10) -> bool:
+    """Overwrite SQLite's log, which has the pages as they were; False where a reader holds it for all this time."""
+    db.execute("PRAGMA busy_timeout = 200")
+    deadline = time.monotonic() + seconds
+    while db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,196 @@
+"""Prune, forget, show and export: what leaves the journal, and what is seen of it."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from clients.sessions import answer_digest, keys_of
+from durable import admin, journal, pieces, upkeep
+from durable.errors import UsageError
+from tests.conftest import ROOT
+from tests.records import BAD, turn
+from tests.talking import user
+
+SECRET = "My dentist is called Doctor Xyzzy Plugh and lives in Porto."
+REPLY = "I will remember that your dentist is Doctor Xyzzy Plugh."
+COMMON = "Please check all my open tasks and tell me what is due."
+
+
+@pytest.fixture
+def db(tmp_path):
+    db = upkeep.own_connection(tmp_path / "journal.db")
+    yield db
+    db.close()
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+def say(db, session, messages, answer, **more):
+    """A turn of a session; its id."""
+    turn_id = f"{session}-{len(messages)}-{time.monotonic_ns()}"
+    keys = keys_of(messages) | {"answer": answer_digest(bot(answer))}
+    journal.record_turn(db, turn(turn_id, session=session, messages=messages, text=answer, **keys, **more))
+    return turn_id
+
+
+def on_disk(folder, text):
+    return any(text.encode() in p.read_bytes() for p in folder.glob("journal.db*"))
+
+
+def left(db):
+    return {r[0] for r in db.execute("SELECT DISTINCT session FROM turns")}
+
+
+def test_what_was_made_of_a_conversation_goes_with_it(db, tmp_path):
+    first = say(db, "talk", [user(SECRET)], REPLY)
+    journal.record_next(db, first, [user("Thanks.")])
+    quoted = f"Make a title for this chat:\n<chat>\nuser: {SECRET}\nassistant: {REPLY}\n</chat>"
+    say(db, "title", [user(quoted)], "Dentist")
+    summary = "The person told the name of their dentist, a doctor in Porto."
+    request = [user(SECRET), bot(REPLY), user("Your task is to create a detailed summary of the conversation so far")]
+    say(db, "summary", request, summary)
+    say(
+        db, "compacted", [user(f"The conversation before was compacted:\n\n{summary}"), user("Go on.")], "Sure, gladly."
+    )
+    say(db, "client", [{"role": "system", "content": "You are a title generator"}, user(f"- {SECRET}")], "A dentist")
+    say(db, "bobs", [user(quoted)], "Bob's", user="bob")
+    for k in range(10):
+        say(
+            db,
+            f"other {k}",
+            [user("How tall is the tower in Paris?"), bot("330 m"), user("Thanks.")],
+            "You are welcome.",
+        )
+    gone = upkeep.forget(db, session="talk")
+    assert set(gone.sessions) == {"talk", "title", "summary", "compacted", "client"} and gone.turns == 5
+    assert "talk: as asked" in gone.report([]) and "title: it quotes a text of" in gone.report([])
+    assert left(db) == {"bobs", *(f"other {k}" for k in range(10))}
+    upkeep.forget(db, user="bob")
+    assert left(db) == {f"other {k}" for k in range(10)} and not on_disk(tmp_path, "Xyzzy")
+    with pytest.raises(UsageError, match="--session=talk: there is no such session"):
+        upkeep.forget(db, session="talk")
+
+
+def test_what_many_conversations_have_in_common_drags_none_along(db):
+    for k in range(6):
+        talk = [user(f"Question number {k}, please answer it well."), bot(f"Answer number {k} to it, in full length.")]
+        say(db, f"s{k}", [*talk, user(COMMON)], "Nothing is due.")
+    for name in ("weather", "weather again"):
+        say(db, name, [user("What is the weather like in Berlin?")], "I can't see the weather from here.")
+    assert set(upkeep.forget(db, session="s0").sessions) == {"s0"}
+    assert set(upkeep.forget(db, session="weather").sessions) == {"weather"}
+
+
+def test_it_says_what_it_cannot_reach(db):
+    turn_id = say(db, "talk", [user(SECRET)], REPLY)
+    journal.record_verdict(db, turn_id, BAD)
+    journal.begin_step(db, [turn_id])
+    journal.mark_trained(db, [turn_id], 12)
+    for step in (10, 20):
+        journal.add_checkpoint(db, step, keep=3)
+    said = upkeep.forget(db, session="talk").report(journal.checkpoints(db))
+    assert "the steps from 12 on" in said and "did not see it: 10 (rollback --step); that did: 20" in said
+
+
+def test_a_reader_keeps_the_log(db, tmp_path, monkeypatch):
+    monkeypatch.setattr(upkeep.empty_log, "__defaults__", (0.5,))
+    say(db, "talk", [user(SECRET)], REPLY)
+    reader = sqlite3.connect(tmp_path / "journal.db")
+    reader.execute("BEGIN")
+    reader.execute("SELECT COUNT(*) FROM turns").fetchone()
+    assert "another program reads the journal" in upkeep.forget(db, session="talk").report([])
+    reader.close()
+    with pytest.raises(UsageError, match="no such session"):
+        upkeep.forget(db, session="talk")
+    assert not on_disk(tmp_path, "Xyzzy")
+
+
+def test_a_piece_that_is_taken_up_again_stays(db, tmp_path, monkeypatch):
+    """While `forget` looks for what nothing refers to, the program records a turn with the same text."""
+    say(db, "talk", [user(SECRET)], REPLY)
+    program, portions = journal.open_journal(tmp_path / "journal.db"), upkeep.in_portions
+
+    def and_meanwhile(db, statement, ids):
+        if "hash = NULL" in statement:
+            say(program, "before", [user(SECRET)], "ok")
+        portions(db, statement, ids)
+        if "hash = NULL" in statement:
+            say(program, "after", [user(SECRET)], "ok")
+
+    monkeypatch.setattr(upkeep, "in_portions", and_meanwhile)
+    upkeep.forget(db, session="talk")
+    for r in db.execute("SELECT id FROM turns").fetchall():
+        assert journal.load_turn(db, r["id"])[0].messages == [user(SECRET)]
+    assert left(db) == {"before", "after"}
+
+
+def test_old_turns_that_are_done_with_lose_their_texts(db, tmp_path):
+    old = {"created": time.time() - 40 * 86400}
+    talk = [user(SECRET)]
+    ids = {name: say(db, name, talk, f"{name} answer", **old) for name in ("kept", "later", "dropped", "waiting")}
+    ids["new"] = say(db, "new", [user("fresh words")], "new answer")
+    for name, step in (("kept", 5), ("later", 30)):
+        journal.record_verdict(db, ids[name], BAD)
+        journal.mark_trained(db, [ids[name]], step)
+    for step in (10, 20):
+        journal.add_checkpoint(db, step, keep=2)
+    for name in ("dropped", "new"):
+        journal.drop(db, [ids[name]], journal.ALONE)
+    before = journal.counts(db)
+    assert upkeep.prune(tmp_path / "journal.db", 30) == 2
+    texts = {r["session"]: r["text"] for r in db.execute("SELECT session, text FROM readable")}
+    assert {name for name, text in texts.items() if not text} == {"kept", "dropped"}
+    assert journal.load_turn(db, ids["later"])[0].messages == talk, "a piece that others still have stays"
+    row = journal.row_of(db, ids["kept"])
+    assert (row["score"], row["state"], row["step"]) == (-1, "trained", 5) and journal.counts(db) == before
+    assert not journal.record_next(db, ids["dropped"], [user("hello again")])
+    with pytest.raises(ValueError, match="is dropped"):
+        journal.record_verdict(db, ids["dropped"], BAD)
+    assert journal.load_turn(db, ids["kept"])[0].response_ids == []
+    assert "removed, by --keep_days" in admin.describe(
+        db.execute("SELECT * FROM readable WHERE id = ?", (ids["kept"],)).fetchone()
+    )
+    for name in ("later", "waiting"):
+        journal.drop(db, [ids[name]], journal.ALONE)
+    upkeep.prune(tmp_path / "journal.db", 30)
+    assert upkeep.empty_log(db) and not on_disk(tmp_path, "Xyzzy") and on_disk(tmp_path, "fresh words")
+
+
+def run_admin(tmp_path, *words):
+    command = [sys.executable, "-m", "durable.admin", *words, f"--out={tmp_path}"]
+    return subprocess.run(command, capture_output=True, cwd=ROOT, check=True).stdout
+
+
+def test_show_passes_no_commands_on_to_the_terminal(db, tmp_path):
+    bad = "a\x1b]52;c;cm0=\x07b\x9b31mc\u202ed\r"
+    say(db, bad, [user(bad)], bad)
+    out = run_admin(tmp_path, "show").decode()
+    assert all(c.isprintable() or c == "\n" for c in out) and r"a\x1b]52;c;cm0=\x07b\x9b31mc\u202ed" in out
+
+
+def test_export(db, tmp_path):
+    judged = say(db, "a", [user("one")], "1")
+    journal.record_next(db, judged, [user("no")])
+    journal.record_verdict(db, judged, BAD)
+    say(db, "b", [user("two")], "2", created=1.0)
+    found = [json.loads(line) for line in run_admin(tmp_path, "export").splitlines()]
+    assert [f["text"] for f in found] == ["2", "1"] and found[0]["verdict"] is None
+    one = found[1]
+    assert (one["messages"], one["prompt_ids"], one["response_ids"]) == ([user("one")], [1, 2], [3, 4, 5])
+    assert one["logprobs"] == [-0.5, -1.0, -0.25] and one["versions"] == [[0, 0, 2], [1, 2, 3]]
+    assert one["verdict"]["score"] == -1 and one["state"] == "queued" and one["next_messages"] == [user("no")]
+    assert len(run_admin(tmp_path, "export", "--since=2020-01-01").splitlines()) == 1
+
+
+def test_a_sweep_leaves_what_is_in_use(db):
+    say(db, "a", [user(f"message {k}") for k in range(100)], "1")
+    before = db.execute("SELECT COUNT(*) FROM pieces").fetchone()[0]
+    pieces.put(db, ["nobody's"])
+    upkeep.sweep(db)
+    assert db.execute("SELECT COUNT(*) FROM pieces WHERE hash NOT NULL").fetchone()[0] == before
