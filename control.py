@@ -17,7 +17,7 @@ from starlette.routing import Route
 import swap
 import trainer
 from batch import TRAIN_NOW
-from durable import checkpoint, journal
+from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from program import Program
 from server import openai_error
@@ -35,7 +35,7 @@ async def roll_back(p: Program, step: int) -> str:
         probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
         _, p.pause = await swap.push(p.engine, new, old, probe, p.config.push_bound)
         p.served = step
-        undone = journal.rollback(p.db, step)
+        undone = await journal.patiently(upkeep.rollback, p.db, step)
         checkpoint.remove_others(out, journal.checkpoints(p.db))
         checkpoint.trim_metrics(out / "metrics.jsonl", step)
     return f"step {step} is the current one; {undone} turns that came after it are dropped"

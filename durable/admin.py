@@ -108,8 +108,7 @@ def main(command: Show | Rollback | Forget | Export) -> None:
     else:
         if bool(command.session) == bool(command.user):
             raise UsageError("give --session or --user")
-        with closing(upkeep.own_connection(out / "journal.db")) as db:
-            print(printable(upkeep.forget(db, command.session, command.user).report(journal.checkpoints(db))))
+        print(printable(upkeep.forget_in(out / "journal.db", command.session, command.user)))
 
 
 def printable(text: str) -> str:

@@ -249,6 +249,12 @@ def why_derived(other: Said, proofs: list[str]) -> str | None:
     return None
 
 
+def forget_in(path: Path, session: str = "", user: str = "") -> str:
+    """`forget` with a connection of its own, so that it can be called in a thread; returns what to tell the person."""
+    with closing(own_connection(path)) as db:
+        return forget(db, session, user).report(checkpoints(db))
+
+
 def forget(db: sqlite3.Connection, session: str = "", user: str = "") -> Forgotten:
     """Remove a conversation with all that was made of it, or all of a user, for good. On `own_connection`."""
     column, value = ("session", session) if session else ("user", user)
