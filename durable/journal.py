@@ -388,7 +388,9 @@ def recover(db: sqlite3.Connection) -> int:
         step = max(checkpoints(db), default=0)
         requeue(db, "the program died in the step")
         db.execute(
-            "UPDATE turns SET state = 'queued', step = NULL, reason = NULL WHERE state = 'trained' AND step > ?",
+            # SQLite would take by_state, and read every turn that was ever trained on.
+            "UPDATE turns INDEXED BY by_step SET state = 'queued', step = NULL, reason = NULL "
+            "WHERE state = 'trained' AND step > ?",
             (step,),
         )
     return step

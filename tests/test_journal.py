@@ -229,14 +229,14 @@ def test_reasons_are_counted_by_kind(db):
     assert journal.drop_reasons(db) == {"step # reverted": 20, "the judge failed": 20}
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
-        "UPDATE turns SET state = 'queued', step = NULL, reason = NULL WHERE state = 'trained' AND step > 5",
-        "UPDATE turns SET state = 'queued' WHERE state = 'training' RETURNING id",
-        "UPDATE turns SET state = 'dropped', reason = 'r' WHERE state = 'waiting' AND created <= 5",
-    ],
-)
-def test_a_start_reads_no_more_than_it_changes(db, query):
-    (plan,) = [r["detail"] for r in db.execute(f"EXPLAIN QUERY PLAN {query}")]
-    assert plan.startswith(("SEARCH turns USING INDEX", "SEARCH turns USING COVERING INDEX")), plan
+def test_a_start_reads_no_more_than_it_changes(db):
+    """Counted in steps of SQLite's machine, with 5,000 turns that need nothing."""
+    for k in range(5000):
+        journal.record_turn(db, turn(f"t{k}"))
+    journal.mark_trained(db, [f"t{k}" for k in range(5000)], 1)
+    journal.add_checkpoint(db, 1, keep=1)
+    steps = []
+    db.set_progress_handler(lambda: steps.append(1), 100)
+    journal.recover(db)
+    journal.expire(db, 60)
+    assert len(steps) < 10

@@ -70,4 +70,4 @@ def test_size(tmp_path):
     print("\nmedian ms      " + "".join(f"{size:>12,}" for size in SIZES))
     for name in results[0]:
         print(f"{name:<15}" + "".join(f"{r[name]:>12.2f}" for r in results))
-    assert results[-1]["a turn"] < 10 and results[-1]["counts"] < 5 and results[-1]["recover, cold"] < 500
+    assert results[-1]["a turn"] < 10 and results[-1]["counts"] < 5 and results[-1]["recover, cold"] < 100
