@@ -208,13 +208,16 @@ class Said:
 
 
 def texts_of(db: sqlite3.Connection, session: str) -> Said:
-    def messages(rows: str) -> list[dict]:
+    def messages(rows: str, order: str) -> list[dict]:
         found = db.execute(
-            f"SELECT DISTINCT p.id, p.data FROM turns, {rows} WHERE session = ? ORDER BY p.id", (session,)
+            f"SELECT p.data FROM turns, {rows} WHERE session = ? GROUP BY p.id ORDER BY MIN(number), {order}",
+            (session,),
         )
         return [json.loads(r["data"]) for r in found]
 
-    sent = messages(pieces.NESTED.format("messages")) + messages(pieces.ITEMS.format("next_messages"))
+    # As the conversation has them: a piece that other sessions have, too, may be older than those before it.
+    sent = messages(pieces.NESTED.format("messages"), "MIN(l.key), MIN(e.key)")
+    sent += messages(pieces.ITEMS.format("next_messages"), "MIN(e.key)")
     texts = db.execute(
         "SELECT text FROM turns JOIN answers USING (number) WHERE session = ? ORDER BY created", (session,)
     )
