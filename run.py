@@ -31,6 +31,7 @@ import swap
 import trainer
 from batch import next_batch, prepare_lessons
 from clients import keys, paste, sessions
+from clients.connections import Listener
 from config import Config, parse
 from durable import checkpoint, guard, journal, upkeep
 from durable.errors import UsageError
@@ -221,7 +222,8 @@ async def setup(config: Config) -> Program:
     plan = machine.plan(config, folder)
     try:  # before the engine starts, which takes a while
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listener = socket.create_server((config.host, config.port), family=family, dualstack_ipv6=config.host == "::")
+        plain = socket.create_server((config.host, config.port), family=family, dualstack_ipv6=config.host == "::")
+        listener = Listener(fileno=plain.detach())
     except OSError as e:
         raise UsageError(f"--host={config.host} --port={config.port}: {e.strerror}") from e
     for s in (signal.SIGINT, signal.SIGTERM):  # the engine's start blocks the event loop

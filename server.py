@@ -4,9 +4,11 @@
 passes every output through unchanged, and writes the turn down before its last token is sent.
 """
 
+import asyncio
 import hmac
 import json
 import re
+import resource
 import sqlite3
 import time
 import uuid
@@ -29,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import reward
 import swap
+from clients import connections
 from clients.answers import AnswerReader
 from clients.keys import from_elsewhere
 from clients.sessions import answer_digest, asked_by_the_client, find_rated, find_turns, is_news, keys_of, request_of
@@ -39,6 +42,7 @@ CHAT = "/v1/chat/completions"
 CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
 OPEN_PATHS = ("/health",)
 MAX_BODY_BYTES = 32 << 20
+BODY_S = 60.0  # without any progress in a request's body
 MAX_MESSAGES = 10_000
 SESSION_HEADERS = ("x-session-id", "x-session-affinity", "x-openwebui-chat-id")
 # The other fields of a chat request that go into the prompt; vLLM's /tokenize has the same names for them.
@@ -121,7 +125,12 @@ class Capture:
 
         body, more = bytearray(), True
         while more:
-            message = await receive()
+            try:
+                message = await asyncio.wait_for(receive(), BODY_S)
+            except TimeoutError:
+                error = openai_error(408, f"nothing more of the body came for {BODY_S:g} s")
+                error.headers["connection"] = "close"
+                return await error(scope, receive, send)
             if message["type"] == "http.disconnect":
                 return
             body += message.get("body", b"")
@@ -404,9 +413,13 @@ class WebServer(uvicorn.Server):
 
 def web_server(app: ASGIApp) -> WebServer:
     """Streams that still run get 3 s to end when the server stops. Idle connections stay open for longer than clients
-    keep them, otherwise one could be closed while a request is on its way."""
-    options = {"timeout_graceful_shutdown": 3, "timeout_keep_alive": 75, "lifespan": "off"}
-    return WebServer(uvicorn.Config(app, log_level="warning", **options))
+    keep them, otherwise one could be closed while a request is on its way. No warnings in the log: anybody could fill
+    it with "Invalid HTTP request received"."""
+    from vllm.utils.system_utils import set_ulimit
+
+    set_ulimit(min(65535, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))  # it does nothing where it can't have all
+    options = {"timeout_graceful_shutdown": 3, "timeout_keep_alive": 75, "lifespan": "off", "ws": "none"}
+    return WebServer(uvicorn.Config(app, http=connections.Protocol, log_level="error", **options))
 
 
 class Hooks(Protocol):

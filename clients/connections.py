@@ -1,0 +1,92 @@
+"""Connections: none waits for ever, and no number of them takes the file descriptors that the program itself needs."""
+
+import asyncio
+import resource
+import socket
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+HEAD_S = 30.0  # for a request's head, from its first byte or from the connection's start
+MAX_HEAD_BYTES = 1 << 18
+RESERVE = 64  # descriptors for the rest of the program; below half of them, a new connection is closed at once
+
+idle: dict[int, Any] = {}  # descriptor -> socket of a connection without a whole request, the longest idle first
+
+
+class Listener(socket.socket):
+    """Where descriptors are short, the longest idle connection is closed for a new one: asyncio would log a traceback
+    for each `accept` that fails, thousands a second."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        connection, address = super().accept()
+        # The lowest free number is given, so at least that many are in use.
+        left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - connection.fileno()
+        if left < RESERVE:
+            close_longest_idle()
+        if left < RESERVE // 2:  # too many at once: those that were closed just now still have their descriptors
+            connection.close()
+            raise ConnectionAbortedError  # asyncio goes on with what else there is to do
+        idle[connection.fileno()] = connection
+        return connection, address
+
+
+def close_longest_idle() -> None:
+    while idle:
+        longest = idle.pop(next(iter(idle)))
+        if longest.fileno() >= 0:
+            try:
+                longest.shutdown(socket.SHUT_RDWR)  # asyncio sees its end, and closes it
+            except OSError:
+                continue  # its other side was faster
+            return
+
+
+class Protocol(AutoHTTPProtocol):
+    """uvicorn's protocol, h11's or httptools', with a time limit for a request's head. (For its body: `Capture`.)
+
+    Relied on in uvicorn 0.54.0: `cycle` is the newest request, or None before the first one's head is complete, and
+    `on_response_complete` is called when an answer is."""
+
+    head_timer: asyncio.TimerHandle | None = None
+    head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.socket = transport.get_extra_info("socket")
+        self.number = self.socket.fileno()
+        self.await_head()
+
+    def await_head(self) -> None:
+        if self.head_timer is None:
+            self.head_timer = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def stop_timer(self) -> None:
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+        self.head_timer, self.head_bytes = None, 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        idle.pop(self.number, None)
+        if self.cycle is None or self.cycle.response_complete:
+            # (Not counted: the rest of a body whose answer did not need it.)
+            self.head_bytes += 0 if self.cycle and self.cycle.more_body else len(data)
+            self.await_head()
+            if self.head_bytes > MAX_HEAD_BYTES:
+                self.transport.close()
+        else:
+            self.stop_timer()
+            if not self.cycle.more_body:
+                return
+        idle[self.number] = self.socket
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete:  # otherwise the next one came with it, and is running
+            idle[self.number] = self.socket
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.stop_timer()
+        idle.pop(self.number, None)
+        super().connection_lost(exc)

@@ -1,0 +1,190 @@
+"""Connections that wait, and requests that are nasty: a real uvicorn with the capture around a small app."""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http import auto
+
+import server
+from clients import connections
+from durable import journal
+from tests.conftest import free_port
+
+CHAT = "/v1/chat/completions"
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Says how long the body is; a GET /slow is a stream of 1.5 s."""
+
+    async def slowly():
+        for k in range(15):
+            yield b"%d " % k
+            await server.asyncio.sleep(0.1)
+
+    if scope["path"] == "/slow":
+        return await StreamingResponse(slowly())(scope, receive, send)
+    body = (await receive())["body"] if scope["method"] == "POST" else b""
+    await JSONResponse({"bytes": len(body)})(scope, receive, send)
+
+
+def serve(folder, port: int, descriptors: int, limits: dict) -> None:
+    """What run.py does with the app, in a process of its own."""
+    log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1), os.dup2(log, 2)
+    if limits.pop("without", None):  # then uvicorn takes h11
+        sys.modules["httptools"] = None
+        importlib.reload(auto), importlib.reload(connections)
+    if descriptors:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+    for name, value in limits.items():
+        module, _, name = name.partition(".")
+        setattr({"server": server, "connections": connections}[module], name, value)
+    hooks = server.SimpleNamespace(users={}, own_key="own", origins=[])
+    db = journal.open_journal(folder / "journal.db")
+    plain = socket.create_server(("127.0.0.1", port))
+    listener = connections.Listener(fileno=plain.detach())
+    web = server.web_server(server.Capture(app, hooks, db))
+    server.asyncio.run(web.serve(sockets=[listener]))
+
+
+@contextlib.contextmanager
+def served(folder, descriptors=0, **limits):
+    """Its address. `limits`: module__NAME, to wait for less than a minute."""
+    port = free_port()
+    limits = {name.replace("__", "."): value for name, value in limits.items()}
+    process = multiprocessing.get_context("fork").Process(target=serve, args=(folder, port, descriptors, limits))
+    process.start()
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        assert process.is_alive()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def opened(url: str, sent: bytes) -> socket.socket:
+    s = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)
+    s.sendall(sent)
+    return s
+
+
+def closed_after(s: socket.socket) -> tuple[float, bytes]:
+    """Seconds until the server closes it, and what it says before."""
+    begun, said = time.monotonic(), b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := s.recv(1 << 16):
+            said += part
+    return time.monotonic() - begun, said
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
+WAITING = {"nothing": b"", "half a head": HEAD, "half a body": HEAD + b"\r\n{"}
+
+
+@pytest.mark.parametrize("sent", WAITING.values(), ids=WAITING)
+def test_many_idle_connections_cost_nobody_anything(tmp_path, sent):
+    """340 of them with 256 descriptors: a request is answered all the time, and nothing is logged."""
+    with served(tmp_path, descriptors=256) as url:
+        waiting = []
+        for k in range(340):
+            waiting.append(opened(url, sent))
+            if k % 20 == 0:
+                assert httpx.post(url + CHAT, json={"messages": []}, timeout=10, verify=False).status_code == 200
+        for _ in range(50):
+            assert httpx.get(url + "/v1/models", timeout=10, verify=False).status_code == 200
+        for s in waiting:
+            s.close()
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_burst_of_connections_is_survived(tmp_path):
+    with served(tmp_path, descriptors=256) as url:
+        waiting = []
+        for _ in range(1000):
+            s = socket.socket()
+            s.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                s.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            waiting.append(s)
+        assert httpx.get(url + "/v1/models", timeout=10, verify=False).status_code == 200
+        for s in waiting:
+            s.close()
+    assert (tmp_path / "log").read_text() == ""
+
+
+@pytest.mark.parametrize("without", ["", "httptools"])
+def test_who_sends_nothing_more_is_closed(tmp_path, without):
+    with served(tmp_path, without=without, connections__HEAD_S=1.0, server__BODY_S=1.5) as url:
+        sockets = {name: opened(url, sent) for name, sent in WAITING.items()}
+        (sockets["dripping"], dripping) = opened(url, b"GET / HTTP/1.1\r\n"), threading.Event()
+
+        def drip():
+            with contextlib.suppress(OSError):
+                while not dripping.wait(0.2):
+                    sockets["dripping"].sendall(b"X: y\r\n")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        seen = {name: closed_after(s) for name, s in sockets.items()}
+        dripping.set()
+        thread.join()
+    assert all(seconds < 15 for seconds, _ in seen.values()) and not seen["nothing"][1] and not seen["half a head"][1]
+    assert (
+        b" 408 " in seen["half a body"][1] and b'"error":{"message":"nothing more of the body' in seen["half a body"][1]
+    )
+
+
+@pytest.mark.parametrize("without", ["", "httptools"])
+def test_who_is_slow_is_not_closed(tmp_path, without):
+    """A body that comes slowly, an answer that takes long, a connection that is used again."""
+    with served(tmp_path, without=without, connections__HEAD_S=0.5, server__BODY_S=0.5) as url:
+
+        def dripping():
+            for _ in range(10):
+                time.sleep(0.1)
+                yield b" " * 1000
+
+        with httpx.Client(base_url=url, timeout=10) as http:
+            for _ in range(2):
+                assert http.post("/v1/feedback", content=dripping()).json() == {"bytes": 10_000}
+                assert len(http.get("/slow").text.split()) == 15
+            time.sleep(1)  # idle between two requests for longer than either limit: uvicorn's keep-alive alone counts
+            assert http.get("/v1/models").status_code == 200
+            (connection,) = http._transport._pool.connections
+            assert connection._connection._request_count == 6 - 1
+
+
+def test_heads_are_bounded(tmp_path):
+    with served(tmp_path) as url:
+        s = opened(url, b"GET / HTTP/1.1\r\n")
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                s.sendall(b"X: " + b"y" * 10_000 + b"\r\n")
+        assert httpx.get(url + "/v1/models").status_code == 200
+
+
+def test_rubbish_is_not_logged(tmp_path):
+    with served(tmp_path) as url:
+        for sent in (
+            b"\x16\x03\x01 hello\r\n\r\n",
+            b"GET / HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+        ):
+            s = opened(url, sent)
+            assert s.recv(1000)
+            s.close()
+    assert (tmp_path / "log").read_text() == ""
