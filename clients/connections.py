@@ -1,6 +1,7 @@
 """Connections: none waits for ever, and no number of them takes the file descriptors that the program itself needs."""
 
 import asyncio
+import os
 import resource
 import socket
 from typing import Any
@@ -9,24 +10,38 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEAD_S = 30.0  # for a request's head, from its first byte or from the connection's start
 MAX_HEAD_BYTES = 1 << 18
-RESERVE = 64  # descriptors for the rest of the program; below half of them, a new connection is closed at once
+RESERVE = 64  # descriptors that are left for the rest of the program, half of them for connections that come at once
 
+connections: set["Connection"] = set()  # all that are open
 idle: dict[int, Any] = {}  # descriptor -> socket of a connection without a whole request, the longest idle first
+
+
+class Connection(socket.socket):
+    def close(self) -> None:
+        connections.discard(self)
+        super().close()
 
 
 class Listener(socket.socket):
     """Where descriptors are short, the longest idle connection is closed for a new one: asyncio would log a traceback
     for each `accept` that fails, thousands a second."""
 
+    def listen(self, *backlog: int) -> None:
+        """uvicorn calls it when the engine runs, and all that the program needs is open."""
+        taken = len(os.listdir("/proc/self/fd"))
+        self.most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - taken - RESERVE
+        super().listen(*backlog)
+
     def accept(self) -> tuple[socket.socket, Any]:
-        connection, address = super().accept()
-        # The lowest free number is given, so at least that many are in use.
-        left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - connection.fileno()
-        if left < RESERVE:
+        plain, address = super().accept()
+        connection = Connection(fileno=plain.detach())
+        if len(connections) >= self.most:
             close_longest_idle()
-        if left < RESERVE // 2:  # too many at once: those that were closed just now still have their descriptors
+        if len(connections) >= self.most + RESERVE // 2:  # those that were closed just now keep theirs a moment longer
             connection.close()
             raise ConnectionAbortedError  # asyncio goes on with what else there is to do
+        connections.add(connection)
+        idle.pop(connection.fileno(), None)  # of one that is gone; the new one's place is the last
         idle[connection.fileno()] = connection
         return connection, address
 
