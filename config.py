@@ -11,9 +11,10 @@ import tyro
 class Config:
     # ---- the program ----
     out: str = "out"  # folder of the journal, the metrics and the checkpoints
-    host: str = "127.0.0.1"  # address to listen on; any other than loopback needs a key
+    host: str = "127.0.0.1"  # address to listen on; any other than loopback needs a key in OUT/keys
     port: int = 8000  # port to listen on
-    key: str = ""  # API keys, comma-separated, "key" or "user:key"; empty: none on loopback, else those in OUT/keys
+    ssl_certfile: str = ""  # TLS: the server's certificate, and what leads to its authority; empty: plain HTTP
+    ssl_keyfile: str = ""  # TLS: its private key
     origins: str = ""  # web pages that may call from a browser, comma-separated, such as http://localhost:3000
     max_waiting: int = 10000  # turns that wait for the judge or the trainer; more are dropped
     keep_days: float = 0.0  # days after which texts and tokens of turns that are done with are removed; 0: never
@@ -89,6 +90,8 @@ class Config:
             raise ValueError("--w_rl and --w_opd: at least one must be above 0")
         if self.port > 65535:
             raise ValueError(f"--port={self.port}: expected at most 65535")
+        if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
+            raise ValueError("--ssl_certfile and --ssl_keyfile: give both, or none")
         if self.judge_url and not self.judge_model:
             raise ValueError("--judge_url needs --judge_model, the name of the model there")
         for name in ("user_share", "session_share", "truncated_share"):

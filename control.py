@@ -20,7 +20,7 @@ from batch import TRAIN_NOW
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from program import Program
-from server import openai_error
+from server import OURS, openai_error
 
 
 async def roll_back(p: Program, step: int) -> str:
@@ -61,7 +61,7 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
 
 def routes(p: Program) -> list[Route]:
     async def answer(request: Request) -> JSONResponse:
-        if request.scope["state"]["user"] != "":
+        if request.scope["state"]["user"] is not OURS:
             return openai_error(403, "this needs the key in OUT/admin_key")
         try:
             body = json.loads(await request.body() or b"{}")

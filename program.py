@@ -16,6 +16,8 @@ from openai import AsyncOpenAI
 
 import reward
 import trainer
+from clients.connections import trusting
+from clients.keys import Keys
 from config import Config
 from durable import journal
 from durable.journal import Verdict
@@ -29,7 +31,7 @@ class Program:
     lock: TextIO  # on config.out
     db: sqlite3.Connection
     listener: socket.socket
-    users: dict[str, str]  # API key -> user
+    keys: Keys
     url: str  # of this server
     engine_args: Any
     engine: Any
@@ -82,7 +84,7 @@ class Program:
     @cached_property
     def own_client(self) -> AsyncOpenAI:
         """A client of this server, for the judge and the hinted prompts. Ignores proxies of the environment."""
-        http = openai.DefaultAsyncHttpxClient(trust_env=False)
+        http = openai.DefaultAsyncHttpxClient(trust_env=False, verify=trusting(self.config.ssl_certfile))
         return AsyncOpenAI(base_url=self.url, api_key=self.own_key, http_client=http)
 
     async def on_next(self, turn_id: str) -> None:
@@ -106,15 +108,15 @@ class Program:
         else:
             queue.put_nowait(turn_id)
 
-    def status(self) -> dict[str, Any]:
-        """What GET /status shows."""
+    def status(self, user: str | None) -> dict[str, Any]:
+        """What GET /status shows: this user's turns, or everybody's."""
         return {
             "step": self.state.step,
             "training": self.training,
             "batch_size": self.config.batch_size,
             "pause": self.pause,
-            "turns": journal.counts(self.db),
-            "dropped": journal.drop_reasons(self.db),
+            "turns": journal.counts(self.db, user),
+            "dropped": journal.drop_reasons(self.db, user),
         }
 
     async def wait_for_disk_space(self) -> None:

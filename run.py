@@ -30,8 +30,8 @@ import server
 import swap
 import trainer
 from batch import next_batch, prepare_lessons
-from clients import keys, paste, sessions
-from clients.connections import Listener
+from clients import connections, paste, sessions
+from clients.keys import LOOPBACK, Keys
 from config import Config, parse
 from durable import checkpoint, guard, journal, upkeep
 from durable.errors import UsageError
@@ -203,11 +203,10 @@ async def save(p: Program) -> None:
 
 async def setup(config: Config) -> Program:
     """Everything up to a running engine and loaded weights. UsageError where an option or the folder is wrong."""
-    out, loopback = Path(config.out), config.host in keys.LOOPBACK
+    out, loopback = Path(config.out), config.host in LOOPBACK
     lock = upkeep.lock_out_dir(out)
-    users = keys.users_of(config.key.split(",") if config.key else [] if loopback else keys.own_keys(out / "keys"))
-    if not users and not loopback:
-        raise UsageError(f"--host={config.host} is not loopback, and there is no key in {out}/keys")
+    api_keys = Keys(out, needed=not loopback)
+    connections.check_tls(config.ssl_certfile, config.ssl_keyfile)
     db = journal.open_journal(out / "journal.db")
     if not journal.has_disk_space(db):
         raise UsageError(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
@@ -223,24 +222,26 @@ async def setup(config: Config) -> Program:
     try:  # before the engine starts, which takes a while
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         plain = socket.create_server((config.host, config.port), family=family, dualstack_ipv6=config.host == "::")
-        listener = Listener(fileno=plain.detach())
+        listener = connections.Listener(fileno=plain.detach())
     except OSError as e:
         raise UsageError(f"--host={config.host} --port={config.port}: {e.strerror}") from e
-    for s in (signal.SIGINT, signal.SIGTERM):  # the engine's start blocks the event loop
+    for s in STOPPING:  # the engine's start blocks the event loop
         signal.signal(s, lambda *_: sys.exit("stopped while starting"))
     anywhere = config.host in ("0.0.0.0", "::")
     host = "127.0.0.1" if anywhere else f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{config.port}/v1"
-    shown = f"http://{socket.getfqdn()}:{config.port}/v1" if anywhere else url
+    scheme = "https" if config.ssl_certfile else "http"
+    url = f"{scheme}://{host}:{config.port}/v1"
+    shown = f"{scheme}://{socket.getfqdn()}:{config.port}/v1" if anywhere else url
+    any_key = "any" if api_keys.users() is None else f"one of those in {api_keys.file.resolve()}"
     engine_args = swap.engine_args(config, folder, plan)
     print(
         f"model     {folder}\n{plan}\n"
         f"judge     {config.judge_url or 'the model itself'}, {plan.judge_style} style\n"
         f"parsers   tool calls {engine_args.tool_call_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
-        f"address   {shown}  model {config.name!r}  key {'needed' if users else 'any'}\n"
+        f"address   {shown}  model {config.name!r}  key {any_key}\n"
         f"out       {out.resolve()}\n"
         f"OpenClaw  in ~/.openclaw/openclaw.json (others: python -m clients.paste --help):\n"
-        f"{paste.openclaw(shown, config.name, next(iter(users), 'none'), config.max_model_len)}",
+        f"{paste.openclaw(shown, config.name, any_key, config.max_model_len)}",
         flush=True,
     )
     # The trainer loads, and a small model's judge is fitted, on their own cores while the engine starts. Both threads
@@ -260,7 +261,7 @@ async def setup(config: Config) -> Program:
         if engine:
             engine.shutdown(2)
         raise
-    return Program(config, lock, db, listener, users, url, engine_args, engine, state, *threads, fitting)
+    return Program(config, lock, db, listener, api_keys, url, engine_args, engine, state, *threads, fitting)
 
 
 def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading.Event) -> reward.Head:
@@ -271,13 +272,14 @@ def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading
 async def serve(p: Program) -> bool:
     """Serve, judge and train until a signal or the engine's death; True where a new start may help."""
     stopped, died = asyncio.Event(), asyncio.Event()
-    for s in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(s, stopped.set)
+    for s in STOPPING:
+        asyncio.get_running_loop().add_signal_handler(s, on_signal, s, stopped)
     for queue, state in ((p.to_judge, "judging"), (p.to_train, "queued")):
         for turn_id in journal.in_state(p.db, state):
             queue.put_nowait(turn_id)
     judge = make_judge(p)
-    web = server.web_server(await server.build_app(p.engine, p.engine_args, p.db, p, control.routes(p)))
+    app = await server.build_app(p.engine, p.engine_args, p.db, p, control.routes(p))
+    web = server.web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
     prometheus_client.REGISTRY.register(control.Figures(p))
     # The watch runs to the very end, so that no call waits for a dead engine.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")
@@ -305,6 +307,21 @@ async def serve(p: Program) -> bool:
     finally:
         await stop(p, web, tasks, watch)
     return died.is_set() and not stopped.is_set()
+
+
+STOPPING = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under nohup
+    STOPPING.append(signal.SIGHUP)
+
+
+def on_signal(number: int, stopped: asyncio.Event) -> None:
+    """SIGHUP: the terminal was closed, and a `print` to it would be an error, before the checkpoint is written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            print(f"stopped by {signal.Signals(number).name}", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    stopped.set()
 
 
 async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], watch: asyncio.Task) -> None:

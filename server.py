@@ -33,7 +33,7 @@ import reward
 import swap
 from clients import connections
 from clients.answers import AnswerReader
-from clients.keys import from_elsewhere
+from clients.keys import ADMIN, Keys, User, why_not_keyless
 from clients.sessions import answer_digest, asked_by_the_client, find_rated, find_turns, is_news, keys_of, request_of
 from durable import journal
 from durable.journal import Turn, Verdict
@@ -73,6 +73,7 @@ class Asked:
     """What the HTTP side knows of the request that the engine is about to answer."""
 
     user: str
+    untrained: bool  # this key's answers are not trained on
     path: str
     messages: list[dict]  # for other APIs than chat: those that vLLM converts the request into, see note_rendered
     template: dict  # the TEMPLATE_FIELDS that are there
@@ -84,6 +85,13 @@ class Asked:
 
 
 asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
+caller: ContextVar[str] = ContextVar("caller", default="")  # the user's name, of any request
+OURS = User("")  # the program itself and the admin: not recorded
+ANYBODY = User("local")  # where no key is needed
+
+
+def sees_all(user: User) -> bool:
+    return user is OURS or user is ANYBODY  # not by its name: a key's user may have the same
 
 
 def openai_error(status: int, message: str, kind: str = "invalid_request_error") -> JSONResponse:
@@ -94,50 +102,32 @@ class Capture:
     """ASGI: check the key, read the body, remember who asks what, replay the body to vLLM's app."""
 
     def __init__(self, app: ASGIApp, hooks: "Hooks", db: sqlite3.Connection) -> None:
-        self.app, self.db, self.users, self.own_key = app, db, hooks.users, hooks.own_key
+        self.app, self.db, self.keys, self.own_key = app, db, hooks.keys, hooks.own_key
         self.origins = hooks.origins
 
-    def user_of(self, headers: Headers) -> str | None:
-        """Whose key this is; "" for our own requests (not recorded); None for a wrong one."""
+    def user_of(self, headers: Headers) -> User | None:
+        """Whose key this is; None for a wrong one."""
+        users = self.keys.users()
         bearer = re.sub(r"(?i)^bearer\s+", "", headers.get("authorization", "")).strip()
         given = [bearer.encode(), headers.get("x-api-key", "").encode()]
-        names = {self.own_key: "", **self.users}
-        found = [name for key, name in names.items() for g in given if hmac.compare_digest(key.encode(), g)]
-        return found[0] if found else (None if self.users else "local")
+        known = {self.own_key: OURS, self.keys.admin: OURS, **(users or {})}
+        found = [user for key, user in known.items() for g in given if hmac.compare_digest(key.encode(), g)]
+        return found[0] if found else ANYBODY if users is None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+        if scope["type"] != "http":  # a websocket: what is said over vLLM's realtime endpoint would not be recorded
+            return await send({"type": f"{scope['type']}.close", "code": 1008})
         headers = Headers(scope=scope)
-        user = "" if scope["path"] in OPEN_PATHS else self.user_of(headers)
-        if user is None:
-            error = openai_error(401, "wrong or missing API key")
-            return await error(scope, receive, send)
-        if user == "local" and not self.users and (where := from_elsewhere(headers, self.origins)):
-            error = openai_error(403, f"from {where}: a key is needed for that, see --key")
-            return await error(scope, receive, send)
+        user = OURS if scope["path"] in OPEN_PATHS else self.user_of(headers)
+        if refused := self.why_refused(scope, headers, user):
+            return await refused(scope, receive, send)
         scope.setdefault("state", {})["user"] = user
+        caller.set(user.name)
         if scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        if user and scope["path"] in (*CAPTURED, "/v1/feedback") and not journal.has_disk_space(self.db):
-            error = openai_error(507, "the disk is full: nothing more can be written down", "server_error")
-            return await error(scope, receive, send)
-
-        body, more = bytearray(), True
-        while more:
-            try:
-                message = await asyncio.wait_for(receive(), BODY_S)
-            except TimeoutError:
-                error = openai_error(408, f"nothing more of the body came for {BODY_S:g} s")
-                error.headers["connection"] = "close"
-                return await error(scope, receive, send)
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > MAX_BODY_BYTES:
-                error = openai_error(413, f"the body is over {MAX_BODY_BYTES >> 20} MiB")
-                return await error(scope, receive, send)
+        body = await read_body(receive)
+        if not isinstance(body, bytes):
+            return await body(scope, receive, send) if body else None
         replayed = False
 
         async def replay() -> Message:
@@ -145,12 +135,12 @@ class Capture:
             if replayed:
                 return await receive()  # vLLM waits here for http.disconnect
             replayed = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": False}
 
         # vLLM makes its request id, and so the id of our row, from this header: a client's own could come twice.
         MutableHeaders(scope=scope)["x-request-id"] = uuid.uuid4().hex
         asked.set(None)
-        if user and scope["path"] in CAPTURED:
+        if user is not OURS and scope["path"] in CAPTURED:
             try:
                 body_json = json.loads(body)
             except (ValueError, RecursionError) as e:
@@ -170,17 +160,32 @@ class Capture:
                 template = {k: fields[k] for k in TEMPLATE_FIELDS if k in fields}
                 asked.set(
                     Asked(
-                        user=user,
+                        user=user.name,
+                        untrained=not user.trained,
                         path=scope["path"],
                         messages=messages if chat else [],
                         template=template if chat else {},
-                        session=f"{user}/{named}" if named else None,
+                        session=f"{user.name}/{named}" if named else None,
                         side=headers.get("x-turn-type", "").lower() == "side",
                         done=headers.get("x-session-done", "").lower() in ("1", "true"),
                     )
                 )
                 send = self.noting_answers(send, asked.get())
         await self.app(scope, replay, with_reasoning_content(send) if scope["path"] == CHAT else send)
+
+    def why_refused(self, scope: Scope, headers: Headers, user: User | None) -> JSONResponse | None:
+        """The answer to a request that is not served, by its head alone."""
+        path = scope["path"]
+        if user is None:
+            return openai_error(401, "wrong or missing API key")
+        if user is ANYBODY and (why := why_not_keyless(headers, self.origins)):
+            return openai_error(403, f"{why}: a key is needed for that, put one into {self.keys.file}")
+        if not sees_all(user) and path.startswith("/metrics"):
+            return openai_error(403, f"everybody's figures need the key in {self.keys.file.with_name(ADMIN)}")
+        written = scope["method"] == "POST" and user is not OURS and path in (*CAPTURED, "/v1/feedback")
+        if written and not journal.has_disk_space(self.db):
+            return openai_error(507, "the disk is full: nothing more can be written down", "server_error")
+        return None
 
     def noting_answers(self, send: Send, request: Asked) -> Send:
         """Before the end of an answer is sent, its turn gets the digest of what the client was sent."""
@@ -201,6 +206,25 @@ class Capture:
             await send(message)
 
         return noted
+
+
+async def read_body(receive: Receive) -> bytes | JSONResponse | None:
+    """A request's body, or an error; None where the client hung up."""
+    body, more = bytearray(), True
+    while more:
+        try:
+            message = await asyncio.wait_for(receive(), BODY_S)
+        except TimeoutError:
+            error = openai_error(408, f"nothing more of the body came for {BODY_S:g} s")
+            error.headers["connection"] = "close"
+            return error
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_BODY_BYTES:
+            return openai_error(413, f"the body is over {MAX_BODY_BYTES >> 20} MiB")
+    return bytes(body)
 
 
 def with_reasoning_content(send: Send) -> Send:
@@ -301,7 +325,7 @@ class Recorder:
         request = asked.get()
         if request is not None and request.path != CHAT and not request.messages:
             request = None  # see note_rendered
-        prompt = swap.salted(prompt)
+        prompt = swap.salted(prompt, caller.get())
         sampling_params.seed = swap.usable_seed(self._engine, sampling_params.seed)
         # aclosing: when the client hangs up, the engine must hear of it now, not when the inner generator is collected
         outputs = aclosing(self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs))
@@ -383,7 +407,7 @@ class Recorder:
         changed: list[tuple[Callable[[str], Awaitable], str]] = []
         with journal.transaction(self._db):
             found = find_turns(self._db, request.user, request.messages, request.session)
-            for k, (turn, following) in enumerate(found):
+            for k, (turn, following) in enumerate([] if request.untrained else found):
                 kept = k > 0
                 if not following or (side and not kept):
                     continue
@@ -395,8 +419,8 @@ class Recorder:
                     journal.confirm(self._db, turn["id"])
                     changed.append((self._on_confirmed, turn["id"]))
         session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
-        why_not = journal.LAST if request.done else None
-        if side:
+        why_not = journal.UNTRAINED if request.untrained else journal.LAST if request.done else None
+        if side and not request.untrained:
             why_not = "side request" + (", by its header" if request.side else ": the client's own, not a person's")
         return session, why_not, changed
 
@@ -411,7 +435,7 @@ class WebServer(uvicorn.Server):
         return nullcontext()
 
 
-def web_server(app: ASGIApp) -> WebServer:
+def web_server(app: ASGIApp, certificate: str = "", key: str = "") -> WebServer:
     """Streams that still run get 3 s to end when the server stops. Idle connections stay open for longer than clients
     keep them, otherwise one could be closed while a request is on its way. No warnings in the log: anybody could fill
     it with "Invalid HTTP request received"."""
@@ -419,13 +443,14 @@ def web_server(app: ASGIApp) -> WebServer:
 
     set_ulimit(min(65535, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))  # it does nothing where it can't have all
     options = {"timeout_graceful_shutdown": 3, "timeout_keep_alive": 75, "lifespan": "off", "ws": "none"}
+    options |= {"ssl_certfile": certificate or None, "ssl_keyfile": key or None}
     return WebServer(uvicorn.Config(app, http=connections.Protocol, log_level="error", **options))
 
 
 class Hooks(Protocol):
     """What the app asks and tells the program that it is a part of."""
 
-    users: dict[str, str]  # API key -> user name
+    keys: Keys
     own_key: str  # of the program's own requests
     origins: list[str]  # of web pages that may call from a browser
 
@@ -438,8 +463,8 @@ class Hooks(Protocol):
     async def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
         """A user rated this turn. ValueError where that comes too late."""
 
-    def status(self) -> dict[str, Any]:
-        """The body of GET /status."""
+    def status(self, user: str | None) -> dict[str, Any]:
+        """The body of GET /status, for one user or with everybody's figures."""
 
 
 async def build_app(
@@ -460,7 +485,7 @@ async def build_app(
     vllm_app.state.server = SimpleNamespace()  # vLLM tells it to exit when the engine died; here swap.watch does that
 
     async def feedback(request: Request) -> JSONResponse:
-        user = request.scope["state"]["user"]
+        user = request.scope["state"]["user"].name
         try:
             body = json.loads(await request.body())
             score, text, messages = body["score"], body.get("text", ""), [dict(m) for m in body.get("messages", [])]
@@ -490,7 +515,8 @@ async def build_app(
         return JSONResponse({"completion_id": turn.id, "score": score})
 
     async def show_status(request: Request) -> JSONResponse:
-        return JSONResponse(hooks.status())
+        user = request.scope["state"]["user"]
+        return JSONResponse(hooks.status(None if sees_all(user) else user.name))
 
     routes = [
         Route("/v1/feedback", feedback, methods=["POST"]),

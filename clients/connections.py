@@ -4,9 +4,12 @@ import asyncio
 import os
 import resource
 import socket
+import ssl
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from durable.errors import UsageError
 
 HEAD_S = 30.0  # for a request's head, from its first byte or from the connection's start
 MAX_HEAD_BYTES = 1 << 18
@@ -105,3 +108,26 @@ class Protocol(AutoHTTPProtocol):
         self.stop_timer()
         idle.pop(self.number, None)
         super().connection_lost(exc)
+
+
+# ---- TLS ----
+
+
+def check_tls(certificate: str, key: str) -> None:
+    """UsageError where uvicorn could not use these files. Before the engine starts, which takes a while."""
+    if certificate:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+        except OSError as e:
+            raise UsageError(f"--ssl_certfile={certificate} --ssl_keyfile={key}: {e}") from e
+
+
+def trusting(certificate: str) -> ssl.SSLContext | bool:
+    """How the program's own client checks the server's certificate: it is this one, whoever signed it and for whatever
+    name. As httpx does without one."""
+    if not certificate:
+        return True
+    context = ssl.create_default_context(cafile=certificate)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # one that an authority signed is trusted by itself
+    return context

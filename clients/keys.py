@@ -4,7 +4,9 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,43 +14,113 @@ from durable.atomic import replacing
 from durable.errors import UsageError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ADMIN = "admin_key"  # a file in OUT: who has it sees everybody's figures
 
 
-def users_of(entries: Iterable[str]) -> dict[str, str]:
-    """API key -> user name, from "user:key" or "key", which is a user of its own. UsageError names a wrong entry."""
-    users: dict[str, str] = {}
-    for entry in entries:
-        name, _, key = entry.strip().rpartition(":")
+@dataclass(frozen=True)
+class User:
+    name: str
+    trained: bool = True  # are answers to this key trained on?
+
+
+def users_of(text: str) -> dict[str, User]:
+    """API key -> user, from lines "user:key" or "key", which is a user of its own; after a space "untrained". No key
+    has a space in it. UsageError names a line that is wrong."""
+    users: dict[str, User] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        entry, trained = re.subn(r"(?<=\S)\s+untrained\s*$", "", line.strip())
+        name, _, key = entry.rpartition(":")
         if not re.fullmatch(r"[!-~]+", key) or key in users:
-            raise UsageError(
-                f"API key of {name or entry!r}: empty, given twice, or not of printable ASCII without spaces"
-            )
-        users[key] = name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
+            raise UsageError(f"API key in line {number}: empty, given twice, or not of printable ASCII without spaces")
+        users[key] = User(name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8], not trained)
     return users
 
 
-def own_keys(file: Path) -> list[str]:
-    """The entries of a file with a "user:key" in each line, for its owner's eyes only; made where it is missing, with
-    one key that is printed this once."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        key = "sk-" + secrets.token_urlsafe(24)
-        with replacing(file) as part, open(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as f:
-            f.write(f"me:{key}\n")
-        print(f"your API key, kept in {file} (add lines user:key for others): {key}", flush=True)
-    return [line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
+def write_private(file: Path, text: str) -> None:
+    """A file for its owner's eyes only."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with replacing(file) as part, open(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as f:
+        f.write(text)
 
 
-def from_elsewhere(headers: Mapping[str, str], origins: Collection[str] = ()) -> str | None:
-    """The non-loopback Origin or Host of a request, None if there is none. Keyless requests that have one are rejected:
-    they are a web page's in somebody's browser (CSRF, DNS rebinding) or come from another machine. `origins`: of the
-    pages that may call."""
-    for name, prefix in (("origin", ""), ("host", "//")):
+def add(file: Path, user: str) -> str:
+    """A new key for this user, the last line of the file."""
+    if not re.fullmatch(r"[\w.@-]+", user):
+        raise UsageError(f"--add={user}: expected letters, digits and . _ - @ alone")
+    key = "sk-" + secrets.token_urlsafe(24)
+    known = file.read_text() if file.exists() else ""
+    write_private(file, known + ("\n" if known and not known.endswith("\n") else "") + f"{user}:{key}\n")
+    return key
+
+
+def revoke(file: Path, user: str) -> int:
+    """Remove all keys of this user; how many there were."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if user not in [u.name for u in users_of(line).values()]]
+    if len(kept) == len(lines):
+        raise UsageError(f"--revoke={user}: no key of that user in {file}")
+    write_private(file, "".join(kept))
+    return len(lines) - len(kept)
+
+
+class Keys:
+    """The keys in OUT/keys, read again when the file changes, and the admin's."""
+
+    def __init__(self, out: Path, needed: bool) -> None:
+        """`needed`: make the file where it is missing, with one key, which is printed this once. UsageError where what
+        is there can't be used."""
+        self.file, self.stamp = out / "keys", None
+        self.known: dict[str, User] | None = None  # None: no key is needed
+        if needed and not self.file.exists():
+            print(f"your API key, kept in {self.file}: {add(self.file, 'me')}", flush=True)
+        if not (out / ADMIN).exists():
+            write_private(out / ADMIN, secrets.token_urlsafe(24) + "\n")
         try:
-            if name == "origin" and headers.get(name) in origins:
-                continue
-            if name in headers and urlsplit(prefix + headers[name]).hostname not in LOOPBACK:
-                return f"{name} {headers[name]}"
-        except ValueError:
-            return f"{name} {headers[name]}"
+            self.admin = (out / ADMIN).read_text().strip()
+            if self.file.exists():
+                self.stamp, self.known = self.stamp_now(), users_of(self.file.read_text())
+        except (UsageError, OSError, ValueError) as e:
+            raise UsageError(f"{out}: {e}") from e
+        if self.known == {} or not self.admin:
+            raise UsageError(f"there is no key in {out / ADMIN if self.known else self.file}: remove it, or add one")
+
+    def stamp_now(self) -> tuple[int, int, int] | None:
+        try:
+            found = self.file.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def users(self) -> dict[str, User] | None:
+        """API key -> user; None where no key is needed. A file that can't be read changes nothing, nor one that is
+        removed: nobody gets in by that."""
+        if (stamp := self.stamp_now()) != self.stamp:
+            self.stamp = stamp
+            try:
+                self.known = users_of(self.file.read_text())
+            except (UsageError, OSError, ValueError) as e:
+                print(f"{self.file}: {e}; the keys from before stay", file=sys.stderr, flush=True)
+        return self.known
+
+
+def why_not_keyless(headers: Mapping[str, str], origins: Collection[str] = ()) -> str | None:
+    """Why a request without a key is refused where none is needed; None where it isn't. It may only come from a program
+    on this machine, not through a proxy and not from a web page in somebody's browser (CSRF, DNS rebinding). `origins`:
+    of the pages that may call."""
+    for name in headers:
+        if name.lower() in ("forwarded", "x-real-ip", "via") or name.lower().startswith("x-forwarded-"):
+            return f"it came through a proxy ({name})"
+    allowed = headers.get("origin") in origins
+    if not allowed and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        return "it was sent by a web page from elsewhere (Sec-Fetch-Site)"
+    for name, prefix in (("origin", ""), ("host", "//")):
+        if name in headers and not (name == "origin" and allowed):
+            try:
+                known = urlsplit(prefix + headers[name]).hostname in LOOPBACK
+            except ValueError:
+                known = False
+            if not known:
+                return f"it came from {name} {headers[name]}"
     return None

@@ -5,6 +5,7 @@ python -m durable.admin show --out=mine --session=SESSION    one conversation, w
 python -m durable.admin rollback --out=mine --step=50        the checkpoint of step 50 is the current one again
 python -m durable.admin forget --out=mine --session=SESSION  a conversation leaves the journal for good; --user=: all
 python -m durable.admin export --out=mine                    all answers with their tokens and verdicts, as JSON lines
+python -m durable.admin key --out=mine --add=USER            a new API key, printed this once; --revoke=USER ends it
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import tyro
 
+from clients import keys
 from clients.sessions import last_request, without_thinking, words_of
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
@@ -92,8 +94,20 @@ class Export:
     since: str = ""  # answers from this day on, as 2026-01-31
 
 
-def main(command: Show | Rollback | Forget | Export) -> None:
+@dataclass(frozen=True)
+class Key:
+    """Add or revoke an API key. A running program knows it from the next request on."""
+
+    out: str = "out"  # the --out of run.py
+    add: str = ""  # the user that gets one
+    revoke: str = ""  # the user who loses all
+
+
+def main(command: Show | Rollback | Forget | Export | Key) -> None:
     out = Path(command.out)
+    if isinstance(command, Key):
+        change_keys(out / "keys", command.add, command.revoke)
+        return
     if not (out / "journal.db").exists():
         raise UsageError(f"--out={out}: there is no journal.db in it")
     if isinstance(command, Show | Export):
@@ -115,6 +129,15 @@ def printable(text: str) -> str:
     """Without what a terminal would obey, or shows in another order: such characters as their escapes."""
     shown = lambda c: c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()  # noqa: E731
     return "".join(map(shown, text))
+
+
+def change_keys(file: Path, add: str, revoke: str) -> None:
+    if bool(add) == bool(revoke):
+        raise UsageError("key: give --add=USER or --revoke=USER")
+    if add:
+        print(keys.add(file, add))
+    else:
+        print(f"{keys.revoke(file, revoke)} keys of {revoke} are revoked")
 
 
 def show(db: sqlite3.Connection, session: str) -> None:
@@ -145,6 +168,6 @@ def export(db: sqlite3.Connection, since: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Show | Rollback | Forget | Export, description=__doc__, use_underscores=True))
+        main(tyro.cli(Show | Rollback | Forget | Export | Key, description=__doc__, use_underscores=True))
     except UsageError as e:
         sys.exit(str(e))

@@ -280,6 +280,7 @@ def pending(db: sqlite3.Connection) -> int:
 NEUTRAL = "neutral: the next message says nothing about the answer"
 ALONE = "no next message came"
 LAST = "the session is over, by its header"
+UNTRAINED = "this key is not trained on"
 NOTHING = "nothing to learn from"
 NO_HINT = NOTHING + ": there is no hint, and the score can't be trained on"
 REVIVED = (NEUTRAL, ALONE, LAST, NO_HINT)  # by a person's rating

@@ -32,6 +32,7 @@ import tyro
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
+from clients.keys import write_private
 from durable.atomic import replacing
 from evaluation import report
 from evaluation.people import PEOPLE, UNRELATED, Person
@@ -248,9 +249,9 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
 
 def start_server(setup: Setup, run: Run, out: Path) -> subprocess.Popen:
     """run.py as a user would start it, its output in out/run.log."""
-    keys = ",".join(f"{name}:{name}-key" for name in run.person.split("+"))
+    write_private(out / "keys", "".join(f"{name}:{name}-key\n" for name in run.person.split("+")))
     command = [sys.executable, str(Path(__file__).parent.parent / "run.py"), f"--out={out}", f"--port={setup.port}"]
-    command += [f"--key={keys}", f"--seed={run.seed}", "--max_model_len=2048"]
+    command += [f"--seed={run.seed}", "--max_model_len=2048"]
     command += [*METHODS[run.method], *run.extra]
     print("\n$", " ".join(["python", "run.py", *command[2:]]), f"> {out}/run.log", flush=True)
     with open(out / "run.log", "w") as log:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+from clients.keys import write_private
 from tests import talking
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,9 @@ class Program:
         out.mkdir(parents=True, exist_ok=True)
         values = {"model": model, "out": out, "port": self.port, "max_model_len": 2048, "engine_memory": 0.5} | config
         self.url = f"http://127.0.0.1:{self.port}"
-        self.key = str(values.get("key", "")).split(",")[0].rpartition(":")[2]
+        if keys := values.pop("key", "").split(",") if "key" in values else []:  # "user:key,user:key"
+            write_private(out / "keys", "\n".join(keys))
+        self.key = keys[0].rpartition(":")[2] if keys else ""
         with open(out / "run.log", "a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "run.py"), *[f"--{k}={v}" for k, v in values.items()]],

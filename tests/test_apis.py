@@ -15,7 +15,7 @@ import swap
 from clients import paste
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import TEMPLATE, make_tool_model
-from tests.talking import ALICE, client, rated, rows, until, user
+from tests.talking import ALICE, BOB, client, rated, rows, until, user
 
 PATH = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"]}
 
@@ -427,3 +427,68 @@ def test_tool_parser_of_a_template(tiny_model, tmp_path, template, parser):
         (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text(template)
     assert swap.tool_parser_of(tmp_path) == parser
+
+
+def admins(program):
+    return {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
+
+
+def test_everybodys_figures_and_ones_own(program):
+    def said(user, key):
+        body = {"model": "policy", "messages": [{"role": "user", "content": f"I am {user}"}], "max_tokens": 2}
+        headers = {"Authorization": f"Bearer {key}"}
+        httpx.post(f"{program.url}/v1/chat/completions", headers=headers, json=body, timeout=60).raise_for_status()
+        return sum(httpx.get(f"{program.url}/status", headers=headers).json()["turns"].values())
+
+    ones = {user: said(user, key) for user, key in (("alice", ALICE), ("bob", BOB))}
+    everybodys = httpx.get(f"{program.url}/status", headers=admins(program)).json()["turns"]
+    assert ones["bob"] < ones["alice"] + ones["bob"] == sum(everybodys.values()) == len(rows(program))
+    assert ones["bob"] == len(rows(program, "user = 'bob'"))
+
+
+def test_no_user_shares_a_prompts_cache_with_another(program):
+    """Otherwise the time to the first token tells what somebody else asked."""
+
+    def cached_tokens(key, path="/v1/chat/completions", field="messages"):
+        def hits():
+            lines = httpx.get(f"{program.url}/metrics", headers=admins(program)).text.splitlines()
+            return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:prefix_cache_hits_t"))
+
+        before, text = hits(), "Is this a secret? " * 60
+        body = {"model": "policy", "max_tokens": 1, field: text if field == "prompt" else [user(text)]}
+        headers = {"Authorization": f"Bearer {key}"}
+        httpx.post(f"{program.url}{path}", headers=headers, json=body, timeout=60).raise_for_status()
+        return hits() - before
+
+    assert cached_tokens(ALICE) == 0 and cached_tokens(ALICE) > 500
+    assert cached_tokens(BOB) == 0
+    assert cached_tokens(ALICE, "/v1/completions", "prompt") == 0 < cached_tokens(ALICE, "/v1/completions", "prompt")
+    assert cached_tokens(BOB, "/v1/completions", "prompt") == 0
+
+
+def test_an_untrained_key_is_served_and_teaches_nothing(program):
+    (program.out / "keys").write_text((program.out / "keys").read_text() + "\ncarol:key-c untrained\n")
+    headers = {"Authorization": "Bearer key-c"}
+    talk = [user("This is confidential.")]
+    with httpx.Client(base_url=program.url, headers=headers, timeout=60) as http:
+        for _ in range(2):
+            reply = http.post("/v1/chat/completions", json={"model": "policy", "messages": talk, "max_tokens": 12})
+            talk += [reply.json()["choices"][0]["message"], user("No, that was too long.")]
+            feedback = http.post("/v1/feedback", json={"completion_id": reply.json()["id"], "score": -1})
+            assert feedback.status_code == 409 and "this key is not trained on" in feedback.text
+        dropped = http.get("/status").json()["dropped"]
+    assert dropped == {"this key is not trained on": 2}
+    assert not any(r["next_messages"] for r in rows(program, "user = 'carol'"))
+
+
+def test_a_key_of_a_running_program_is_revoked(program):
+    def change(*options):
+        command = [sys.executable, "-m", "durable.admin", "key", f"--out={program.out}", *options]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+    headers = {"Authorization": f"Bearer {change('--add=dora')}"}
+    assert httpx.get(f"{program.url}/v1/models", headers=headers).status_code == 200
+    change("--revoke=dora")
+    assert httpx.get(f"{program.url}/v1/models", headers=headers).status_code == 401
+    assert httpx.get(f"{program.url}/v1/models", headers={"x-api-key": ALICE}).status_code == 200
+    assert not any(key in program.log() for key in (ALICE, BOB, "key-c"))

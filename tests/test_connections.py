@@ -18,6 +18,7 @@ from uvicorn.protocols.http import auto
 
 import server
 from clients import connections
+from clients.keys import Keys
 from durable import journal
 from tests.conftest import free_port
 
@@ -50,7 +51,7 @@ def serve(folder, port: int, descriptors: int, limits: dict) -> None:
     for name, value in limits.items():
         module, _, name = name.partition(".")
         setattr({"server": server, "connections": connections}[module], name, value)
-    hooks = server.SimpleNamespace(users={}, own_key="own", origins=[])
+    hooks = server.SimpleNamespace(keys=Keys(folder, False), own_key="own", origins=[])
     db = journal.open_journal(folder / "journal.db")
     plain = socket.create_server(("127.0.0.1", port))
     listener = connections.Listener(fileno=plain.detach())

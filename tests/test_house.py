@@ -63,10 +63,9 @@ def test_commands_of_the_docs_are_known():
         elif module == "evaluation.talk":
             talk.parse(arguments)
         elif module == "durable.admin":
-            assert words[2] in ("show", "rollback", "forget", "export"), command
-            known = {
-                f for c in (admin.Show, admin.Rollback, admin.Forget, admin.Export) for f in c.__dataclass_fields__
-            }
+            assert words[2] in ("show", "rollback", "forget", "export", "key"), command
+            commands_of = (admin.Show, admin.Rollback, admin.Forget, admin.Export, admin.Key)
+            known = {f for c in commands_of for f in c.__dataclass_fields__}
             assert {a[2:].split("=")[0] for a in arguments} <= known, command
         else:
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), command

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import stat
 import subprocess
 import sys
 from functools import partial
@@ -492,23 +491,7 @@ def test_two_on_one_journal_are_one_too_many(tiny_model, program):
     assert second.returncode == 1 and f"in use by process {program.process.pid}" in second.stderr
 
 
-def test_a_key_is_made_once_and_kept_private(tmp_path, capsys):
-    (made,) = keys.own_keys(tmp_path / "keys")
-    assert re.fullmatch(r"me:sk-[\w-]{32}", made) and made.partition(":")[2] in capsys.readouterr().out
-    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
-    with open(tmp_path / "keys", "a") as f:
-        f.write("\n# a comment\nbob:key-b\n")
-    assert keys.own_keys(tmp_path / "keys") == [made, "bob:key-b"] and not capsys.readouterr().out
-    assert set(keys.users_of(keys.own_keys(tmp_path / "keys")).values()) == {"me", "bob"}
-
-
-@pytest.mark.parametrize("entry", ["alice:", "", "alice: key", "two words", "bob:key-a", "alice:ключ"])
-def test_a_key_that_anybody_could_have_is_none(entry):
-    with pytest.raises(UsageError, match="API key of"):
-        keys.users_of(["alice:key-a", entry])
-
-
-async def test_with_a_full_disk_no_answer_is_begun(monkeypatch):
+async def test_with_a_full_disk_no_answer_is_begun(monkeypatch, tmp_path):
     """The capture alone: an answer that could not be written down is not given; all else still is."""
 
     async def app(scope, receive, send):
@@ -516,7 +499,7 @@ async def test_with_a_full_disk_no_answer_is_begun(monkeypatch):
 
     room = [True]
     monkeypatch.setattr(journal, "has_disk_space", lambda db: room[0])
-    hooks = SimpleNamespace(users={}, own_key="judge", origins=[])
+    hooks = SimpleNamespace(keys=keys.Keys(tmp_path, False), own_key="judge", origins=[])
     transport = httpx.ASGITransport(server.Capture(app, hooks, None))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         ask_it = lambda: http.post("/v1/chat/completions", json={"messages": [user("hi")]})  # noqa: E731
@@ -539,6 +522,7 @@ async def test_with_a_full_disk_no_answer_is_begun(monkeypatch):
         (["--lr=nan"], "--lr=nan: expected a finite number"),
         (["--lr=-1"], "--lr=-1.0: expected a finite number that is not negative"),
         (["--kl=inf"], "--kl=inf: expected a finite number"),
+        (["--ssl_keyfile=key.pem"], "--ssl_certfile and --ssl_keyfile: give both, or none"),
         (["--beta1=1"], "--beta1=1.0: expected less than 1"),
         (["--batch_size=2.5"], "--batch_size"),
         (["--judge_url=http://127.0.0.1:9/v1"], "--judge_url needs --judge_model"),
