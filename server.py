@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -43,7 +44,11 @@ CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
 OPEN_PATHS = ("/health",)
 MAX_BODY_BYTES = 32 << 20
 BODY_S = 60.0  # without any progress in a request's body
-MAX_MESSAGES = 10_000
+MAX_ANSWERED_BYTES = 64 << 20  # n answers times the body
+MAX_MESSAGES = 10_000  # with their parts and calls
+MAX_VALUES, MAX_DEPTH = 200_000, 100  # of a body's JSON
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 SESSION_HEADERS = ("x-session-id", "x-session-affinity", "x-openwebui-chat-id")
 # The other fields of a chat request that go into the prompt; vLLM's /tokenize has the same names for them.
 TEMPLATE_FIELDS = ("tools", "chat_template", "add_generation_prompt", "continue_final_message")
@@ -142,17 +147,17 @@ class Capture:
         asked.set(None)
         if user is not OURS and scope["path"] in CAPTURED:
             try:
+                check_size(body)
                 body_json = json.loads(body)
             except (ValueError, RecursionError) as e:
-                error = openai_error(400, f"the body is not JSON: {e}")
+                error = openai_error(400, f"the body is not JSON that can be served: {e}")
                 return await error(scope, replay, send)
             # Bodies that aren't objects, or have no list of messages, get a 400 from vLLM's app. Beam search asks the
             # engine for many answers of one token, none of them what the client gets.
             fields = body_json if isinstance(body_json, dict) and not body_json.get("use_beam_search") else {}
             messages, chat = fields.get("messages", fields.get("input")), scope["path"] == CHAT
-            if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
-                error = openai_error(400, f"more than {MAX_MESSAGES} messages")
-                return await error(scope, replay, send)
+            if why := too_much(fields, messages, len(body)):
+                return await openai_error(400, why)(scope, replay, send)
             if scope["path"] == "/v1/responses" and fields:  # the one API that takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
             if fields and (not chat or isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
@@ -206,6 +211,35 @@ class Capture:
             await send(message)
 
         return noted
+
+
+def check_size(body: bytes) -> None:
+    """ValueError where a JSON text has too many values, or is too deep: what reads it later would stop everything for
+    seconds, or raise a RecursionError."""
+    if body.count(b'"') - body.count(b'\\"') > 4 * MAX_VALUES:  # a value and its key have four
+        raise ValueError(f"more than {MAX_VALUES} values")
+    marks = STRING.sub(b"", body)
+    if (values := sum(map(marks.count, (b",", b"[", b"{")))) > MAX_VALUES:
+        raise ValueError(f"{values} values, more than {MAX_VALUES}")
+    brackets = np.frombuffer(marks.translate(None, NO_BRACKETS), np.uint8)
+    steps = np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1)
+    if (depth := steps.cumsum().max(initial=0)) > MAX_DEPTH:
+        raise ValueError(f"nested {depth} levels deep, more than {MAX_DEPTH}")
+
+
+def too_much(fields: dict, messages: Any, size: int) -> str | None:
+    """Why a request of `size` bytes is more than can be served; None where it isn't, and for what vLLM refuses."""
+    listed = messages if isinstance(messages, list) else []
+    lists = [m.get(name) for m in listed if isinstance(m, dict) for name in ("content", "tool_calls")]
+    if len(listed) + sum(len(found) for found in lists if isinstance(found, list)) > MAX_MESSAGES:
+        return f"more than {MAX_MESSAGES} messages, parts of them and calls"
+    try:
+        n = int(fields.get("n") or 1)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    if n * size > MAX_ANSWERED_BYTES:
+        return f"n={n} answers to a body of {size} bytes: more than {MAX_ANSWERED_BYTES} bytes together"
+    return None
 
 
 async def read_body(receive: Receive) -> bytes | JSONResponse | None:

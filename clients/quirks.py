@@ -7,6 +7,8 @@ import re
 # OpenClaw appends this user message to each request and takes it away again before the next.
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 
+# Long inputs of anything must cost linear time: `*+` gives nothing back where the rest doesn't match.
+
 # ---- what clients ask by themselves ----
 
 # How the person's last words, or the system message, begin where the client itself asks, in a person's conversation or
@@ -14,7 +16,7 @@ CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 OWN_REQUESTS = {
     "user": re.compile(
         # OpenClaw, and its heartbeats before 2026.9
-        r"\s*(Pre-compaction memory flush\.|Follow the heartbeat monitor|Read HEARTBEAT\.md|"
+        r"\s*+(Pre-compaction memory flush\.|Follow the heartbeat monitor|Read HEARTBEAT\.md|"
         r"Run the following periodic tasks \(only those due|A scheduled (reminder has been|cron event was) triggered|"
         r"An async command (you ran|completion event)|\[System\] |Refresh this session.s progress card now|"
         r"\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\]|"
@@ -28,7 +30,7 @@ OWN_REQUESTS = {
         r"You are an autocompletion)|Your task is to reflect the speaker's likely facial expression)"
     ),
     "system": re.compile(
-        r"\s*(Generate a concise session title|You are a context summarization assistant|"
+        r"\s*+(Generate a concise session title|You are a context summarization assistant|"
         r"You are a title generator|Analyze if this message indicates a new conversation topic)"
     ),
 }
@@ -47,12 +49,12 @@ CURRENT = "[Current message - respond to this]\n"
 # A channel and a time in brackets, or a time alone: "[WhatsApp +15550100 Sun 10:01] No." (OpenClaw and its relatives),
 # and a retry after an error.
 ENVELOPE = re.compile(
-    r"\s*\[(?:(?:WhatsApp|Telegram|Signal|Discord|Slack|iMessage|SMS|Matrix|Teams|Mattermost|LINE|Zalo|WebChat|Email|"
+    r"\s*+\[(?:(?:WhatsApp|Telegram|Signal|Discord|Slack|iMessage|SMS|Matrix|Teams|Mattermost|LINE|Zalo|WebChat|Email|"
     r"Google Chat|Nostr|Feishu|Queued user message)\b[^\]\n]{0,300}|[^\]\n]{0,150}\b\d\d?:\d\d[^\]\n]{0,150})\]\s?"
 )
 FOOTER = re.compile(r"Runtime: agent=|Current time: |\[message_id: ")  # a last line that begins so
 # A line before a block of metadata; and the keys that distinguish metadata from JSON that a person pasted.
-LABEL = re.compile(r"\s*[^\n{}<]{0,100}(?:\(untrusted[^()\n]{0,80}\):|⟦openclaw:ctx⟧)[ \t]*\n")
+LABEL = re.compile(r"\s*+[^\n{}<]{0,100}(?:\(untrusted[^()\n]{0,80}\):|⟦openclaw:ctx⟧)[ \t]*\n")
 METADATA = re.compile(r"(sender|timestamp|message_?id|chat_?id|conversation|channel|provider|surface)", re.I)
 # A tagged block of context, by the name of its tag; other tags may be a person's own.
 CONTEXT_TAG = re.compile(
@@ -63,8 +65,8 @@ CONTEXT_TAG = re.compile(
 # And one that holds the person's words (Cursor, Copilot, Cline, Open WebUI).
 WORDS_TAG = re.compile(r"(user_?(query|message|request|input|prompt|question)|task|feedback|query|question)", re.I)
 # Open WebUI's words before retrieved documents.
-PREAMBLE = re.compile(r"\s*### Task:\s+Respond to (?s:.{0,6000}?)\n(?=<context>|<source)")
-OPENS = re.compile(r"\s*<([A-Za-z][\w-]{1,60})(?:\s[^<>]{0,300})?>")
+PREAMBLE = re.compile(r"\s*+### Task:\s+Respond to (?s:.{0,6000}?)\n(?=<context>|<source)")
+OPENS = re.compile(r"\s*+<([A-Za-z][\w-]{1,60})(?:\s[^<>]{0,300})?>")
 CLOSES = re.compile(r"</([A-Za-z][\w-]{1,60})>\s*\Z")
 
 
@@ -89,7 +91,7 @@ def is_metadata(value: object) -> bool:
     return isinstance(value, dict) and sum(bool(METADATA.match(k)) for k in value) >= 2
 
 
-FENCE = re.compile(r"\s*(```(?:json)?[ \t]*\n\s*)?(?=\{)")
+FENCE = re.compile(r"\s*+(```(?:json)?[ \t]*\n\s*)?(?=\{)")
 
 
 def parsed(text: str, at: int) -> tuple[object, int]:

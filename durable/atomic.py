@@ -10,15 +10,27 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path next to `path`: write the new file or folder there. It replaces `path` when the block ends; after
-    an error it is removed, and `path` is as it was."""
+    an error it is removed, and `path` is as it was. After a power cut, too, it is one of the two."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
+        for written in (*part.rglob("*"), part):
+            sync(written)
         if part.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # a rename can't replace a folder that has files in it
         part.replace(path)
+        sync(path.parent)
     finally:
         if part.is_dir():
             shutil.rmtree(part)
         part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

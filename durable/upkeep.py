@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterable
 from contextlib import closing
@@ -44,6 +45,11 @@ def lock_out_dir(out: Path) -> TextIO:
     """
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if (found := out.stat()).st_uid != os.geteuid():
+            raise UsageError(f"--out={out} belongs to another user, who could read and change what is in it")
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            out.chmod(0o700)
+            print(f"--out={out}: only its owner can read it now", flush=True)
         lock = open(out / "lock", "a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)

@@ -189,3 +189,45 @@ def test_rubbish_is_not_logged(tmp_path):
             assert s.recv(1000)
             s.close()
     assert (tmp_path / "log").read_text() == ""
+
+
+# ---- nasty requests ----
+
+MIB = 1 << 20
+TALK = b'{"messages":[{"role":"user","content":"%s"}]%s}'
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"[" * 900 + b"]" * 900, "nested 900 levels deep, more than 100"),
+        (b'{"messages":' * 50_000, "nested 50000 levels deep"),
+        (TALK % (b"x", b',"tools":' + b"[" * 150 + b"]" * 150), "nested 151 levels deep"),
+        (b"[" + b"1," * 15 * MIB + b"1]", "values, more than 200000"),
+        (b'["' + b'","' * 5 * MIB + b'"]', "more than 200000 values"),
+        (b'"' * 32 * MIB, "more than 200000 values"),
+        (b'{"messages":[{"role":"user","content":[' + b'"",' * 10_000 + b'""]}]}', "more than 10000 messages, parts"),
+        (TALK % (b"x" * 30 * MIB, b',"n":8'), "n=8 answers to a body of 31457329 bytes: more than 67108864 bytes"),
+        (TALK % (b"x" * MIB, b',"n":"64"'), "n=64 answers to a body of 1048628 bytes"),
+        # and what vLLM itself has to refuse, or can serve
+        *((TALK % (b"x", b',"n":' + n), None) for n in (b'"many"', b"1e999", b"NaN", b"[]", b"-1", b"true", b"1.5")),
+        (TALK % (b"x", b',"n":16384'), None),
+        (TALK % (b"x" * 31 * MIB, b',"n":2'), None),
+        (TALK % (b'\\"[[[[\\\\' * 1000, b',"n":' + b"9" * 5000), "not JSON that can be served"),
+        (TALK % (b'\\"[[[[\\\\' * 1000, b""), None),
+        (b'{"messages":[{"role":' + b"[" * 50 + b"]" * 50 + b',"content":null},{}]}', None),
+    ],
+    ids=range(21),
+)
+async def test_a_request_is_bounded(tmp_path, body, said):
+    hooks = server.SimpleNamespace(keys=Keys(tmp_path, False), own_key="own", origins=[])
+    db = journal.open_journal(tmp_path / "journal.db")
+    transport = httpx.ASGITransport(server.Capture(app, hooks, db))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        begun = time.process_time()
+        reply = await http.post(CHAT, content=body)
+        assert time.process_time() - begun < 1.5
+    if said:
+        assert reply.status_code == 400 and said in reply.json()["error"]["message"], reply.text
+    else:
+        assert reply.json() == {"bytes": len(body)}

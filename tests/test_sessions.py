@@ -575,13 +575,31 @@ def test_an_answer_in_several_messages(db):
 
 
 @pytest.mark.parametrize(
-    "arguments", ['{"a":' * 5000 + "1" + "}" * 5000, "[" * 100_000, '{"a": [' + "1.5, " * 50_000 + "2]}"]
+    "arguments",
+    [
+        '{"a":' * 5000 + "1" + "}" * 5000,
+        "[" * 100_000,
+        '{"a": [' + "1.5, " * 50_000 + "2]}",
+        f"[{'1.5,' * 1_000_000}1]",
+    ],
 )
 def test_a_call_costs_bounded_work(db, arguments):
     begun = time.process_time()
     first = ask(db, [HELLO], "A long enough answer.")
     ask(db, [HELLO, bot("A long enough answer."), calling(("i", "read", arguments)), says("tool", "ok")], "x")
     assert time.process_time() - begun < 0.5 and first.id
+
+
+@pytest.mark.parametrize(
+    "unit", [" ", "\n", "x", "<a>\n", "</a>", "[1:1", "{", "```\n", "reply ", "(untrusted", "NO_REPLY "]
+)
+@pytest.mark.parametrize("begin", ["", "isUser=false HEARTBEAT_OK ", "[WhatsApp ", '{"sender":1,"timestamp":2}'])
+def test_a_long_text_of_anything_costs_bounded_work(db, begin, unit):
+    text = begin + unit * ((1 << 20) // len(unit))
+    talk = [HELLO, bot(text), says("user", text)]
+    begun = time.process_time()
+    sessions.asked_by_the_client(talk), sessions.keys_of(talk), sessions.find_turns(db, "ann", talk)
+    assert time.process_time() - begun < 0.5  # without care it is 1 to 20 s
 
 
 def test_thousands_of_assistant_messages_in_a_row_cost_bounded_work(db):
