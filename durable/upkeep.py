@@ -45,11 +45,11 @@ def lock_out_dir(out: Path) -> TextIO:
     """
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if (found := out.stat()).st_uid != os.geteuid():
-            raise UsageError(f"--out={out} belongs to another user, who could read and change what is in it")
+        if (found := out.stat()).st_uid != os.geteuid() or found.st_mode & stat.S_ISVTX:
+            raise UsageError(f"--out={out} is not yours alone, and others could read what is in it: give another --out")
         if stat.S_IMODE(found.st_mode) & 0o077:
             out.chmod(0o700)
-            print(f"--out={out}: only its owner can read it now", flush=True)
+            print(f"--out={out}: others could read it, its mode is 0700 from here on", flush=True)
         lock = open(out / "lock", "a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,12 @@ def test_commands_of_the_docs_are_known():
             assert {a[2:].split("=")[0] for a in arguments} <= known, command
         else:
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), command
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_the_systemd_unit_is_valid(tmp_path):
+    unit = (ROOT / "docs" / "nano-openclaw-rl.service").read_text()
+    (tmp_path / "checked.service").write_text(unit.replace("%h/nano-openclaw-rl", str(ROOT)))
+    command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / "checked.service")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "checked.service" not in done.stderr, done.stderr  # an unknown key is a warning

@@ -3,10 +3,11 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
-from durable import journal, upkeep
+from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Verdict
 from tests.records import BAD, GOOD, turn
@@ -240,3 +241,37 @@ def test_a_start_reads_no_more_than_it_changes(db):
     journal.recover(db)
     journal.expire(db, 60)
     assert len(steps) < 10
+
+
+def test_a_folder_that_was_there_is_for_its_owner_alone(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o755)
+    upkeep.lock_out_dir(out).close()
+    assert stat.S_IMODE(out.stat().st_mode) == 0o700 and "mode is 0700" in capsys.readouterr().out
+    out.chmod(0o1777)  # as /tmp
+    with pytest.raises(UsageError, match="not yours alone"):
+        upkeep.lock_out_dir(out)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o1777
+    if os.geteuid() == 0:
+        out.chmod(0o700)
+        os.chown(out, 12345, 12345)
+        with pytest.raises(UsageError, match="not yours alone"):
+            upkeep.lock_out_dir(out)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+
+    def synced(descriptor):
+        folder = checkpoint.folder_of(tmp_path, 1)
+        done.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), folder.exists()))
+
+    def save(folder):
+        (folder / "deep").mkdir(parents=True)
+        for name in ("a", "deep/b"):
+            (folder / name).write_text("weights")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    checkpoint.write(tmp_path, 1, 0, save)
+    before = {path.name.partition(".")[0] for path, named in done if not named}
+    assert before == {"a", "b", "deep", "step-000001"} and done[-1] == (tmp_path / "checkpoints", True)

@@ -479,6 +479,56 @@ async def test_sigterm_while_starting_stops_too(fresh):
     await until(lambda: not alive(children), 10)
 
 
+async def test_tls_and_a_hangup(fresh, tmp_path, monkeypatch):
+    """With a certificate that nobody signed: its judge reaches the program, too. SIGHUP is a stop with a checkpoint."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=x -addext subjectAltName=IP:127.0.0.1 "
+    subprocess.run(f"{command} -keyout {key} -out {certificate}".split(), check=True, capture_output=True)
+    program = fresh(batch_size=1, judge_style="chat", ssl_certfile=certificate, ssl_keyfile=key)
+    program.url = program.url.replace("http:", "https:")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    program.wait_ready()
+    first = await ask(client(program, "none"), [user("hi")])
+    said = {"role": "assistant", "content": first.choices[0].message.content}
+    await ask(client(program, "none"), [user("hi"), said, user("No.")])
+    (row,) = await until(lambda: rows(program, "id = ? AND score IS NOT NULL", first.id))
+    assert row["source"] == "judge"
+    await rated(program, "something else")
+    await until(lambda: program.status()["step"] >= 1)
+    program.process.send_signal(signal.SIGHUP)
+    program.wait_end()
+    assert program.process.returncode == 0 and "stopped by SIGHUP" in program.log()
+    assert list((program.out / "checkpoints").glob("step-*/model.safetensors"))
+
+
+def test_a_terminal_that_is_gone_stops_nothing(tmp_path):
+    """A print to it is an error; the checkpoint is written after one."""
+    code = f"""
+import asyncio, fcntl, os, signal, sys, termios
+sys.path.insert(0, {str(ROOT)!r})
+import run
+async def main():
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    stopped = asyncio.Event()
+    for s in run.STOPPING:
+        asyncio.get_running_loop().add_signal_handler(s, run.on_signal, s, stopped)
+    print("ready", flush=True)
+    await stopped.wait()
+    print("stopping", flush=True)
+    open("done", "w").close()
+asyncio.run(main())
+"""
+    master, terminal = os.openpty()
+    ends = dict(stdin=terminal, stdout=terminal, stderr=terminal)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True, **ends)
+    os.close(terminal)
+    said = b""
+    while b"ready\r\n" not in said:
+        said += os.read(master, 1000)
+    os.close(master)
+    assert process.wait(60) == 0 and (tmp_path / "done").exists()
+
+
 def test_a_taken_port_is_said_at_once(fresh, program):
     second = fresh(port=program.port)
     assert second.process.wait(60) == 1

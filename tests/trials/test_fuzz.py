@@ -1,6 +1,10 @@
 """Whatever is sent: no server error, no dead server, nothing in the journal but what well-formed requests put there."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+import time
 
 import httpx
 import numpy as np
@@ -11,7 +15,7 @@ from hypothesis import strategies as st
 from durable import pieces
 from tests.talking import ALICE, BOB, rows
 
-REQUESTS = 3000
+REQUESTS = int(os.environ.get("REQUESTS", 3000))
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 anything = st.recursive(
@@ -108,11 +112,44 @@ def plain(body):
     return request.get("top_p") in (None, 1) and request.get("temperature") != 0 and not any(changed)
 
 
+def ask_all_the_time(url, stop, control, late):
+    """In a process of its own: GET /health every 5 ms; for each answer how late it was, while `control` is set in the
+    first list, then in the second."""
+    with httpx.Client(base_url=url, timeout=60) as http:
+        due = time.perf_counter()
+        while not stop.is_set():
+            http.get("/health").raise_for_status()
+            (late[0] if control.is_set() else late[1]).append(time.perf_counter() - due)
+            due = max(due + 0.005, time.perf_counter())
+            time.sleep(max(0.0, due - time.perf_counter()))
+
+
+@contextlib.contextmanager
+def stalls(url):
+    """Prints how late answers to GET /health are: with nothing else to do for 20 s, then while the block runs."""
+    with multiprocessing.Manager() as manager:
+        stop, control, late = manager.Event(), manager.Event(), [manager.list(), manager.list()]
+        control.set()
+        asking = multiprocessing.get_context("spawn").Process(target=ask_all_the_time, args=(url, stop, control, late))
+        asking.start()
+        time.sleep(20)
+        control.clear()
+        yield
+        stop.set()
+        asking.join()
+        assert asking.exitcode == 0
+        for name, seconds in zip(("idle", "under fuzz"), late, strict=True):
+            ms = 1000 * np.array(seconds)
+            print(
+                f"GET /health {name}: {len(ms)} answers, p99.9 {np.percentile(ms, 99.9):.0f} ms, worst {ms.max():.0f}"
+            )
+
+
 @pytest.mark.timeout(3600)
 def test_fuzz(program):
     seen, sent = {}, []
 
-    with httpx.Client(base_url=program.url, timeout=60) as http:
+    with stalls(program.url), httpx.Client(base_url=program.url, timeout=60) as http:
 
         @settings(max_examples=REQUESTS, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(request=bodies, more=headers, bobs=st.booleans())
