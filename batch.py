@@ -26,8 +26,9 @@ async def next_batch(p: Program) -> list[Sample]:
         if turn_id != TRAIN_NOW and journal.is_queued(p.db, turn_id) and turn_id not in [s.turn.id for s in batch]:
             try:
                 sample = journal.load_sample(p.db, turn_id)
-            except KeyError:
-                continue  # forgotten by another program this moment
+            except KeyError:  # damaged, or forgotten by another program this moment
+                await journal.patiently(journal.drop, p.db, [turn_id], journal.UNREADABLE)
+                continue
             if why_not := guard.reject_reason(sample, batch, p.state.step, p.config):
                 await journal.patiently(journal.drop, p.db, [turn_id], why_not)
             elif not nobody_else and guard.has_user_share(sample, batch, p.config):

@@ -1,6 +1,7 @@
 """Every option of run.py with its default. The comment next to each is its --help."""
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -8,8 +9,9 @@ import tyro
 
 
 @dataclass(frozen=True)
-class Config:
-    # ---- the program ----
+class Program:
+    """The program."""
+
     out: str = "out"  # folder of the journal, the metrics and the checkpoints
     host: str = "127.0.0.1"  # address to listen on; any other than loopback needs a key in OUT/keys
     port: int = 8000  # port to listen on
@@ -20,7 +22,11 @@ class Config:
     keep_days: float = 0.0  # days after which texts and tokens of turns that are done with are removed; 0: never
     expire: float = 3600.0  # seconds after which an answer that got no next message is dropped
 
-    # ---- the model and its engine ----
+
+@dataclass(frozen=True)
+class Engine:
+    """The model and its engine."""
+
     model: str = ""  # folder of a Hugging Face model; empty: SmolLM2-135M-Instruct, prepared once
     name: str = "policy"  # the model name that clients ask for
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -33,20 +39,32 @@ class Config:
     engine_cores: int = 0  # CPU cores for the engine, the rest for the trainer; 0: half
     push_bound: float = 0.15  # largest mean |dlogp| between engine and trainer after a push
 
-    # ---- the judge ----
+
+@dataclass(frozen=True)
+class Judge:
+    """The judge."""
+
     judge_url: str = ""  # OpenAI-compatible endpoint of the judge; empty: the served model itself
     judge_model: str = ""  # its model name (the key is read from JUDGE_API_KEY)
     judge_style: Literal["auto", "chat", "head"] = "auto"  # head: for a model too small to follow instructions
     votes: int = 3  # of a chat judge whose endpoint gives no log-probs
 
-    # ---- which turns are trained on ----
+
+@dataclass(frozen=True)
+class Turns:
+    """Which turns are trained on."""
+
     max_staleness: int = 8  # samples from weights older than this many steps are dropped
     max_train_tokens: int = 16384  # longer samples are served, not trained on; memory is planned for one of this length
     user_share: float = 0.5  # largest part of a batch from one user while other users' turns wait
     session_share: float = 1.0  # largest part of a batch from one conversation; more is dropped
     truncated_share: float = 1.0  # the same for answers that max_tokens cut off; 0: none is trained on
 
-    # ---- the step ----
+
+@dataclass(frozen=True)
+class Step:
+    """The step."""
+
     batch_size: int = 2  # judged turns per step
     row_tokens: int = 256  # tokens per packed row, a micro-batch; a longer sample has a row of its own
     lr: float = 5e-5  # of Adam, constant
@@ -57,7 +75,11 @@ class Config:
     save_every: int = 50  # steps between checkpoints; one is always written at a clean stop
     keep: int = 3  # checkpoints to keep, the newest
 
-    # ---- the losses ----
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses."""
+
     w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints alone
     w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores alone
     kl: float = 0.1  # weight of the KL to the starting weights; 0: off
@@ -70,6 +92,11 @@ class Config:
     opd_k: int = 20  # tokens at each place that teacher and student are compared on; 0: the sampled one
     opd_clip: float = 1.0  # largest |log pi_T - log pi_0| that counts; 0: no bound
     teacher: Literal["start", "policy"] = "start"  # who reads the hint: the frozen first weights, or those in training
+
+
+@dataclass(frozen=True)
+class Config(Program, Engine, Judge, Turns, Step, Losses):
+    """All of them, in one flat record."""
 
     def __post_init__(self) -> None:
         """ValueError names the option that is wrong."""
@@ -100,6 +127,23 @@ class Config:
                 raise ValueError(f"--{name}={getattr(self, name)}: expected a part from {least:g} to 1")
 
 
+@dataclass(frozen=True)
+class Groups:
+    """As --help shows them."""
+
+    program: Program
+    engine: Engine
+    judge: Judge
+    turns: Turns
+    step: Step
+    losses: Losses
+
+
 def parse(argv: list[str]) -> Config:
     """SystemExit after a message that names the option that is unknown or wrong, and after --help."""
-    return tyro.cli(Config, args=argv, use_underscores=True, description="Serve a model, and train it on its talks.")
+    description = "Serve a model, and train it on its talks."
+    groups = tyro.cli(tyro.conf.OmitArgPrefixes[Groups], args=argv, use_underscores=True, description=description)
+    try:
+        return Config(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
+    except ValueError as e:
+        sys.exit(str(e))

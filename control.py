@@ -9,18 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+import grpo
 import swap
 import trainer
 from batch import TRAIN_NOW
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from program import Program
-from server import OURS, openai_error
+from server import OURS, engine_figures, openai_error
 
 
 async def roll_back(p: Program, step: int) -> str:
@@ -56,6 +58,12 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
         return "the next step begins with the turns that are judged by now"
     if command == "rollback":
         return await roll_back(p, body["step"])
+    if command == "forget":
+        session, user = body.get("session", ""), body.get("user", "")
+        said = await asyncio.to_thread(upkeep.forget_in, Path(p.config.out) / "journal.db", session, user)
+        for from_tool in (False, True):
+            p.state.baselines.pop(grpo.baseline_key(user, from_tool), None)
+        return said
     raise KeyError(command)
 
 
@@ -76,7 +84,13 @@ def routes(p: Program) -> list[Route]:
             return openai_error(400, f"unknown command or wrong field: {e!r}")
         return JSONResponse({"done": said})
 
-    return [Route("/admin/{command}", answer, methods=["POST"])]
+    ours = CollectorRegistry()
+    ours.register(Figures(p))
+
+    async def metrics(request: Request) -> Response:
+        return Response(engine_figures() + generate_latest(ours), media_type=CONTENT_TYPE_LATEST)
+
+    return [Route("/admin/{command}", answer, methods=["POST"]), Route("/metrics", metrics, methods=["GET"])]
 
 
 class Figures:

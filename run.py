@@ -16,10 +16,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-import prometheus_client
 
 import chat_judge
 import control
@@ -53,8 +52,9 @@ async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge
         await p.judge_health.wait()
         try:
             turn, following = journal.load_turn(p.db, turn_id)
-        except KeyError:
-            continue  # forgotten meanwhile
+        except KeyError:  # damaged, or forgotten meanwhile
+            await journal.patiently(journal.drop, p.db, [turn_id], journal.UNREADABLE)
+            continue
         request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
         try:
             score, votes, confidence = await judge.score(request, answer, following)
@@ -88,11 +88,11 @@ async def train(p: Program) -> None:
     stops until somebody resumes it; after an unknown error also by itself, after a pause that grows."""
     failed = 0  # steps in a row
     while not p.config.steps or p.state.step < p.config.steps:
-        batch = await next_batch(p)
+        ids = [sample.turn.id for sample in await next_batch(p)]
         await p.resumed.wait()
         async with p.stepping:
-            batch = await journal.patiently(journal.begin_step, p.db, [sample.turn.id for sample in batch])
             try:
+                batch = await journal.patiently(journal.begin_step, p.db, ids)
                 await step(p, batch)
                 failed = 0
             except (trainer.Stopped, swap.EngineDied):
@@ -108,7 +108,8 @@ async def train(p: Program) -> None:
             except Exception as e:
                 failed += 1
                 await undo(p)
-                for turn_id in await journal.patiently(journal.requeue, p.db, f"{type(e).__name__}: {e}"):
+                await journal.patiently(journal.requeue, p.db, f"{type(e).__name__}: {e}")
+                for turn_id in ids:
                     p.to_train.put_nowait(turn_id)
                 traceback.print_exception(e)
                 p.stop_training(str(e), None if isinstance(e, swap.PushError) else min(3600, 5 * 2**failed))
@@ -231,6 +232,7 @@ async def setup(config: Config) -> Program:
     host = "127.0.0.1" if anywhere else f"[{config.host}]" if ":" in config.host else config.host
     scheme = "https" if config.ssl_certfile else "http"
     url = f"{scheme}://{host}:{config.port}/v1"
+    print(url, file=lock, flush=True)  # for the commands of durable/admin.py
     shown = f"{scheme}://{socket.getfqdn()}:{config.port}/v1" if anywhere else url
     any_key = "any" if api_keys.users() is None else f"one of those in {api_keys.file.resolve()}"
     engine_args = swap.engine_args(config, folder, plan)
@@ -280,20 +282,15 @@ async def serve(p: Program) -> bool:
     judge = make_judge(p)
     app = await server.build_app(p.engine, p.engine_args, p.db, p, control.routes(p))
     web = server.web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
-    prometheus_client.REGISTRY.register(control.Figures(p))
     # The watch runs to the very end, so that no call waits for a dead engine.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")
     tasks = [asyncio.create_task(web.serve(sockets=[p.listener]), name="server")]
     while not web.started and not tasks[0].done():
         await asyncio.sleep(0.05)
-    tasks += [
-        asyncio.create_task(train(p), name="train"),
-        *[asyncio.create_task(judge_turns(p, judge), name=f"judge {i}") for i in range(8)],
-        asyncio.create_task(expire_turns(p), name="expire"),
-        asyncio.create_task(prune_turns(p), name="prune"),
-        asyncio.create_task(died.wait(), name="engine died"),
-        asyncio.create_task(stopped.wait(), name="signal"),
-    ]
+    background = {"train": lambda: train(p), "expire": lambda: expire_turns(p), "prune": lambda: prune_turns(p)}
+    background |= {f"judge {i}": lambda: judge_turns(p, judge) for i in range(8)}
+    tasks += [asyncio.create_task(keep_running(p, name, work), name=name) for name, work in background.items()]
+    tasks += [asyncio.create_task(event.wait(), name="end") for event in (died, stopped)]
     ready, pending = time.monotonic(), set(tasks)
     print(f"ready     after {ready - STARTED:.0f} s", flush=True)
     try:
@@ -307,6 +304,22 @@ async def serve(p: Program) -> bool:
     finally:
         await stop(p, web, tasks, watch)
     return died.is_set() and not stopped.is_set()
+
+
+async def keep_running(p: Program, name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """A background task begins again after an error: a row that can't be read must not end the program."""
+    while True:
+        try:
+            return await work()
+        except (trainer.Stopped, swap.EngineDied):
+            raise
+        except Exception as e:
+            traceback.print_exception(e)
+            if name == "train":
+                p.stop_training(f"{type(e).__name__}: {e}", 60)
+                for turn_id in journal.in_state(p.db, "queued"):  # some were in its hands
+                    p.to_train.put_nowait(turn_id)
+            await asyncio.sleep(1)
 
 
 STOPPING = [signal.SIGINT, signal.SIGTERM]

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import uvicorn
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -499,6 +500,13 @@ class Hooks(Protocol):
 
     def status(self, user: str | None) -> dict[str, Any]:
         """The body of GET /status, for one user or with everybody's figures."""
+
+
+def engine_figures() -> bytes:
+    """vLLM's own Prometheus figures, as its /metrics has them (it makes the registry anew each time)."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return generate_latest(get_prometheus_registry())
 
 
 async def build_app(

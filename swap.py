@@ -242,7 +242,7 @@ def salted(prompt: dict, user: str) -> dict:
     `reset_prefix_cache` does nothing as long as any request runs (it logs a warning and returns False), so on a busy
     server new answers would keep reading the keys and values of old weights: mean |dlogp| 0.67 on a tiny model.
     """
-    return {**prompt, "cache_salt": json.dumps([loads, "", prompt.get("cache_salt")])}
+    return {**prompt, "cache_salt": json.dumps([loads, user, prompt.get("cache_salt")])}
 
 
 def usable_seed(engine: Any, seed: int | None) -> int | None:

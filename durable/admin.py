@@ -5,6 +5,7 @@ python -m durable.admin show --out=mine --session=SESSION    one conversation, w
 python -m durable.admin rollback --out=mine --step=50        the checkpoint of step 50 is the current one again
 python -m durable.admin forget --out=mine --session=SESSION  a conversation leaves the journal for good; --user=: all
 python -m durable.admin export --out=mine                    all answers with their tokens and verdicts, as JSON lines
+python -m durable.admin pause --out=mine                     training pauses; resume; train: now, with what is judged
 python -m durable.admin key --out=mine --add=USER            a new API key, printed this once; --revoke=USER ends it
 """
 
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+import httpx
 import tyro
 
 from clients import keys
@@ -71,7 +73,7 @@ class Show:
 
 @dataclass(frozen=True)
 class Rollback:
-    """Make the checkpoint of a step the current one. Stop the program first."""
+    """Make the checkpoint of a step the current one. The program may run."""
 
     step: int  # 0: the weights that training began from
     out: str = "out"  # the --out of run.py
@@ -83,6 +85,27 @@ class Forget:
 
     session: str = ""  # as `show` prints it
     user: str = ""  # all their conversations instead
+    out: str = "out"  # the --out of run.py
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Pause training in the running program; it serves and judges on."""
+
+    out: str = "out"  # the --out of run.py
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Resume training in the running program, after a pause or after an error that stopped it."""
+
+    out: str = "out"  # the --out of run.py
+
+
+@dataclass(frozen=True)
+class Train:
+    """Have the running program train on the turns that are judged by now, without waiting for a full batch."""
+
     out: str = "out"  # the --out of run.py
 
 
@@ -103,7 +126,10 @@ class Key:
     revoke: str = ""  # the user who loses all
 
 
-def main(command: Show | Rollback | Forget | Export | Key) -> None:
+Command = Show | Rollback | Forget | Pause | Resume | Train | Export | Key
+
+
+def main(command: Command) -> None:
     out = Path(command.out)
     if isinstance(command, Key):
         change_keys(out / "keys", command.add, command.revoke)
@@ -114,15 +140,40 @@ def main(command: Show | Rollback | Forget | Export | Key) -> None:
         with closing(sqlite3.connect(f"file:{out / 'journal.db'}?mode=ro", uri=True)) as db:
             db.row_factory = sqlite3.Row
             show(db, command.session) if isinstance(command, Show) else export(db, command.since)
+    elif isinstance(command, Forget) and bool(command.session) == bool(command.user):
+        raise UsageError("forget: give --session or --user")
+    elif (said := ask_program(out, command)) is not None:
+        print(printable(said))
     elif isinstance(command, Rollback):
         with upkeep.lock_out_dir(out), closing(journal.open_journal(out / "journal.db")) as db:
             undone = upkeep.rollback(db, command.step)
             checkpoint.remove_others(out, journal.checkpoints(db))
             print(f"step {command.step} is the current one; {undone} turns that came after it are dropped")
-    else:
-        if bool(command.session) == bool(command.user):
-            raise UsageError("give --session or --user")
+    elif isinstance(command, Forget):
         print(printable(upkeep.forget_in(out / "journal.db", command.session, command.user)))
+    else:
+        raise UsageError(f"no program runs with --out={out}")
+
+
+def ask_program(out: Path, command: Command) -> str | None:
+    """Have the program that runs with this --out carry out a command; None where none runs. UsageError: it can't."""
+    try:
+        upkeep.lock_out_dir(out).close()
+        return None
+    except UsageError as e:
+        _, *url = (out / "lock").read_text().split()
+        if not url:
+            raise UsageError(f"{e}; it does not answer yet") from e
+    body = {k: v for k, v in vars(command).items() if k != "out"}
+    headers = {"Authorization": f"Bearer {(out / keys.ADMIN).read_text().strip()}"}
+    address = f"{url[0].removesuffix('/v1')}/admin/{type(command).__name__.lower()}"
+    try:  # it is this machine: no proxy, and no certificate needs checking
+        reply = httpx.post(address, json=body, headers=headers, timeout=600, trust_env=False, verify=False)
+    except httpx.HTTPError as e:
+        raise UsageError(f"the program that runs with --out={out} does not answer at {address}: {e!r}") from e
+    if reply.is_error:
+        raise UsageError(reply.json()["error"]["message"])
+    return reply.json()["done"]
 
 
 def printable(text: str) -> str:
@@ -168,6 +219,6 @@ def export(db: sqlite3.Connection, since: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Show | Rollback | Forget | Export | Key, description=__doc__, use_underscores=True))
+        main(tyro.cli(Command, description=__doc__, use_underscores=True))
     except UsageError as e:
         sys.exit(str(e))

@@ -15,6 +15,7 @@ import shutil
 import sqlite3
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -281,6 +282,7 @@ NEUTRAL = "neutral: the next message says nothing about the answer"
 ALONE = "no next message came"
 LAST = "the session is over, by its header"
 UNTRAINED = "this key is not trained on"
+UNREADABLE = "its row is damaged"
 NOTHING = "nothing to learn from"
 NO_HINT = NOTHING + ": there is no hint, and the score can't be trained on"
 REVIVED = (NEUTRAL, ALONE, LAST, NO_HINT)  # by a person's rating
@@ -337,16 +339,15 @@ def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
         return [load_sample(db, i) for i in turn_ids if i in {r["id"] for r in begun}]
 
 
-def requeue(db: sqlite3.Connection, error: str) -> list[str]:
-    """Turns in training, whose step failed or died with the program, are queued again; returns their ids. One that
-    failed alone is set aside: after ALONE_AFTER failures with others, it must be this turn that the step fails on."""
+def requeue(db: sqlite3.Connection, error: str) -> None:
+    """Turns in training, whose step failed or died with the program, are queued again. One that failed alone is set
+    aside: after ALONE_AFTER failures with others, it must be this turn that the step fails on."""
     with transaction(db):
         db.execute(
             "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'training' AND attempts > ?",
             (f"set aside, since training fails on it: {error}", ALONE_AFTER),
         )
-        queued = db.execute("UPDATE turns SET state = 'queued' WHERE state = 'training' RETURNING id")
-        return [r["id"] for r in queued.fetchall()]
+        db.execute("UPDATE turns SET state = 'queued' WHERE state = 'training'")
 
 
 def leave_step(db: sqlite3.Connection) -> None:
@@ -452,10 +453,13 @@ def row_of(db: sqlite3.Connection, turn_id: str, table: str = "turns") -> sqlite
 
 
 def turn_of(db: sqlite3.Connection, r: sqlite3.Row) -> Turn:
-    """Of a row of `readable`."""
+    """Of a row of `readable`. KeyError where what is stored of it is damaged."""
     values = {f.name: r[f.name] for f in fields(Turn)}
-    values |= {name: json.loads(r[name] or "{}") for name in AS_JSON}  # of a pruned turn the template is gone
-    values |= {name: np.frombuffer(pieces.unpacked(r[name]), dtype).tolist() for name, dtype in AS_BYTES.items()}
-    values["prompt_ids"] = pieces.tokens_of(db, r["prompt_ids"])
-    values["versions"] = [tuple(span) for span in values["versions"]]
-    return Turn(**values)
+    try:
+        values |= {name: json.loads(r[name] or "{}") for name in AS_JSON}  # of a pruned turn the template is gone
+        values |= {name: np.frombuffer(pieces.unpacked(r[name]), dtype).tolist() for name, dtype in AS_BYTES.items()}
+        values["prompt_ids"] = pieces.tokens_of(db, r["prompt_ids"])
+        values["versions"] = [tuple(span) for span in values["versions"]]
+        return Turn(**values)
+    except (ValueError, TypeError, zlib.error) as e:
+        raise KeyError(f"{r['id']} can't be read: {e}") from e

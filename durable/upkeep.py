@@ -53,11 +53,11 @@ def lock_out_dir(out: Path) -> TextIO:
         lock = open(out / "lock", "a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)
-        print(os.getpid(), file=lock, end="", flush=True)
+        print(os.getpid(), file=lock, flush=True)
     except BlockingIOError:
         lock.seek(0)
         raise UsageError(
-            f"--out={out} is in use by process {lock.read() or '?'}: stop it first, or give another --out"
+            f"--out={out} is in use by process {lock.readline().strip() or '?'}: stop it first, or give another --out"
         ) from None
     except OSError as e:
         raise UsageError(f"--out={out}: {e}") from e

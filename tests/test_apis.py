@@ -434,6 +434,10 @@ def admins(program):
     return {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
 
 
+def metrics(program):
+    return httpx.get(f"{program.url}/metrics", headers=admins(program)).raise_for_status().text
+
+
 def test_everybodys_figures_and_ones_own(program):
     def said(user, key):
         body = {"model": "policy", "messages": [{"role": "user", "content": f"I am {user}"}], "max_tokens": 2}
@@ -445,6 +449,8 @@ def test_everybodys_figures_and_ones_own(program):
     everybodys = httpx.get(f"{program.url}/status", headers=admins(program)).json()["turns"]
     assert ones["bob"] < ones["alice"] + ones["bob"] == sum(everybodys.values()) == len(rows(program))
     assert ones["bob"] == len(rows(program, "user = 'bob'"))
+    for state, n in everybodys.items():
+        assert f'openclaw_rl_turns{{state="{state}"}} {n:.1f}\n' in metrics(program)
 
 
 def test_no_user_shares_a_prompts_cache_with_another(program):
@@ -452,14 +458,16 @@ def test_no_user_shares_a_prompts_cache_with_another(program):
 
     def cached_tokens(key, path="/v1/chat/completions", field="messages"):
         def figure(name):
-            lines = httpx.get(f"{program.url}/metrics", headers=admins(program)).text.splitlines()
+            lines = metrics(program).splitlines()
             return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:prefix_cache_{name}"))
 
         asked, hits, text = figure("queries_t"), figure("hits_t"), "Is this a secret? " * 60
         body = {"model": "policy", "max_tokens": 1, field: text if field == "prompt" else [user(text)]}
         headers = {"Authorization": f"Bearer {key}"}
         httpx.post(f"{program.url}{path}", headers=headers, json=body, timeout=60).raise_for_status()
+        deadline = time.monotonic() + 20
         while figure("queries_t") == asked:  # vLLM counts a moment after it has answered
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         return figure("hits_t") - hits
 

@@ -87,8 +87,10 @@ async def test_a_turn_that_training_fails_on_is_found_and_set_aside_and_its_neig
         if "poison" not in ids:
             journal.mark_trained(program.db, ids, steps)
         elif steps % 2:
-            for turn_id in journal.requeue(program.db, "RuntimeError: no memory"):
-                program.to_train.put_nowait(turn_id)
+            journal.requeue(program.db, "RuntimeError: no memory")
+            for turn_id in ids:
+                if journal.is_queued(program.db, turn_id):
+                    program.to_train.put_nowait(turn_id)
         else:  # a start after a crash
             waiting(program)
             journal.recover(program.db)
