@@ -13,8 +13,8 @@ TRAIN_NOW = ""  # in the queue: do not wait for a full batch
 
 
 async def next_batch(p: Program) -> list[Sample]:
-    """Wait for a full batch, and until training is not paused. Newest turns first: under overload the oldest grow
-    stale. Turns that are unfit are dropped with their reason, once there is disk space to write that down."""
+    """Wait for a full batch. Newest turns first: under overload the oldest grow stale. Turns that are unfit are dropped
+    with their reason, once there is disk space to write that down."""
     batch: list[Sample] = []
     later: list[str] = []  # turns of users who have their share of the batch, while others' turns wait
     while True:

@@ -28,8 +28,7 @@ from server import OURS, engine_figures, openai_error
 async def roll_back(p: Program, step: int) -> str:
     """Train and serve on from the checkpoint of `step`; 0: from the first weights. UsageError where there is none."""
     async with p.stepping, p.swapping:
-        if step not in (known := [0, *journal.checkpoints(p.db)]):
-            raise UsageError(f"step {step}: there are checkpoints of the steps {', '.join(map(str, known))}")
+        upkeep.check_step(p.db, step)
         state, out = p.state, Path(p.config.out)
         old = p.served, await p.on_trainer(trainer.served_weights, state.policy)
         await p.on_trainer(trainer.load_checkpoint, state, checkpoint.folder_of(out, step) if step else None)
@@ -106,15 +105,12 @@ class Figures:
         yield GaugeMetricFamily(prefix + "swap_pause_seconds", "Pause of the last swap", p.pause[1] - p.pause[0])
         failures = p.judge_health.failures
         yield CounterMetricFamily(prefix + "judge_failures", "Verdicts that the judge failed to give", failures)
-        turns = GaugeMetricFamily(prefix + "turns", "Turns by state", labels=["state"])
-        for state, n in journal.counts(p.db).items():
-            turns.add_metric([state], n)
-        yield turns
-        dropped = GaugeMetricFamily(prefix + "dropped_turns", "Dropped turns by reason", labels=["reason"])
-        for reason, n in journal.drop_reasons(p.db).items():
-            dropped.add_metric([reason], n)
-        yield dropped
-        last = GaugeMetricFamily(prefix + "last_step", "Metrics of the last step, see docs/method.md", labels=["key"])
-        for key, value in p.last_step.items():
-            last.add_metric([key], value)
-        yield last
+        for name, what, label, values in (
+            ("turns", "Turns by state", "state", journal.counts(p.db)),
+            ("dropped_turns", "Dropped turns by reason", "reason", journal.drop_reasons(p.db)),
+            ("last_step", "Metrics of the last step, see docs/method.md", "key", p.last_step),
+        ):
+            family = GaugeMetricFamily(prefix + name, what, labels=[label])
+            for key, value in values.items():
+                family.add_metric([key], value)
+            yield family

@@ -121,8 +121,10 @@ class Program:
 
     async def wait_for_disk_space(self) -> None:
         """Training writes down what it does: it waits while there is no space for that."""
-        before = self.training
+        full = "waits: the disk is full"
         while not journal.has_disk_space(self.db):
-            self.training = "waits: the disk is full"
+            if self.training == "on":
+                self.training = full
             await asyncio.sleep(1)
-        self.training = before
+        if self.training == full:  # otherwise it was paused meanwhile
+            self.training = "on"

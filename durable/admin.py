@@ -63,65 +63,59 @@ def describe(row: sqlite3.Row) -> str:
     return "\n".join([*lines, f"  became    {became}{': ' + row['reason'] if row['reason'] else ''}"])
 
 
-@dataclass(frozen=True)
-class Show:
+@dataclass(frozen=True, kw_only=True)
+class OfRun:
+    out: str = "out"  # the --out of run.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(OfRun):
     """Print the last 20 answers, or one conversation. A running program is not disturbed."""
 
-    out: str = "out"  # the --out of run.py
     session: str = ""  # of one conversation, as printed here; all of it
 
 
-@dataclass(frozen=True)
-class Rollback:
+@dataclass(frozen=True, kw_only=True)
+class Rollback(OfRun):
     """Make the checkpoint of a step the current one. The program may run."""
 
     step: int  # 0: the weights that training began from
-    out: str = "out"  # the --out of run.py
 
 
-@dataclass(frozen=True)
-class Forget:
+@dataclass(frozen=True, kw_only=True)
+class Forget(OfRun):
     """Remove a conversation and what was made of it, or all of a user, for good. The program may run."""
 
     session: str = ""  # as `show` prints it
     user: str = ""  # all their conversations instead
-    out: str = "out"  # the --out of run.py
 
 
-@dataclass(frozen=True)
-class Pause:
+@dataclass(frozen=True, kw_only=True)
+class Pause(OfRun):
     """Pause training in the running program; it serves and judges on."""
 
-    out: str = "out"  # the --out of run.py
 
-
-@dataclass(frozen=True)
-class Resume:
+@dataclass(frozen=True, kw_only=True)
+class Resume(OfRun):
     """Resume training in the running program, after a pause or after an error that stopped it."""
 
-    out: str = "out"  # the --out of run.py
 
-
-@dataclass(frozen=True)
-class Train:
+@dataclass(frozen=True, kw_only=True)
+class Train(OfRun):
     """Have the running program train on the turns that are judged by now, without waiting for a full batch."""
 
-    out: str = "out"  # the --out of run.py
 
-
-@dataclass(frozen=True)
-class Export:
+@dataclass(frozen=True, kw_only=True)
+class Export(OfRun):
     """Print every answer as a line of JSON: its prompt, tokens and log-probs, its verdict and what became of it."""
 
-    out: str = "out"  # the --out of run.py
     since: str = ""  # answers from this day on, as 2026-01-31
 
 
-@dataclass(frozen=True)
-class Key:
+@dataclass(frozen=True, kw_only=True)
+class Key(OfRun):
     """Add or revoke an API key. A running program knows it from the next request on."""
 
-    out: str = "out"  # the --out of run.py
     add: str = ""  # the user that gets one
     revoke: str = ""  # the user who loses all
 

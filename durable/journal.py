@@ -297,10 +297,10 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, follo
     for a reason that no verdict changes.
     """
     with transaction(db):
-        known = db.execute("SELECT * FROM turns WHERE id = ?", (turn_id,)).fetchone()
+        known = db.execute(f"SELECT *, {NEXT} AS following FROM turns WHERE id = ?", (turn_id,)).fetchone()
         if known is None or verdict.source == "judge" and known["state"] not in ("waiting", "judging"):
             return False
-        if following is not None and load_turn(db, turn_id)[1] != following:
+        if following is not None and json.loads(known["following"] or "[]") != following:
             return False
         state, reason = known["state"], known["reason"]
         if state not in ("waiting", "judging", "queued") and (reason not in REVIVED or known["template"] is None):
@@ -331,12 +331,13 @@ def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
     """The samples of those that are still queued, with their verdicts as they are now; from here on no feedback and
     no other message changes them."""
     with transaction(db):
-        begun = db.execute(
+        updated = db.execute(
             "UPDATE turns SET state = 'training', attempts = attempts + 1 "
             f"WHERE state = 'queued' AND {THESE} RETURNING id",
             (json.dumps(turn_ids),),
         ).fetchall()
-        return [load_sample(db, i) for i in turn_ids if i in {r["id"] for r in begun}]
+        begun = {r["id"] for r in updated}
+        return [load_sample(db, i) for i in turn_ids if i in begun]
 
 
 def requeue(db: sqlite3.Connection, error: str) -> None:

@@ -18,7 +18,7 @@ from typing import TextIO
 from clients.sessions import asked_by_the_client, conversation, letters, text_of, without_thinking, words_of
 from durable import journal, pieces
 from durable.errors import UsageError
-from durable.journal import checkpoints, transaction
+from durable.journal import THESE, checkpoints, transaction
 
 PORTION = 100  # rows in one write
 PROOF = 20  # letters; a shorter text does not show that a conversation holds another one's
@@ -89,12 +89,17 @@ def own_connection(path: Path) -> sqlite3.Connection:
     return db
 
 
+def check_step(db: sqlite3.Connection, step: int) -> None:
+    """UsageError where there is no checkpoint of this step (0: the start)."""
+    if step not in (known := [0, *checkpoints(db)]):
+        raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
+
+
 def rollback(db: sqlite3.Connection, step: int) -> int:
     """Make the checkpoint of `step` (0: the start) the current one. Turns that later steps were trained on,
     and answers that later weights gave, are dropped; returns their number.
     UsageError where there is no such checkpoint."""
-    if step not in (known := [0, *checkpoints(db)]):
-        raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
+    check_step(db, step)
     with transaction(db):
         db.execute("DELETE FROM checkpoints WHERE step > ?", (step,))
         return db.execute(
@@ -121,10 +126,9 @@ def sweep(db: sqlite3.Connection) -> None:
 
     A program that runs may take up such a piece again for a new turn. So it first loses its hash, by which it is found;
     then it is looked at once more."""
-    these = "id IN (SELECT value FROM json_each(?))"
     for dead, statement in (
-        ("hash NOT NULL", f"UPDATE pieces SET hash = NULL WHERE {these}"),
-        ("hash IS NULL", f"DELETE FROM pieces WHERE {these}"),
+        ("hash NOT NULL", f"UPDATE pieces SET hash = NULL WHERE {THESE}"),
+        ("hash IS NULL", f"DELETE FROM pieces WHERE {THESE}"),
     ):
         with transaction(db):  # one view of all tables
             for fill in filter(str.strip, LIVE.split(";")):
@@ -155,9 +159,7 @@ def prune(path: Path, days: float) -> int:
             ids = pieces.as_json([r["id"] for r in found[k : k + PORTION]])
             with transaction(db):
                 # A person may have rated one since: then it is queued.
-                these = (
-                    "template NOT NULL AND state IN ('dropped', 'trained') AND id IN (SELECT value FROM json_each(?))"
-                )
+                these = f"template NOT NULL AND state IN ('dropped', 'trained') AND {THESE}"
                 db.execute(
                     "UPDATE answers SET text = '', response_ids = ?, logprobs = ? "
                     f"WHERE number IN (SELECT number FROM turns WHERE {these})",
@@ -278,9 +280,8 @@ def forget(db: sqlite3.Connection, session: str = "", user: str = "") -> Forgott
     trained = db.execute(f"SELECT MIN(step) FROM turns WHERE {mine} AND state = 'trained'", given)
     gone.first = trained.fetchone()[0]
     ids = [r["id"] for r in db.execute(f"SELECT id FROM turns WHERE {mine}", given)]
-    these = "id IN (SELECT value FROM json_each(?))"
-    in_portions(db, f"DELETE FROM answers WHERE number IN (SELECT number FROM turns WHERE {these})", ids)
-    in_portions(db, f"DELETE FROM turns WHERE {these}", ids)
+    in_portions(db, f"DELETE FROM answers WHERE number IN (SELECT number FROM turns WHERE {THESE})", ids)
+    in_portions(db, f"DELETE FROM turns WHERE {THESE}", ids)
     gone.turns = len(ids)
     sweep(db)
     gone.left = "" if empty_log(db) else STILL_READ
