@@ -66,7 +66,8 @@ class Step:
     """The step."""
 
     batch_size: int = 2  # judged turns per step
-    row_tokens: int = 256  # tokens per packed row, a micro-batch; a longer sample has a row of its own
+    row_tokens: int = 0  # tokens per packed row, a micro-batch; a longer sample has a row of its own; 0: by the device
+    lora_rank: int = 0  # train an adapter of this rank on the frozen model; 0: all weights
     lr: float = 5e-5  # of Adam, constant
     beta1: float = 0.9  # of Adam
     beta2: float = 0.98  # of Adam
@@ -104,7 +105,7 @@ class Config(Program, Engine, Judge, Turns, Step, Losses):
             value = getattr(self, f.name)
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"--{f.name}={value}: expected a finite number that is not negative")
-        for name in ("batch_size", "votes", "keep", "row_tokens", "max_seqs", "max_model_len", "save_every"):
+        for name in ("batch_size", "votes", "keep", "max_seqs", "max_model_len", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: expected at least 1")
         for name in ("lr", "expire", "grad_clip", "push_bound"):

@@ -27,16 +27,24 @@ from server import OURS, engine_figures, openai_error
 
 async def roll_back(p: Program, step: int) -> str:
     """Train and serve on from the checkpoint of `step`; 0: from the first weights. UsageError where there is none."""
-    async with p.stepping, p.swapping:
+    async with p.stepping:
         upkeep.check_step(p.db, step)
         state, out = p.state, Path(p.config.out)
-        old = p.served, await p.on_trainer(trainer.served_weights, state.policy)
-        await p.on_trainer(trainer.load_checkpoint, state, checkpoint.folder_of(out, step) if step else None)
-        new = step, await p.on_trainer(trainer.served_weights, state.policy)
-        probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
-        _, p.pause = await swap.push(p.engine, new, old, probe, p.config.push_bound)
-        p.served = step
-        undone = await journal.patiently(upkeep.rollback, p.db, step)
+        folder = checkpoint.folder_of(out, step) if step else None
+        try:
+            _, baselines = await p.on_trainer(trainer.load_checkpoint, state, folder)
+            probed = await p.on_trainer(state.probe.measure, state.policy)
+            probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
+            weights = await p.on_trainer(trainer.served_weights, state.policy)
+            async with p.swapping:
+                p.served = None
+                _, p.pause = await swap.push(p.engine, weights, step, probe, p.config.push_bound)
+                p.served = step
+            undone = await journal.patiently(upkeep.rollback, p.db, step)
+        except Exception:
+            await p.undo()
+            raise
+        await p.on_trainer(trainer.commit, state, step, baselines, probed)
         checkpoint.remove_others(out, journal.checkpoints(p.db))
         checkpoint.trim_metrics(out / "metrics.jsonl", step)
     return f"step {step} is the current one; {undone} turns that came after it are dropped"

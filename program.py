@@ -15,6 +15,7 @@ import openai
 from openai import AsyncOpenAI
 
 import reward
+import swap
 import trainer
 from clients.connections import trusting
 from clients.keys import Keys
@@ -44,7 +45,7 @@ class Program:
     to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.LifoQueue)  # ids of judged turns, newest first
     judge_health: reward.Health = field(default_factory=reward.Health)
     training: str = "on"  # or why it waits or stopped
-    served: int = 0  # step of the weights in the engine
+    served: int | None = None  # step of the weights in the engine; None: during a push
     resumed: asyncio.Event = field(default_factory=asyncio.Event)  # unset: no step begins
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
     swapping: asyncio.Lock = field(default_factory=asyncio.Lock)  # a swap is never left half-way
@@ -58,6 +59,15 @@ class Program:
     def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
         """Run f(*args) on the trainer's thread, while serving and judging continue."""
         return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
+
+    async def undo(self) -> None:
+        """After a step that failed: the trainer, and the engine if it has new weights, return to the last snapshot."""
+        await self.on_trainer(trainer.restore, self.state)
+        if self.served != self.state.step:
+            weights = await self.on_trainer(trainer.served_weights, self.state.policy)
+            async with self.swapping:
+                await swap.give_back(self.engine, weights, self.state.step)
+                self.served = self.state.step
 
     def pause_training(self, why: str) -> None:
         """No step begins from here on; one that runs is finished."""

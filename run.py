@@ -18,11 +18,13 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import chat_judge
 import control
 import grpo
+import lora
 import machine
 import reward
 import server
@@ -99,7 +101,7 @@ async def train(p: Program) -> None:
                 raise
             except guard.Refused as e:
                 failed += 1
-                await undo(p)
+                await p.undo()
                 why_not = f"step {p.state.step + 1} reverted: {e}"
                 await journal.patiently(journal.drop, p.db, [s.turn.id for s in batch], why_not)
                 print(f"step {p.state.step + 1} reverted: {e}", file=sys.stderr)
@@ -107,7 +109,7 @@ async def train(p: Program) -> None:
                     p.stop_training(f"{failed} steps in a row reverted, the last one: {e}")
             except Exception as e:
                 failed += 1
-                await undo(p)
+                await p.undo()
                 await journal.patiently(journal.requeue, p.db, f"{type(e).__name__}: {e}")
                 for turn_id in ids:
                     p.to_train.put_nowait(turn_id)
@@ -126,7 +128,6 @@ async def step(p: Program, batch: list[Sample]) -> None:
         return
 
     # 2. gradient and Adam; then a look at the new weights before anybody meets them
-    before = await p.on_trainer(trainer.served_weights, state.policy)
     metrics = await p.on_trainer(trainer.update, config, state, lessons)
     probed = await p.on_trainer(state.probe.measure, state.policy)
     guard.check_weights(probed, state.probe.first, state.probed)
@@ -135,9 +136,9 @@ async def step(p: Program, batch: list[Sample]) -> None:
     # 3. swap: the engine gets the new weights; running answers continue
     weights = await p.on_trainer(trainer.served_weights, state.policy)
     probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
-    new, old = (state.step + 1, weights), (state.step, before)
     async with p.swapping:
-        gap, p.pause = await swap.push(p.engine, new, old, probe, config.push_bound)
+        p.served = None
+        gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe, config.push_bound)
         p.served = state.step + 1
 
     # 4. commit: a restart or a reverted step returns to this snapshot
@@ -145,24 +146,13 @@ async def step(p: Program, batch: list[Sample]) -> None:
     await journal.patiently(journal.mark_trained, p.db, [sample.turn.id for sample in batch], state.step + 1)
     for s in batch:
         grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
-    await p.on_trainer(trainer.snapshot, state)
-    state.step, state.probed = state.step + 1, probed
+    await p.on_trainer(trainer.commit, state, state.step + 1, state.baselines, probed)
 
     # 5. report, and a checkpoint every `save_every` steps
     seconds = {"train_s": trained - started, "push_s": time.monotonic() - trained}
     report(p, batch, metrics | {f"probe_{k}": v for k, v in probed.items()} | {"push_gap": gap} | seconds)
     if state.step - max(journal.checkpoints(p.db), default=0) >= config.save_every:
         await save(p)
-
-
-async def undo(p: Program) -> None:
-    """After a step that failed: the trainer, and the engine if it has the new weights, return to the last snapshot."""
-    await p.on_trainer(trainer.restore, p.state)
-    if p.served != p.state.step:
-        weights = await p.on_trainer(trainer.served_weights, p.state.policy)
-        async with p.swapping:
-            await swap.load(p.engine, weights, p.state.step)
-            p.served = p.state.step
 
 
 def report(p: Program, batch: list[Sample], metrics: dict[str, float]) -> None:
@@ -217,9 +207,12 @@ async def setup(config: Config) -> Program:
     checkpoint.remove_others(out, journal.checkpoints(db))
     checkpoint.trim_metrics(out / "metrics.jsonl", step)
     saved = checkpoint.folder_of(out, step) if step else None
-    folder = saved or start
+    if saved:
+        lora.check_rank(saved, config.lora_rank)
+    folder = start if config.lora_rank or not saved else saved  # what the engine begins with
     check_folder(folder, trainer.ROLL_BACK if step else "")
-    plan = machine.plan(config, folder)
+    plan = machine.plan(config, start)
+    config = replace(config, row_tokens=plan.row_tokens)
     try:  # before the engine starts, which takes a while
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         plain = socket.create_server((config.host, config.port), family=family, dualstack_ipv6=config.host == "::")
@@ -258,6 +251,8 @@ async def setup(config: Config) -> Program:
         state = await asyncio.wrap_future(loading)
         state.stopping = stopping
         await engine.update_weight_version(str(state.step))
+        if config.lora_rank and saved:
+            await swap.load(engine, trainer.served_weights(state.policy), state.step)
     except BaseException:
         stopping.set()
         if engine:
@@ -355,9 +350,13 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
 def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
     if p.fitting:
         return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
-    client = chat_judge.endpoint(p.config.judge_url) if p.config.judge_url else p.own_client
     longest = min(4096, p.config.max_model_len)  # vLLM refuses more
-    return chat_judge.ChatJudge(client, p.config.judge_model or p.config.name, p.config.votes, longest)
+    if p.config.judge_url:
+        client = chat_judge.endpoint(p.config.judge_url)
+        return chat_judge.ChatJudge(client, p.config.judge_model, p.config.votes, longest)
+    # With an adapter the first weights are there, and a judge that doesn't change is the better one.
+    name = p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
+    return chat_judge.ChatJudge(p.own_client, name, p.config.votes, longest)
 
 
 async def expire_turns(p: Program) -> None:

@@ -363,7 +363,7 @@ class Recorder:
         prompt = swap.salted(prompt, caller.get())
         sampling_params.seed = swap.usable_seed(self._engine, sampling_params.seed)
         # aclosing: when the client hangs up, the engine must hear of it now, not when the inner generator is collected
-        outputs = aclosing(self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs))
+        outputs = aclosing(swap.generate(self._engine, prompt, sampling_params, request_id, *args, **kwargs))
         if request is None:
             async with outputs:
                 async for output in outputs.thing:
@@ -372,6 +372,8 @@ class Recorder:
 
         # The prompt was valid, or we would not be here: only now does the request count as a next message.
         session, dropped, changed = await journal.patiently(self.link, request)
+        if kwargs.get("lora_request"):
+            dropped = "the first weights were asked"
         for hook, earlier in changed:
             await hook(earlier)
         # As the client knows it: /v1/responses numbers the calls to the engine.
@@ -524,6 +526,9 @@ async def build_app(
     vllm_app = build_vllm_app(args, tasks, engine.model_config)
     await init_app_state(Recorder(engine, db, hooks), vllm_app.state, args, tasks)
     note_rendered(vllm_app.state.online_renderer)
+    if args.enable_lora:
+        first = swap.first_weights_request(args.served_model_name[0])
+        vllm_app.state.openai_serving_models.lora_requests[first.lora_name] = first
     vllm_app.state.server = SimpleNamespace()  # vLLM tells it to exit when the engine died; here swap.watch does that
 
     async def feedback(request: Request) -> JSONResponse:

@@ -13,12 +13,16 @@ import signal
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import lora
+import memory
 from config import Config
 from machine import Plan
 
@@ -38,7 +42,7 @@ if multiprocessing.current_process().name != "MainProcess":
 
 
 class PushError(RuntimeError):
-    """The engine did not take the weights it was sent. It has been given the ones before them again."""
+    """The engine did not take the weights it was sent; it must be given the ones before them again (`give_back`)."""
 
 
 class EngineDied(RuntimeError):
@@ -77,6 +81,21 @@ class WeightReceiver:
                 dispatch_cpu_unquantized_gemm(head, remove_weight=False)
         return sorted(expected - loaded)
 
+    def receive_adapter(self, message: bytes, adapter_id: int) -> None:
+        """Take an adapter sent by `add_adapter`; requests ask for it by its id.
+
+        Relied on: the manager behind vLLM's own add_lora, which would read the tensors from a folder. It looks for that
+        folder only where an adapter is asked for that it doesn't hold."""
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+
+        manager = self.model_runner.lora_manager._adapter_manager
+        tensors = {lora.peft_name(name): w.clone() for name, w in open_shared(message)}
+        rank = next(len(w) for name, w in tensors.items() if ".lora_A." in name)
+        peft = PEFTHelper(r=rank, lora_alpha=lora.SCALE * rank, target_modules=[])
+        dtype = self.vllm_config.lora_config.lora_dtype
+        manager.add_adapter(LoRAModel.from_lora_tensors(adapter_id, tensors, peft, device="cpu", dtype=dtype))
+
 
 def open_shared(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
     """(name, tensor) pairs from what `share_weights` made; tensors share memory with the sender."""
@@ -114,6 +133,8 @@ def share_weights(weights: dict[str, torch.Tensor], path: str) -> bytes:
         flat[start:stop].view(dtype).view(shape).copy_(w.detach())
     return pickle.dumps(("file", path, end, layout))
 
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves space for
 
 # What a chat template has to say about tools, and vLLM's parser for the calls of a model that was trained with it.
 TOOL_PARSERS = {
@@ -179,6 +200,10 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     if config.reasoning_parser:
         flags |= {"reasoning-parser": config.reasoning_parser}
     switches = ["--enable-auto-tool-choice"] if tool_parser else []
+    if config.lora_rank:
+        switches += ["--enable-lora"]
+        flags |= {"max-lora-rank": str(min(rank for rank in LORA_RANKS if rank >= config.lora_rank))}
+        flags |= {"max-loras": str(memory.MAX_ADAPTERS), "max-cpu-loras": "1000"}  # `remove_unused` does
     if plan.device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.engine_cores))
         flags |= {"kv-cache-memory-bytes": str(int(plan.engine * 2**30))}
@@ -214,11 +239,19 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
 
 loads = 0  # how often this program has changed the engine's weights
 
+Weights = dict[str, torch.Tensor]  # by name
 
-async def load(engine: Any, weights: dict[str, torch.Tensor], version: int) -> tuple[float, float]:
-    """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped.
 
-    Returns when the pause began and ended (time.time())."""
+async def load(engine: Any, weights: Weights, version: int) -> tuple[float, float]:
+    """Serve these weights from here on. Returns when the pause of running requests began and ended (time.time())."""
+    if engine.vllm_config.lora_config:
+        await make_newest(engine, await add_adapter(engine, weights, version))
+        return time.time(), time.time()
+    return await load_all(engine, weights, version)
+
+
+async def load_all(engine: Any, weights: Weights, version: int) -> tuple[float, float]:
+    """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped."""
     global loads
     with tempfile.TemporaryFile(dir="/dev/shm") as shared:  # without a name: nothing is left there by kill -9
         message = await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
@@ -233,6 +266,87 @@ async def load(engine: Any, weights: dict[str, torch.Tensor], version: int) -> t
     if missed:
         raise PushError(f"the engine did not load {missed}")
     return began, time.time()
+
+
+# ---- adapters: nothing pauses, since a request keeps the version that it began with ----
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A version of the adapter in the engine."""
+
+    step: int
+    request: Any  # vLLM's LoRARequest: what `generate` takes
+    running: int = 0  # requests that use it
+
+
+newest: Adapter | None = None  # what new requests get; None: no adapter yet, the first weights
+
+
+async def add_adapter(engine: Any, weights: Weights, step: int) -> Adapter:
+    """Give the engine a further version, which nobody uses yet."""
+    global loads
+    from vllm.lora.request import LoRARequest
+
+    with tempfile.TemporaryFile(dir="/dev/shm") as shared:
+        cpu = {name: w.cpu() for name, w in weights.items()}
+        message = await asyncio.to_thread(share_weights, cpu, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
+        loads += 1  # an id of its own also for a step that is taken again: the prefix cache goes by the name
+        await engine.collective_rpc("receive_adapter", args=(message, loads))
+    return Adapter(step, LoRARequest(f"step-{step}-{loads}", loads, "sent by collective_rpc"))
+
+
+async def make_newest(engine: Any, adapter: Adapter) -> None:
+    global newest
+    before, newest = newest, adapter
+    if before:
+        await remove_unused(engine, before)
+
+
+async def remove_unused(engine: Any, adapter: Adapter) -> None:
+    if adapter is not newest and not adapter.running:
+        await engine.remove_lora(adapter.request.lora_int_id)
+
+
+def generate(engine: Any, *args: Any, lora_request: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
+    """The engine's outputs for a request. With LoRA it gets the newest adapter, unless the first weights are asked for.
+
+    Relied on: `lora_request` is what stands in vLLM's list under the model's name in the request, and only the first
+    weights are in that list."""
+    if engine.vllm_config.lora_config:
+        return adapted(engine, bool(lora_request), *args, **kwargs)
+    return engine.generate(*args, **kwargs)
+
+
+async def adapted(engine: Any, first_weights: bool, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    """Outputs whose version is the adapter's step. The adapter stays in the engine until the request has ended."""
+    adapter = None if first_weights else newest
+    if adapter:
+        adapter.running += 1
+        kwargs["lora_request"] = adapter.request
+    try:
+        async with aclosing(engine.generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                for span in (s for choice in output.outputs for s in choice.weight_versions or []):
+                    span.version = str(adapter.step if adapter else 0)
+                yield output
+    finally:
+        if adapter:
+            adapter.running -= 1
+            await remove_unused(engine, adapter)
+
+
+FIRST_WEIGHTS = "@base"  # behind the name of the model: the one that training began from
+
+
+def first_weights_request(name: str) -> Any:
+    """What stands in vLLM's list of adapters for the name by which clients ask for the first weights."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name + FIRST_WEIGHTS, 1, "none")
+
+
+# ---- in each request ----
 
 
 def salted(prompt: dict, user: str) -> dict:
@@ -251,46 +365,55 @@ def usable_seed(engine: Any, seed: int | None) -> int | None:
     return None if engine.vllm_config.device_config.device_type == "cpu" else seed
 
 
-async def prompt_logps(engine: Any, ids: list[int], request_id: str) -> torch.Tensor:
+# ---- the proof ----
+
+
+async def prompt_logps(engine: Any, ids: list[int], request_id: str, adapter: Adapter | None = None) -> torch.Tensor:
     """The engine's own log-probs of ids[1:] given what is before each. (L - 1,)"""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
-    (output,) = [output async for output in engine.generate({"prompt_token_ids": ids}, params, request_id)]
+    request = adapter.request if adapter else None
+    outputs = engine.generate({"prompt_token_ids": ids}, params, request_id, lora_request=request)
+    (output,) = [output async for output in outputs]
     return torch.tensor([p[i].logprob for p, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])
 
 
-Weights = dict[str, torch.Tensor]  # by name
-
-
 async def push(
-    engine: Any, new: tuple[int, Weights], old: tuple[int, Weights], probe: tuple[list[int], torch.Tensor], bound: float
+    engine: Any, weights: Weights, version: int, probe: tuple[list[int], torch.Tensor], bound: float
 ) -> tuple[float, tuple[float, float]]:
-    """Swap the engine's weights and prove it: returns mean |dlogp| between engine and trainer on the probe, and the
-    pause as `load` gives it.
+    """Serve new weights and prove it: returns mean |dlogp| between engine and trainer on the probe, and the pause as
+    `load` gives it.
 
-    `new`, `old`: version and weights. `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,)
-    under the new weights. Where a tensor was not loaded, shared memory is full, or the probe disagrees by more than
-    `bound`, the engine gets the old weights back and PushError is raised. Running requests may have had a few tokens
-    from the bad weights; their turns carry its version. EngineDied where a worker failed: it is not known what it
-    would serve.
+    `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,) under the new weights. PushError where a
+    tensor was not loaded, shared memory is full, or the probe disagrees by more than `bound`. An adapter is served only
+    once it is proved; all weights before that, so `give_back` must follow, and a few tokens may be from bad weights:
+    their turns carry the version.
     """
-    (version, weights), (ids, probe_logps) = new, probe
-    if weights.keys() != old[1].keys():  # the engine merges q, k and v, and would not miss one of them by name
-        raise PushError(f"missing or unknown tensors: {sorted(weights.keys() ^ old[1].keys())}")
-    tried = loads
+    (ids, expected), adapter = probe, None
     try:
-        pause = await load(engine, weights, version)
-        got = await prompt_logps(engine, ids, f"probe-{version}")
-        gap = (got - probe_logps).abs().mean().item()
+        if engine.vllm_config.lora_config:
+            adapter = await add_adapter(engine, weights, version)
+            pause = (time.time(), time.time())
+        else:
+            pause = await load_all(engine, weights, version)
+        gap = (await prompt_logps(engine, ids, f"probe-{loads}", adapter) - expected).abs().mean().item()
         if not gap <= bound:  # also for NaN
             raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {bound}")
     except Exception as e:
-        if loads > tried:
-            try:
-                await load(engine, old[1], old[0])
-            except Exception as failed:  # a reload that failed inside the worker can't be begun again there
-                raise EngineDied(f"the engine can't be given the old weights again: {failed}") from e
+        if adapter:
+            await remove_unused(engine, adapter)
         raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
+    if adapter:
+        await make_newest(engine, adapter)
     return gap, pause
+
+
+async def give_back(engine: Any, weights: Weights, version: int) -> None:
+    """After a push that failed: serve the weights before it again. EngineDied where the engine does not take them: it
+    is not known what it would serve."""
+    try:
+        await load(engine, weights, version)
+    except Exception as e:  # a reload that failed inside the worker can't be begun again there
+        raise EngineDied(f"the engine can't be given the old weights again: {e}") from e

@@ -1,7 +1,8 @@
 """The weights in training: fp32 masters, Adam, one step on a batch, and the way back.
 
 The served weights and those that the trainer computes with have the same bf16 values. fp32 masters collect updates that
-are too small for bf16, and `dithered` rounds them so that each update is served in full, on average.
+are too small for bf16, and `dithered` rounds them so that each update is served in full, on average. With LoRA all this
+is about the adapter alone: what does not require a gradient has no master.
 """
 
 import math
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import distill
 import grpo
+import lora
 from config import Config
 from durable import guard
 from durable.errors import UsageError
@@ -38,12 +40,14 @@ class State:
     tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
     policy: PreTrainedModel  # what is served and what is trained through: bf16 values, whatever dtype holds them
     start: PreTrainedModel  # the frozen first weights: for the KL, the teacher, and a small model's judge
-    masters: list[Tensor]  # fp32, in the order of policy.parameters()
+    firsts: list[Tensor]  # the masters before the first step
+    masters: list[Tensor]  # fp32, in the order of `trained`
     adam: torch.optim.Adam
     kept: list[Tensor]  # the last `snapshot` of `mutable`, on the CPU
     probe: Probe
     probed: dict[str, float]  # of `probe`, for the weights that are served
     packs: bool  # may samples share a row? See `probe.check_arithmetic`
+    lora_rank: int  # 0: full training
     step: int = 0
     baselines: dict[str, float] = field(default_factory=dict)  # running mean reward, see grpo.baseline_key
     stopping: threading.Event = field(default_factory=threading.Event)  # set by the event loop, read between rows
@@ -165,13 +169,18 @@ def row_loss(
 def accumulate_grads(state: State) -> None:
     """After a row's backward pass: add its bf16 gradients to the masters' fp32 ones, since bf16 is too coarse for sums
     over many rows. fp32 gradients are there already: see `load_state`."""
-    for p, master in zip(state.policy.parameters(), state.masters, strict=True):
+    for p, master in zip(trained(state.policy).values(), state.masters, strict=True):
         if p.grad is not master.grad:
             master.grad.add_(p.grad)
             p.grad = None
 
 
 # ---- from the masters to what is served ----
+
+
+def trained(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that training changes, by name: all of them, or those of the adapter."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
 CHUNK = 1 << 18  # weights that `dithered` rounds at a time: their random numbers stay in the processor's cache
@@ -202,13 +211,14 @@ def dithered(master: Tensor, number: int) -> Tensor:
 @torch.no_grad()
 def sync_bf16(masters: Iterable[Tensor], policy: PreTrainedModel) -> None:
     """Round the masters to the bf16 values that are served, and compute with those from here on."""
-    for k, (master, p) in enumerate(zip(masters, policy.parameters(), strict=True)):
+    for k, (master, p) in enumerate(zip(masters, trained(policy).values(), strict=True)):
         p.copy_(dithered(master, k))
 
 
 def served_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
-    """Copies of the policy's tensors by name in bf16, as the engine takes them. Exact: they hold bf16 values."""
-    return {n: p.detach().to(torch.bfloat16, copy=True) for n, p in policy.named_parameters()}
+    """The policy's tensors by name in bf16, as the engine takes them. Exact: they hold bf16 values. Not copies where
+    the policy is in bf16."""
+    return {name: p.detach().to(torch.bfloat16) for name, p in trained(policy).items()}
 
 
 # ---- snapshot and restore, checkpoints ----
@@ -229,7 +239,7 @@ def snapshot(state: State) -> None:
 def restore(state: State) -> None:
     """Go back to the last snapshot."""
     copy_tensors(state.kept, mutable(state))
-    for p, master in zip(state.policy.parameters(), state.masters, strict=True):
+    for p, master in zip(trained(state.policy).values(), state.masters, strict=True):
         if p.grad is not master.grad:  # left by a row that ran out of memory
             p.grad = None
     state.adam.zero_grad(set_to_none=False)
@@ -244,16 +254,19 @@ def copy_tensors(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
 
 def snapshot_weights(state: State) -> dict[str, Tensor]:
     """The served bf16 values of the last snapshot, by name, on the CPU."""
-    names = [name for name, _ in state.policy.named_parameters()]
-    return {name: dithered(t, k) for k, (name, t) in enumerate(zip(names, state.kept, strict=False))}
+    return {name: dithered(t, k) for k, (name, t) in enumerate(zip(trained(state.policy), state.kept, strict=False))}
 
 
 def save(state: State, folder: Path) -> None:
-    """Write the last snapshot: an ordinary Hugging Face folder, with the trainer's own state in trainer.pt."""
-    state.policy.save_pretrained(folder, state_dict=snapshot_weights(state))
-    config = AutoConfig.from_pretrained(folder)
-    config.dtype = torch.bfloat16  # of the weights in the file, not of the trainer's arithmetic
-    config.save_pretrained(folder)
+    """Write the last snapshot: a Hugging Face folder, or peft's own for an adapter, with the trainer's state in
+    trainer.pt."""
+    if state.lora_rank:
+        lora.write(snapshot_weights(state), folder, state.start.name_or_path)
+    else:
+        state.policy.save_pretrained(folder, state_dict=snapshot_weights(state))
+        config = AutoConfig.from_pretrained(folder)
+        config.dtype = torch.bfloat16  # of the weights in the file, not of the trainer's arithmetic
+        config.save_pretrained(folder)
     state.tokenizer.save_pretrained(folder)
     saved = {"state": state.kept, "step": state.step, "baselines": state.baselines}
     torch.save(saved, folder / "trainer.pt")
@@ -264,14 +277,14 @@ def saved_bytes(state: State) -> int:
     return 14 * sum(m.numel() for m in state.masters)
 
 
-def load_checkpoint(state: State, folder: Path | None) -> None:
-    """Continue from a checkpoint, with its optimizer, step and baselines; None: from the first weights.
+def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, float]]:
+    """Put the tensors of a checkpoint into the masters, Adam and the policy; None: of the first weights. Returns its
+    step and baselines. `restore` undoes it until `commit`.
 
     UsageError where its file is damaged."""
     if folder is None:
-        firsts = [p.detach() for p in state.start.parameters()]
-        saved = {"state": firsts + [torch.zeros_like(t) for t in mutable(state)[len(firsts) :]]}
-        saved |= {"step": 0, "baselines": {}}
+        zeros = [torch.zeros_like(t) for t in mutable(state)[len(state.firsts) :]]
+        saved = {"state": [*state.firsts, *zeros], "step": 0, "baselines": {}}
     else:
         try:
             saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
@@ -279,9 +292,13 @@ def load_checkpoint(state: State, folder: Path | None) -> None:
             raise UsageError(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}") from e
     copy_tensors(saved["state"], mutable(state))
     sync_bf16(state.masters, state.policy)
-    state.step, state.baselines = saved["step"], saved["baselines"]
-    state.probed = state.probe.measure(state.policy)
+    return saved["step"], saved["baselines"]
+
+
+def commit(state: State, step: int, baselines: dict[str, float], probed: dict[str, float]) -> None:
+    """The weights as they are now are those of `step`: `restore` returns to them from here on."""
     snapshot(state)
+    state.step, state.baselines, state.probed = step, baselines, probed
 
 
 def load_state(
@@ -292,36 +309,41 @@ def load_state(
     `dtype`: of the arithmetic. UsageError where a file is damaged.
     """
 
-    def load(source: Path) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        return model.to(device, dtype)
+    def load() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).to(device, dtype)
 
     tokenizer = AutoTokenizer.from_pretrained(start)
-    first = load(start).eval()
+    first = load().eval().requires_grad_(False)
     probe = make_probe(first, tokenizer)
     packs = check_arithmetic(first, probe.ids)
-    policy = load(start).train()
-    masters = [p.detach().float().clone().requires_grad_() for p in policy.parameters()]
-    for p, master in zip(policy.parameters(), masters, strict=True):
+    policy = (lora.with_adapter(first, config.lora_rank, config.seed) if config.lora_rank else load()).train()
+    masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
+    sync_bf16(masters, policy)
+    for p, master in zip(trained(policy).values(), masters, strict=True):
         master.grad = torch.zeros_like(master)
         if p.dtype == torch.float32:
             p.grad = master.grad  # the backward pass adds up in place; for bf16 `accumulate_grads` does
-    adam = torch.optim.Adam(masters, lr=config.lr, betas=(config.beta1, config.beta2))
+    # fused: without temporary copies of all weights
+    adam = torch.optim.Adam(masters, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     for m in masters:  # as Adam's first step would, so that `restore` works before it
-        adam.state[m] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
+        step = torch.zeros((), device=m.device)
+        adam.state[m] = {"step": step, "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
     state = State(
         tokenizer=tokenizer,
         policy=policy,
-        start=first.requires_grad_(False),
+        start=first,
+        firsts=[m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters()),
         masters=masters,
         adam=adam,
         kept=[],
         probe=probe,
         probed=probe.first,
         packs=packs,
+        lora_rank=config.lora_rank,
     )
     if folder:
-        load_checkpoint(state, folder)
+        step, baselines = load_checkpoint(state, folder)
+        commit(state, step, baselines, probe.measure(policy))
     else:
         snapshot(state)
     return state

@@ -1,0 +1,59 @@
+"""LoRA (arXiv 2106.09685): beside each linear layer of a frozen base two small matrices are trained, W x + 2 B (A x).
+
+The base is the starting model. Without its adapter it is the KL's reference, the frozen teacher and a small model's
+judge, so that there is no second model in memory.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from durable.errors import UsageError
+
+SCALE = 2  # of the product B A, alpha / rank in peft's terms
+
+
+def with_adapter(base: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
+    """A model with the tensors of `base` itself, not copies, and a new adapter: A random, B zero, in base's dtype."""
+    shared = {id(t): t for t in [*base.parameters(), *base.buffers()]}
+    policy = copy.deepcopy(base, shared)  # new modules, so that `base` stays without an adapter for other threads
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        policy.add_adapter(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear"))
+    return policy
+
+
+def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:
+    """Write an adapter's tensors, by their names in the model, in peft's own format. `base`: the folder of its base."""
+    layers = {name.split(".lora_")[0].rpartition(".")[2] for name in weights}
+    rank = next(len(w) for name, w in weights.items() if ".lora_A." in name)
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=layers, base_model_name_or_path=base)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file({peft_name(name): w.contiguous() for name, w in weights.items()}, folder / "adapter_model.safetensors")
+
+
+def peft_name(name: str) -> str:
+    """The name in peft's files of an adapter's tensor in the model."""
+    return f"base_model.model.{name.replace('.default.', '.')}"
+
+
+def check_rank(folder: Path, rank: int) -> None:
+    """UsageError where the checkpoint in `folder` was trained with another --lora_rank."""
+    file = folder / "adapter_config.json"
+    saved = json.loads(file.read_text())["r"] if file.exists() else 0
+    if saved != rank:
+        raise UsageError(f"{folder} was trained with --lora_rank={saved}, not {rank}: give that, or another --out")
+
+
+def merged(folder: Path) -> PreTrainedModel:
+    """The base with the adapter in `folder` added to its weights, in bf16."""
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().to(torch.bfloat16)

@@ -1,0 +1,87 @@
+"""What training and serving a model need, in GiB by item: computed from its shape, before anything is loaded.
+
+A table of it: python -m evaluation.memory
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+MAX_ADAPTERS = 4  # versions in one batch of the engine; a request for one more waits
+Sizes = dict[str, float]  # GiB by what it is for
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the needs of a model depend on."""
+
+    device: str  # cpu or cuda
+    width: int  # bytes of a number in the trainer's arithmetic
+    lora_rank: int  # 0: all weights are trained
+    tokens: int  # of the longest sample
+    row_tokens: int  # of a packed row
+
+
+def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
+    """All but the KV cache, on the device and on the host; on a CPU all of it is on the device."""
+    weights, adapter = parameters(shape, setting.lora_rank)
+    trained, width = adapter or weights, setting.width
+    cpu = setting.device == "cpu"
+    device = {
+        "policy": weights * width,
+        "first weights": 0 if adapter else weights * width,  # with an adapter: the policy without it
+        "adapter": adapter * width,
+        "masters": 4 * trained,  # fp32
+        "gradients": 4 * trained + (2 * trained if width == 2 else 0),  # fp32, and those of a row
+        "Adam": 8 * trained,
+        "row": width * row_numbers(shape, setting) + 24 * 256 * text_config(shape).vocab_size,
+        # The CPU's engine packs a copy of its own.
+        "engine": (2 if cpu else 1) * 2 * weights + 2 * MAX_ADAPTERS * adapter + (0 if cpu else 2 * 2**30),
+    }
+    host = {"snapshot": 12 * trained, "pushed copy": 2 * trained if cpu else 0, "processes": 2 * 2**30}
+    device, host = ({what: n / 2**30 for what, n in sizes.items() if n} for sizes in (device, host))
+    return (device | host, {}) if cpu else (device, host)
+
+
+def parameters(shape: PretrainedConfig, lora_rank: int) -> tuple[int, int]:
+    """How many numbers the model has, and its adapter: rank * (in + out) for each linear layer but the head."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    total = sum(p.numel() for p in model.parameters())
+    return total, lora_rank * sum(m.in_features + m.out_features for m in linear)
+
+
+def row_numbers(shape: PretrainedConfig, setting: Setting) -> int:
+    """Numbers that the forward and backward pass of the longest row keeps: with each layer's input kept and the rest
+    recomputed for a long sample, or a packed row with all of it kept (see `trainer.update`). Fitted to Llamas."""
+    c = text_config(shape)
+    long = setting.tokens * (4 * c.hidden_size * c.num_hidden_layers + layer_numbers(shape))  # and malloc's gaps
+    short = min(setting.tokens, setting.row_tokens) * layer_numbers(shape) * c.num_hidden_layers
+    # The head's gradient, from a chunk of places and in all (see `grpo.token_logps`); a frozen one has none.
+    head = 0 if setting.lora_rank else 2 * c.vocab_size * c.hidden_size
+    return max(long, short) + head
+
+
+def free_row_tokens(shape: PretrainedConfig, tokens: int) -> int:
+    """The longest packed row, a power of 2, that needs no more memory than a sample of `tokens` does anyway."""
+    c = text_config(shape)
+    most = tokens * (4 * c.hidden_size / layer_numbers(shape) + 1 / c.num_hidden_layers)
+    return 1 << max(8, int(most).bit_length() - 1)
+
+
+def layer_numbers(shape: PretrainedConfig) -> int:
+    """Numbers per token that one layer keeps for its backward pass."""
+    c = text_config(shape)
+    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    return 10 * (c.hidden_size + (max(inner) if isinstance(inner, list) else inner))
+
+
+def text_config(shape: PretrainedConfig) -> PretrainedConfig:
+    return shape.get_text_config()
+
+
+def itemised(sizes: Sizes) -> str:
+    return f"{sum(sizes.values()):.1f} GiB (" + ", ".join(f"{what} {gib:.1f}" for what, gib in sizes.items()) + ")"
