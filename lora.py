@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from durable.errors import UsageError
 
@@ -25,8 +25,21 @@ def with_adapter(base: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel
     policy = copy.deepcopy(base, shared)  # new modules, so that `base` stays without an adapter for other threads
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy.add_adapter(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear"))
+        layers = list(adapted_layers(base))
+        policy.add_adapter(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=layers))
     return policy
+
+
+def without_weights(shape: PretrainedConfig) -> PreTrainedModel:
+    """A model of this shape that takes no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """The layers that get an adapter, by name: all linear ones but the head."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return {name: m for name, m in layers.items() if m is not model.get_output_embeddings()}
 
 
 def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:

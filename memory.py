@@ -5,8 +5,9 @@ A table of it: python -m evaluation.memory
 
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
+
+import lora
 
 MAX_ADAPTERS = 4  # versions in one batch of the engine; a request for one more waits
 Sizes = dict[str, float]  # GiB by what it is for
@@ -46,12 +47,9 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
 
 def parameters(shape: PretrainedConfig, lora_rank: int) -> tuple[int, int]:
     """How many numbers the model has, and its adapter: rank * (in + out) for each linear layer but the head."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    model = lora.without_weights(shape)
     total = sum(p.numel() for p in model.parameters())
-    return total, lora_rank * sum(m.in_features + m.out_features for m in linear)
+    return total, lora_rank * sum(m.in_features + m.out_features for m in lora.adapted_layers(model).values())
 
 
 def row_numbers(shape: PretrainedConfig, setting: Setting) -> int:

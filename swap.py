@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 import lora
 import memory
@@ -203,7 +204,13 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     if config.lora_rank:
         switches += ["--enable-lora"]
         flags |= {"max-lora-rank": str(min(rank for rank in LORA_RANKS if rank >= config.lora_rank))}
-        flags |= {"max-loras": str(memory.MAX_ADAPTERS), "max-cpu-loras": "1000"}  # `remove_unused` does
+        flags |= {"max-loras": str(memory.MAX_ADAPTERS), "max-cpu-loras": "1000"}  # `remove_unused` makes space
+        # With the head among them, a request for prompt_logprobs next to others kills vLLM 0.32.0's CPU engine.
+        layers = {
+            name.rpartition(".")[2]
+            for name in lora.adapted_layers(lora.without_weights(AutoConfig.from_pretrained(folder)))
+        }
+        switches += ["--lora-target-modules", *sorted(layers)]
     if plan.device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.engine_cores))
         flags |= {"kv-cache-memory-bytes": str(int(plan.engine * 2**30))}
