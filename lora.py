@@ -5,16 +5,13 @@ judge, so that there is no second model in memory.
 """
 
 import copy
-import json
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-
-from durable.errors import UsageError
 
 SCALE = 2  # of the product B A, alpha / rank in peft's terms
 
@@ -55,18 +52,3 @@ def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:
 def peft_name(name: str) -> str:
     """The name in peft's files of an adapter's tensor in the model."""
     return f"base_model.model.{name.replace('.default.', '.')}"
-
-
-def check_rank(folder: Path, rank: int) -> None:
-    """UsageError where the checkpoint in `folder` was trained with another --lora_rank."""
-    file = folder / "adapter_config.json"
-    saved = json.loads(file.read_text())["r"] if file.exists() else 0
-    if saved != rank:
-        raise UsageError(f"{folder} was trained with --lora_rank={saved}, not {rank}: give that, or another --out")
-
-
-def merged(folder: Path) -> PreTrainedModel:
-    """The base with the adapter in `folder` added to its weights, in bf16."""
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, folder).merge_and_unload().to(torch.bfloat16)

@@ -45,7 +45,6 @@ class Program:
     to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.LifoQueue)  # ids of judged turns, newest first
     judge_health: reward.Health = field(default_factory=reward.Health)
     training: str = "on"  # or why it waits or stopped
-    served: int | None = None  # step of the weights in the engine; None: during a push
     resumed: asyncio.Event = field(default_factory=asyncio.Event)  # unset: no step begins
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
     swapping: asyncio.Lock = field(default_factory=asyncio.Lock)  # a swap is never left half-way
@@ -53,7 +52,7 @@ class Program:
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
 
     def __post_init__(self) -> None:
-        self.served = self.state.step
+        swap.served = self.state.step
         self.resumed.set()
 
     def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
@@ -63,11 +62,9 @@ class Program:
     async def undo(self) -> None:
         """After a step that failed: the trainer, and the engine if it has new weights, return to the last snapshot."""
         await self.on_trainer(trainer.restore, self.state)
-        if self.served != self.state.step:
-            weights = await self.on_trainer(trainer.served_weights, self.state.policy)
-            async with self.swapping:
-                await swap.give_back(self.engine, weights, self.state.step)
-                self.served = self.state.step
+        weights = await self.on_trainer(trainer.served_weights, self.state.policy)
+        async with self.swapping:
+            await swap.give_back(self.engine, weights, self.state.step)
 
     def pause_training(self, why: str) -> None:
         """No step begins from here on; one that runs is finished."""

@@ -24,7 +24,6 @@ from pathlib import Path
 import chat_judge
 import control
 import grpo
-import lora
 import machine
 import reward
 import server
@@ -37,7 +36,7 @@ from config import Config, parse
 from durable import checkpoint, guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
-from durable.model import CACHE, check_folder, fingerprint, model_folder
+from durable.model import CACHE, check_folder, check_rank, fingerprint, model_folder
 from program import Program
 
 SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
@@ -137,9 +136,7 @@ async def step(p: Program, batch: list[Sample]) -> None:
     weights = await p.on_trainer(trainer.served_weights, state.policy)
     probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
     async with p.swapping:
-        p.served = None
         gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe, config.push_bound)
-        p.served = state.step + 1
 
     # 4. commit: a restart or a reverted step returns to this snapshot
     await p.wait_for_disk_space()
@@ -208,7 +205,7 @@ async def setup(config: Config) -> Program:
     checkpoint.trim_metrics(out / "metrics.jsonl", step)
     saved = checkpoint.folder_of(out, step) if step else None
     if saved:
-        lora.check_rank(saved, config.lora_rank)
+        check_rank(saved, config.lora_rank)
     folder = start if config.lora_rank or not saved else saved  # what the engine begins with
     check_folder(folder, trainer.ROLL_BACK if step else "")
     plan = machine.plan(config, start)

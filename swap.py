@@ -245,26 +245,31 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
 
 
 loads = 0  # how often this program has changed the engine's weights
+served: int | None = 0  # their step; None: they are new and not proved yet, or not known
 
 Weights = dict[str, torch.Tensor]  # by name
 
 
 async def load(engine: Any, weights: Weights, version: int) -> tuple[float, float]:
-    """Serve these weights from here on. Returns when the pause of running requests began and ended (time.time())."""
+    """Serve these weights from here on, without a proof. Returns when the pause of running requests began and ended
+    (time.time())."""
+    global served
     if engine.vllm_config.lora_config:
-        await make_newest(engine, await add_adapter(engine, weights, version))
-        return time.time(), time.time()
-    return await load_all(engine, weights, version)
+        pause = await make_newest(engine, await add_adapter(engine, weights, version))
+    else:
+        pause = await load_all(engine, weights, version)
+    served = version
+    return pause
 
 
 async def load_all(engine: Any, weights: Weights, version: int) -> tuple[float, float]:
     """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped."""
-    global loads
+    global loads, served
     with tempfile.TemporaryFile(dir="/dev/shm") as shared:  # without a name: nothing is left there by kill -9
         message = await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
         began = time.time()
         await engine.pause_generation(mode="keep", clear_cache=False)
-        loads += 1
+        loads, served = loads + 1, None
         try:
             missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
             await engine.update_weight_version(str(version))
@@ -303,11 +308,13 @@ async def add_adapter(engine: Any, weights: Weights, step: int) -> Adapter:
     return Adapter(step, LoRARequest(f"step-{step}-{loads}", loads, "sent by collective_rpc"))
 
 
-async def make_newest(engine: Any, adapter: Adapter) -> None:
+async def make_newest(engine: Any, adapter: Adapter) -> tuple[float, float]:
+    """New requests get this one from here on. Returns the pause as `load` does, which has no length."""
     global newest
     before, newest = newest, adapter
     if before:
         await remove_unused(engine, before)
+    return time.time(), time.time()
 
 
 async def remove_unused(engine: Any, adapter: Adapter) -> None:
@@ -398,11 +405,11 @@ async def push(
     once it is proved; all weights before that, so `give_back` must follow, and a few tokens may be from bad weights:
     their turns carry the version.
     """
+    global served
     (ids, expected), adapter = probe, None
     try:
         if engine.vllm_config.lora_config:
             adapter = await add_adapter(engine, weights, version)
-            pause = (time.time(), time.time())
         else:
             pause = await load_all(engine, weights, version)
         gap = (await prompt_logps(engine, ids, f"probe-{loads}", adapter) - expected).abs().mean().item()
@@ -413,13 +420,17 @@ async def push(
             await remove_unused(engine, adapter)
         raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
     if adapter:
-        await make_newest(engine, adapter)
+        pause = await make_newest(engine, adapter)
+    served = version
     return gap, pause
 
 
 async def give_back(engine: Any, weights: Weights, version: int) -> None:
-    """After a push that failed: serve the weights before it again. EngineDied where the engine does not take them: it
-    is not known what it would serve."""
+    """After a push that failed, or a step whose weights are served already: serve the weights before it again.
+
+    EngineDied where the engine does not take them: it is not known what it would serve."""
+    if served == version:
+        return
     try:
         await load(engine, weights, version)
     except Exception as e:  # a reload that failed inside the worker can't be begun again there

@@ -4,7 +4,8 @@ python -m durable.admin show --out=mine                      the last 20 answers
 python -m durable.admin show --out=mine --session=SESSION    one conversation, whole
 python -m durable.admin rollback --out=mine --step=50        the checkpoint of step 50 is the current one again
 python -m durable.admin forget --out=mine --session=SESSION  a conversation leaves the journal for good; --user=: all
-python -m durable.admin export --out=mine                    all answers with their tokens and verdicts, as JSON lines
+python -m durable.admin export --out=mine --folder=mymodel   the trained model, as a Hugging Face folder
+python -m durable.admin turns --out=mine                     all answers with their tokens and verdicts, as JSON lines
 python -m durable.admin pause --out=mine                     training pauses; resume; train: now, with what is judged
 python -m durable.admin key --out=mine --add=USER            a new API key, printed this once; --revoke=USER ends it
 """
@@ -107,6 +108,14 @@ class Train(OfRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(OfRun):
+    """Write the model of the last checkpoint as a plain Hugging Face folder, an adapter merged into it."""
+
+    folder: str  # to write
+    step: int = -1  # another checkpoint's; -1: the last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns(OfRun):
     """Print every answer as a line of JSON: its prompt, tokens and log-probs, its verdict and what became of it."""
 
     since: str = ""  # answers from this day on, as 2026-01-31
@@ -120,7 +129,7 @@ class Key(OfRun):
     revoke: str = ""  # the user who loses all
 
 
-Command = Show | Rollback | Forget | Pause | Resume | Train | Export | Key
+Command = Show | Rollback | Forget | Pause | Resume | Train | Export | Turns | Key
 
 
 def main(command: Command) -> None:
@@ -130,10 +139,15 @@ def main(command: Command) -> None:
         return
     if not (out / "journal.db").exists():
         raise UsageError(f"--out={out}: there is no journal.db in it")
-    if isinstance(command, Show | Export):
+    if isinstance(command, Show | Export | Turns):
         with closing(sqlite3.connect(f"file:{out / 'journal.db'}?mode=ro", uri=True)) as db:
             db.row_factory = sqlite3.Row
-            show(db, command.session) if isinstance(command, Show) else export(db, command.since)
+            if isinstance(command, Show):
+                show(db, command.session)
+            elif isinstance(command, Turns):
+                print_turns(db, command.since)
+            else:
+                export(db, out, command)
     elif isinstance(command, Forget) and bool(command.session) == bool(command.user):
         raise UsageError("forget: give --session or --user")
     elif (said := ask_program(out, command)) is not None:
@@ -195,7 +209,19 @@ def show(db: sqlite3.Connection, session: str) -> None:
     print(printable("\n\n".join(map(describe, rows))))
 
 
-def export(db: sqlite3.Connection, since: str) -> None:
+def export(db: sqlite3.Connection, out: Path, command: Export) -> None:
+    from durable import model  # here, since torch and transformers take seconds, which `show` should not
+
+    if not (known := journal.checkpoints(db)):
+        raise UsageError(f"--out={out}: there is no checkpoint yet")
+    step = max(known) if command.step < 0 else command.step
+    if step not in known:
+        raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, sorted(known)))}")
+    model.export(checkpoint.folder_of(out, step), Path(command.folder))
+    print(f"{command.folder} has the model of step {step}")
+
+
+def print_turns(db: sqlite3.Connection, since: str) -> None:
     try:
         begin = datetime.fromisoformat(since).timestamp() if since else 0.0
     except ValueError as e:

@@ -2,10 +2,13 @@
 
 import hashlib
 import importlib.util
+import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -87,3 +90,32 @@ def fingerprint(folder: Path) -> str:
             f.seek(-min(file.stat().st_size, 1 << 20), os.SEEK_END)
             digest.update(f.read())
     return digest.hexdigest()
+
+
+ADAPTER = "adapter_config.json"  # peft's, in the checkpoints of LoRA training
+
+
+def check_rank(checkpoint: Path, rank: int) -> None:
+    """UsageError where a checkpoint was trained with another --lora_rank."""
+    file = checkpoint / ADAPTER
+    saved = json.loads(file.read_text())["r"] if file.exists() else 0
+    if saved != rank:
+        raise UsageError(f"{checkpoint} was trained with --lora_rank={saved}, not {rank}: give that, or another --out")
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Write the model of a checkpoint as a plain Hugging Face folder, an adapter added to the weights of its base.
+
+    UsageError where the folder exists."""
+    if folder.exists():
+        raise UsageError(f"{folder} exists: give another folder")
+    with replacing(folder) as part:
+        if (checkpoint / ADAPTER).exists():
+            base = json.loads((checkpoint / ADAPTER).read_text())["base_model_name_or_path"]
+            # Added up in fp32: in bf16 most of a small update would be lost before it is rounded once more.
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+            model.to(torch.bfloat16).save_pretrained(part)
+            AutoTokenizer.from_pretrained(checkpoint).save_pretrained(part)
+        else:
+            shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns("trainer.pt"), dirs_exist_ok=True)

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import lora
 import machine
 import probe
 import swap
@@ -18,6 +17,7 @@ import trainer
 from config import Config
 from durable import checkpoint
 from durable.errors import UsageError
+from durable.model import check_folder, check_rank, export
 from tests.conftest import make_tiny_model
 from tests.talking import ask, client, rated, rows, until, user
 
@@ -86,7 +86,10 @@ def test_a_checkpoint_is_pefts_own_and_training_goes_on_from_it(tiny_model, tmp_
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     theirs = probe.token_logps(PeftModel.from_pretrained(base, saved).base_model.model, IDS)
     assert (theirs - logps(state)).abs().mean() < 0.01, "peft computes with the adapter in fp32"
-    merged = probe.token_logps(lora.merged(saved), IDS)
+    export(saved, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    check_folder(tmp_path / "merged")
+    merged = probe.token_logps(merged, IDS)
     assert (merged - logps(state)).abs().mean() < 0.02, "but for rounding to bf16"
 
     again = load(tiny_model, saved)
@@ -95,10 +98,10 @@ def test_a_checkpoint_is_pefts_own_and_training_goes_on_from_it(tiny_model, tmp_
     assert (step, baselines) == (0, {}) and torch.equal(logps(again), probe.token_logps(again.start, IDS))
     trainer.restore(again)
     assert torch.equal(logps(again), logps(state)), "a rollback that failed"
-    lora.check_rank(saved, 4)
+    check_rank(saved, 4)
     for rank in (0, 8):
         with pytest.raises(UsageError, match=f"--lora_rank=4, not {rank}"):
-            lora.check_rank(saved, rank)
+            check_rank(saved, rank)
 
 
 # ---- versions in the engine ----

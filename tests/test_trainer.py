@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import machine
+import memory
 import trainer
 from config import Config
 from durable import checkpoint
@@ -235,7 +236,8 @@ def test_what_a_long_row_needs_is_planned(tmp_path, layers, tokens):
     LlamaConfig(vocab_size=50_000, num_hidden_layers=layers, **dims).save_pretrained(tmp_path)
     command = [sys.executable, "-c", LONG_ROW, tmp_path, str(tokens)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    measured, planned = float(done.stdout), machine.row_memory(tmp_path, tokens, 256, 4)
+    shape, setting = LlamaConfig.from_pretrained(tmp_path), memory.Setting("cpu", 4, 0, tokens, 256)
+    measured, planned = float(done.stdout), memory.needs(shape, setting)[0]["row"]
     assert measured < planned < 2 * measured, (measured, planned)
 
 

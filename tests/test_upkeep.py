@@ -179,13 +179,13 @@ def test_export(db, tmp_path):
     journal.record_next(db, judged, [user("no")])
     journal.record_verdict(db, judged, BAD)
     say(db, "b", [user("two")], "2", created=1.0)
-    found = [json.loads(line) for line in run_admin(tmp_path, "export").splitlines()]
+    found = [json.loads(line) for line in run_admin(tmp_path, "turns").splitlines()]
     assert [f["text"] for f in found] == ["2", "1"] and found[0]["verdict"] is None
     one = found[1]
     assert (one["messages"], one["prompt_ids"], one["response_ids"]) == ([user("one")], [1, 2], [3, 4, 5])
     assert one["logprobs"] == [-0.5, -1.0, -0.25] and one["versions"] == [[0, 0, 2], [1, 2, 3]]
     assert one["verdict"]["score"] == -1 and one["state"] == "queued" and one["next_messages"] == [user("no")]
-    assert len(run_admin(tmp_path, "export", "--since=2020-01-01").splitlines()) == 1
+    assert len(run_admin(tmp_path, "turns", "--since=2020-01-01").splitlines()) == 1
 
 
 def test_a_sweep_leaves_what_is_in_use(db):
