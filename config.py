@@ -37,7 +37,6 @@ class Engine:
     reasoning_parser: str = ""  # and of its thinking, which then goes out as reasoning_content; empty: none
     engine_memory: float = 0.0  # GiB: KV cache on a CPU, all of the engine on a GPU; 0: from what is free
     engine_cores: int = 0  # CPU cores for the engine, the rest for the trainer; 0: half
-    push_bound: float = 0.15  # largest mean |dlogp| between engine and trainer after a push
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Step:
     batch_size: int = 2  # judged turns per step
     row_tokens: int = 0  # tokens per packed row, a micro-batch; a longer sample has a row of its own; 0: by the device
     lora_rank: int = 0  # train an adapter of this rank on the frozen model; 0: all weights
-    lr: float = 5e-5  # of Adam, constant
+    lr: float = 0.0  # of Adam, constant; 0: 5e-5, for an adapter 3e-4
     beta1: float = 0.9  # of Adam
     beta2: float = 0.98  # of Adam
     grad_clip: float = 1.0  # largest gradient norm
@@ -108,7 +107,7 @@ class Config(Program, Engine, Judge, Turns, Step, Losses):
         for name in ("batch_size", "votes", "keep", "max_seqs", "max_model_len", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: expected at least 1")
-        for name in ("lr", "expire", "grad_clip", "push_bound"):
+        for name in ("expire", "grad_clip"):
             if not getattr(self, name):
                 raise ValueError(f"--{name}=0: expected more than 0")
         for name in ("beta1", "beta2"):

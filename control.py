@@ -37,7 +37,7 @@ async def roll_back(p: Program, step: int) -> str:
             probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
             weights = await p.on_trainer(trainer.served_weights, state.policy)
             async with p.swapping:
-                _, p.pause = await swap.push(p.engine, weights, step, probe, p.config.push_bound)
+                _, p.pause = await swap.push(p.engine, weights, step, probe)
             undone = await journal.patiently(upkeep.rollback, p.db, step)
         except Exception:
             await p.undo()

@@ -136,7 +136,7 @@ async def step(p: Program, batch: list[Sample]) -> None:
     weights = await p.on_trainer(trainer.served_weights, state.policy)
     probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
     async with p.swapping:
-        gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe, config.push_bound)
+        gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe)
 
     # 4. commit: a restart or a reverted step returns to this snapshot
     await p.wait_for_disk_space()

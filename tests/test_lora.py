@@ -118,7 +118,7 @@ async def served(tmp_path_factory):
 
 
 def push(served, step, expected):
-    return swap.push(served.engine, trainer.served_weights(served.state.policy), step, (IDS, expected), BOUND)
+    return swap.push(served.engine, trainer.served_weights(served.state.policy), step, (IDS, expected))
 
 
 async def loaded(served):

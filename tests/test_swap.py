@@ -37,7 +37,7 @@ async def push(served, new, old, logps, version=9):
     """As run.py does. `new`, `old`: weights by name; `logps`: of served.ids, under the new ones as the trainer has."""
     try:
         swap.served = version - 1
-        return await swap.push(served.engine, new, version, (served.ids, logps), BOUND)
+        return await swap.push(served.engine, new, version, (served.ids, logps))
     except swap.PushError:
         await swap.give_back(served.engine, old, version - 1)
         raise
