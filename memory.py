@@ -82,4 +82,5 @@ def text_config(shape: PretrainedConfig) -> PretrainedConfig:
 
 
 def itemised(sizes: Sizes) -> str:
-    return f"{sum(sizes.values()):.1f} GiB (" + ", ".join(f"{what} {gib:.1f}" for what, gib in sizes.items()) + ")"
+    items = ", ".join(f"{what} {gib:.1f}" for what, gib in sizes.items() if gib >= 0.05)
+    return f"{sum(sizes.values()):.1f} GiB ({items})"
