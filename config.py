@@ -64,10 +64,10 @@ class Turns:
 class Step:
     """The step."""
 
-    batch_size: int = 2  # judged turns per step
+    batch_size: int = 1  # judged turns per step
     row_tokens: int = 0  # tokens per packed row, a micro-batch; a longer sample has a row of its own; 0: by the device
     lora_rank: int = 0  # train an adapter of this rank on the frozen model; 0: all weights
-    lr: float = 0.0  # of Adam, constant; 0: 5e-5, for an adapter 3e-4
+    lr: float = 0.0  # of Adam, constant; 0: 3e-5, for an adapter 3e-4
     beta1: float = 0.9  # of Adam
     beta2: float = 0.98  # of Adam
     grad_clip: float = 1.0  # largest gradient norm
@@ -83,14 +83,12 @@ class Losses:
     w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints alone
     w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores alone
     kl: float = 0.1  # weight of the KL to the starting weights; 0: off
-    baseline: Literal["mean", "none", "group"] = (
-        "mean"  # of the reward: running mean per user, upstream's 0, same prompt
-    )
+    baseline: Literal["none", "mean", "group"] = "none"  # of the reward: 0, running mean per user, same prompt
     clip_low: float = 0.2  # PPO clip below
     clip_high: float = 0.28  # PPO clip above
     dual_clip: float = 3.0  # bound on the loss of a bad token
     opd_k: int = 20  # tokens at each place that teacher and student are compared on; 0: the sampled one
-    opd_clip: float = 1.0  # largest |log pi_T - log pi_0| that counts; 0: no bound
+    opd_clip: float = 3.0  # largest |log pi_T - log pi_0| that counts; 0: no bound
     teacher: Literal["start", "policy"] = "start"  # who reads the hint: the frozen first weights, or those in training
 
 

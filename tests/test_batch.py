@@ -19,7 +19,9 @@ def program(tmp_path):
 
     db = journal.open_journal(tmp_path / "journal.db")
     queue, state = asyncio.LifoQueue(), SimpleNamespace(step=0)
-    yield SimpleNamespace(config=Config(), db=db, state=state, to_train=queue, wait_for_disk_space=wait_for_disk_space)
+    yield SimpleNamespace(
+        config=Config(batch_size=2), db=db, state=state, to_train=queue, wait_for_disk_space=wait_for_disk_space
+    )
     db.close()
 
 
