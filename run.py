@@ -39,6 +39,7 @@ from durable.journal import Sample, Verdict
 from durable.model import CACHE, check_folder, check_rank, fingerprint, model_folder
 from program import Program
 
+LOCKED_S = 5.0  # how long a stop waits for another program that writes to the journal
 SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
 
 
@@ -340,7 +341,13 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
     shutdown = asyncio.create_task(asyncio.to_thread(p.engine.shutdown, 2))
     await asyncio.gather(*tasks, return_exceptions=True)
     watch.cancel()
-    await journal.patiently(journal.leave_step, p.db)
+    try:
+        await asyncio.wait_for(journal.patiently(journal.leave_step, p.db), LOCKED_S)
+    except TimeoutError:
+        why = "another program has the journal open for writing, the next start repeats the steps since the last one"
+        print(f"no checkpoint of step {p.state.step}: {why}", file=sys.stderr)
+        await shutdown
+        return
     await asyncio.gather(shutdown, save(p))
 
 

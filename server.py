@@ -345,6 +345,9 @@ def why_no_rl(params: Any) -> str:
     return f"sampled with {', '.join(changed)}" if changed else ""
 
 
+Changed = list[tuple[Callable[[str], Awaitable], str]]  # hooks, and the turn that each is to hear of
+
+
 class Recorder:
     """The engine, as vLLM's app sees it: `generate` also records the turn; everything else is passed on."""
 
@@ -371,7 +374,7 @@ class Recorder:
             return
 
         # The prompt was valid, or we would not be here: only now does the request count as a next message.
-        session, dropped, changed = await journal.patiently(self.link, request)
+        session, dropped, changed = await journal.patiently(self.link, self._db, request)
         if kwargs.get("lora_request"):
             dropped = "the first weights were asked"
         for hook, earlier in changed:
@@ -434,27 +437,26 @@ class Recorder:
                 if index not in written:
                     await write(index, None, [(-1, 0, len(ids))], None)
 
-    def link(self, request: Asked) -> tuple[str, str | None, list[tuple[Callable[[str], Awaitable], str]]]:
+    def link(self, db: sqlite3.Connection, request: Asked) -> tuple[str, str | None, Changed]:
         """Find the turn that this request continues and record it as that turn's next message.
 
         So is the message before the last answer, for the turn before: what came next may have been a client's own
         request, and only this history shows what stayed in the conversation. Returns the new turn's session, why
         the new turn is not trained on, if that is known already, and which hooks are to hear of which turns."""
         side = request.side or asked_by_the_client(request.messages)
-        changed: list[tuple[Callable[[str], Awaitable], str]] = []
-        with journal.transaction(self._db):
-            found = find_turns(self._db, request.user, request.messages, request.session)
-            for k, (turn, following) in enumerate([] if request.untrained else found):
-                kept = k > 0
-                if not following or (side and not kept):
-                    continue
-                confirmed = kept or request.done
-                if is_news(turn, following, kept):
-                    if journal.record_next(self._db, turn["id"], following, confirmed):
-                        changed.append((self._on_next, turn["id"]))
-                elif confirmed and not turn["confirmed"]:
-                    journal.confirm(self._db, turn["id"])
-                    changed.append((self._on_confirmed, turn["id"]))
+        changed: Changed = []
+        found = find_turns(db, request.user, request.messages, request.session)
+        for k, (turn, following) in enumerate([] if request.untrained else found):
+            kept = k > 0
+            if not following or (side and not kept):
+                continue
+            confirmed = kept or request.done
+            if is_news(turn, following, kept):
+                if journal.record_next(db, turn["id"], following, confirmed):
+                    changed.append((self._on_next, turn["id"]))
+            elif confirmed and not turn["confirmed"]:
+                journal.confirm(db, turn["id"])
+                changed.append((self._on_confirmed, turn["id"]))
         session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
         why_not = journal.UNTRAINED if request.untrained else journal.LAST if request.done else None
         if side and not request.untrained:

@@ -85,7 +85,6 @@ CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NUL
 FORMAT = 7  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of `readable` that are not as in a Turn
 AS_BYTES = {"response_ids": np.int32, "logprobs": np.float32}
-BUSY_S = 0.005  # how long a write waits inside SQLite, with the event loop, for another program's to end
 ALONE_AFTER = 2  # failed steps; see `requeue`
 RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `has_disk_space`
 
@@ -152,7 +151,7 @@ def open_journal(path: Path) -> sqlite3.Connection:
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # before SQLite would create it with the umask's mode
         os.chmod(path, 0o600)
-        db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+        db = sqlite3.connect(path, timeout=0, isolation_level=None)  # see `patiently`
         db.row_factory = sqlite3.Row
         # WAL with NORMAL: a commit survives kill -9 of this process; only a power cut may cost the last ones.
         db.execute("PRAGMA journal_mode=WAL")
@@ -171,15 +170,15 @@ def open_journal(path: Path) -> sqlite3.Connection:
 told_at = 0.0  # when `patiently` last said that the journal is locked
 
 
-async def patiently(write: Callable, *args: Any) -> Any:
-    """write(*args), again and again while another connection has the journal locked: serving goes on meanwhile.
-
-    `write` is all or nothing, and reads what it goes by itself: other tasks run between two tries."""
+async def patiently(write: Callable, db: sqlite3.Connection, *args: Any) -> Any:
+    """write(db, *args) in a transaction of its own. While another connection has the journal locked, it is not begun,
+    however many wait: serving goes on meanwhile."""
     global told_at
     begun = time.monotonic()
     while True:
         try:
-            return write(*args)
+            db.execute("BEGIN IMMEDIATE")
+            break
         except sqlite3.OperationalError as e:
             if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # the rest says which kind of busy
                 raise
@@ -187,6 +186,8 @@ async def patiently(write: Callable, *args: Any) -> Any:
             told_at = time.monotonic()
             print("another program has the journal open for writing: waiting for it to finish", file=sys.stderr)
         await asyncio.sleep(0.05)
+    with db:
+        return write(db, *args)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Another program that writes to the journal costs time, and nothing else."""
 
 import asyncio
+import contextlib
 import sqlite3
 import threading
 import time
 
 import httpx
+import openai
 import pytest
 
 from durable import journal
@@ -26,8 +28,8 @@ async def test_the_loop_goes_on_while_another_program_writes(tmp_path, capsys):
     db, other = journal.open_journal(tmp_path / "j.db"), sqlite3.connect(tmp_path / "j.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     writes = [asyncio.create_task(journal.patiently(journal.record_turn, db, turn(f"t{k}"))) for k in range(20)]
-    idle = longest_stall(3)
-    assert await idle < 0.3 and not any(w.done() for w in writes), "20 writes at once, 5 ms each"
+    writes += [asyncio.create_task(journal.patiently(journal.drop, db, ["t"], "why")) for _ in range(500)]
+    assert await longest_stall(3) < 0.3 and not any(w.done() for w in writes), "however many wait"
     assert capsys.readouterr().err.count("another program has the journal open") == 1
     other.execute("COMMIT")
     await asyncio.wait_for(asyncio.gather(*writes), 5)
@@ -50,7 +52,8 @@ async def test_what_was_read_before_is_read_again(tmp_path):
 async def test_another_error_is_raised(tmp_path):
     db = journal.open_journal(tmp_path / "j.db")
     with pytest.raises(sqlite3.OperationalError, match="no such table"):
-        await journal.patiently(db.execute, "DELETE FROM missing")
+        await journal.patiently(sqlite3.Connection.execute, db, "DELETE FROM missing")
+    assert not db.in_transaction
 
 
 async def test_a_program_serves_and_trains_beside_another_writer(program):
@@ -92,3 +95,21 @@ async def test_a_program_serves_and_trains_beside_another_writer(program):
     waits.sort()
     print(f"health: {len(waits)} requests, median {waits[len(waits) // 2] * 1e3:.0f} ms, longest {waits[-1] * 1e3:.0f}")
     assert waits[int(len(waits) * 0.99)] < 0.1
+
+
+async def test_a_stop_does_not_wait_for_another_writer(fresh):
+    program = fresh(batch_size=2, save_every=100).wait_ready()
+    trained = [await rated(program, f"q{k}") for k in range(2)]
+    await until(lambda: program.status()["step"] == 1)
+    other = sqlite3.connect(program.out / "journal.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    asking = asyncio.create_task(ask(client(program, "none"), [user("is anybody there?")]))
+    await asyncio.sleep(2)
+    assert not asking.done(), "it waits for the lock"
+    assert await asyncio.to_thread(program.stop) < 20 and program.process.returncode == 0
+    with pytest.raises(openai.APIError):
+        await asking
+    assert "no checkpoint of step 1: another program" in program.log()
+    other.execute("ROLLBACK")
+    with contextlib.closing(journal.open_journal(program.out / "journal.db")) as db:
+        assert journal.recover(db) == 0 and set(journal.in_state(db, "queued")) == set(trained)
