@@ -44,12 +44,12 @@ CHAT = "/v1/chat/completions"
 CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
 OPEN_PATHS = ("/health",)
 MAX_BODY_BYTES = 32 << 20
+LONG_BODY = 1 << 20  # bytes; from here on it is parsed in a thread
 BODY_S = 60.0  # without any progress in a request's body
 MAX_ANSWERED_BYTES = 64 << 20  # n answers times the body
 MAX_MESSAGES = 10_000  # with their parts and calls
 MAX_VALUES, MAX_DEPTH = 200_000, 100  # of a body's JSON
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 SESSION_HEADERS = ("x-session-id", "x-session-affinity", "x-openwebui-chat-id")
 # The other fields of a chat request that go into the prompt; vLLM's /tokenize has the same names for them.
 TEMPLATE_FIELDS = ("tools", "chat_template", "add_generation_prompt", "continue_final_message")
@@ -148,8 +148,7 @@ class Capture:
         asked.set(None)
         if user is not OURS and scope["path"] in CAPTURED:
             try:
-                check_size(body)
-                body_json = json.loads(body)
+                body_json = await asyncio.to_thread(parse, body) if len(body) > LONG_BODY else parse(body)
             except (ValueError, RecursionError) as e:
                 error = openai_error(400, f"the body is not JSON that can be served: {e}")
                 return await error(scope, replay, send)
@@ -214,18 +213,22 @@ class Capture:
         return noted
 
 
-def check_size(body: bytes) -> None:
-    """ValueError where a JSON text has too many values, or is too deep: what reads it later would stop everything for
-    seconds, or raise a RecursionError."""
-    if body.count(b'"') - body.count(b'\\"') > 4 * MAX_VALUES:  # a value and its key have four
+def parse(body: bytes) -> Any:
+    """A JSON text's value. ValueError where it is none, has too many values, or is too deep: what reads it later would
+    stop everything for seconds, or raise a RecursionError.
+
+    In a thread, the event loop gets a turn after each pass over the text, so several short ones are better than one."""
+    text = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if text.count(b'"') > 4 * MAX_VALUES:  # a value and its key have four
         raise ValueError(f"more than {MAX_VALUES} values")
-    marks = STRING.sub(b"", body)
+    marks = b"".join(text.split(b'"')[::2])  # what is outside of strings
     if (values := sum(map(marks.count, (b",", b"[", b"{")))) > MAX_VALUES:
         raise ValueError(f"{values} values, more than {MAX_VALUES}")
     brackets = np.frombuffer(marks.translate(None, NO_BRACKETS), np.uint8)
     steps = np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1)
     if (depth := steps.cumsum().max(initial=0)) > MAX_DEPTH:
         raise ValueError(f"nested {depth} levels deep, more than {MAX_DEPTH}")
+    return json.loads(body.decode())  # as UTF-8 alone: in UTF-16 other bytes are quotes
 
 
 def too_much(fields: dict, messages: Any, size: int) -> str | None:

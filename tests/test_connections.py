@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import multiprocessing
 import os
 import resource
@@ -197,6 +198,13 @@ MIB = 1 << 20
 TALK = b'{"messages":[{"role":"user","content":"%s"}]%s}'
 
 
+def captured(folder) -> httpx.AsyncClient:
+    """Of `app` behind the capture, in this event loop."""
+    hooks = server.SimpleNamespace(keys=Keys(folder, False), own_key="own", origins=[])
+    capture = server.Capture(app, hooks, journal.open_journal(folder / "journal.db"))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(capture), base_url="http://localhost")
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -215,15 +223,13 @@ TALK = b'{"messages":[{"role":"user","content":"%s"}]%s}'
         (TALK % (b"x" * 31 * MIB, b',"n":2'), None),
         (TALK % (b'\\"[[[[\\\\' * 1000, b',"n":' + b"9" * 5000), "not JSON that can be served"),
         (TALK % (b'\\"[[[[\\\\' * 1000, b""), None),
+        ('["\\"",'.encode("utf-16") + ("[" * 600 + "]" * 600 + "]").encode("utf-16-le"), "not JSON that can be served"),
         (b'{"messages":[{"role":' + b"[" * 50 + b"]" * 50 + b',"content":null},{}]}', None),
     ],
-    ids=range(21),
+    ids=range(22),
 )
 async def test_a_request_is_bounded(tmp_path, body, said):
-    hooks = server.SimpleNamespace(keys=Keys(tmp_path, False), own_key="own", origins=[])
-    db = journal.open_journal(tmp_path / "journal.db")
-    transport = httpx.ASGITransport(server.Capture(app, hooks, db))
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+    async with captured(tmp_path) as http:
         begun = time.process_time()
         reply = await http.post(CHAT, content=body)
         assert time.process_time() - begun < 1.5
@@ -231,3 +237,18 @@ async def test_a_request_is_bounded(tmp_path, body, said):
         assert reply.status_code == 400 and said in reply.json()["error"]["message"], reply.text
     else:
         assert reply.json() == {"bytes": len(body)}
+
+
+async def test_a_long_body_is_read_beside_the_others(tmp_path):
+    body = json.dumps({"messages": [{"role": "user", "content": '["x\\", 1]\n' * MIB}]}).encode()
+    begun = time.monotonic()
+    server.parse(body)
+    alone, longest = time.monotonic() - begun, 0.0
+    async with captured(tmp_path) as http:
+        posted = server.asyncio.create_task(http.post(CHAT, content=body))
+        while not posted.done():
+            begun = time.monotonic()
+            await server.asyncio.sleep(0)
+            longest = max(longest, time.monotonic() - begun)
+    assert posted.result().json() == {"bytes": len(body)}
+    assert longest < 0.75 * alone
