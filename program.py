@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import openai
 from openai import AsyncOpenAI
 
+import machine
 import reward
 import swap
 import trainer
@@ -37,6 +38,7 @@ class Program:
     engine_args: Any
     engine: Any
     state: trainer.State
+    trainer_cores: list[int]
     trainer: ThreadPoolExecutor  # one thread
     judging: ThreadPoolExecutor  # one thread
     fitting: "Future[reward.Head] | None"  # of a small model's judge
@@ -65,6 +67,14 @@ class Program:
         weights = await self.on_trainer(trainer.served_weights, self.state.policy)
         async with self.swapping:
             await swap.give_back(self.engine, weights, self.state.step)
+
+    def new_trainer_thread(self) -> None:
+        """Where memory was short once, oneDNN makes no more kernels in the same thread ("could not create a
+        primitive"), however much there is later. MemoryError where it still is: Python waits for ever for a thread
+        that has no memory to begin."""
+        bytearray(64 << 20)
+        self.trainer.shutdown(wait=False)
+        self.trainer = ThreadPoolExecutor(1, "train", machine.bind_thread, (self.trainer_cores,))
 
     def pause_training(self, why: str) -> None:
         """No step begins from here on; one that runs is finished."""

@@ -88,12 +88,19 @@ async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge
 async def train(p: Program) -> None:
     """The loop. An error ends neither it nor the program: the step is undone, its turns are queued again, and training
     stops until somebody resumes it; after an unknown error also by itself, after a pause that grows."""
+    await p.resumed.wait()
+    await p.undo()  # where the undoing of a step failed, and this began again
+    await journal.patiently(journal.requeue, p.db, "its step could not be undone at once")
+    for turn_id in journal.in_state(p.db, "queued"):
+        p.to_train.put_nowait(turn_id)
     failed = 0  # steps in a row
     while not p.config.steps or p.state.step < p.config.steps:
         ids = [sample.turn.id for sample in await next_batch(p)]
         await p.resumed.wait()
         async with p.stepping:
             try:
+                if failed:
+                    p.new_trainer_thread()
                 batch = await journal.patiently(journal.begin_step, p.db, ids)
                 await step(p, batch)
                 failed = 0
@@ -109,12 +116,13 @@ async def train(p: Program) -> None:
                     p.stop_training(f"{failed} steps in a row reverted, the last one: {e}")
             except Exception as e:
                 failed += 1
+                error = f"{type(e).__name__}: {e}"
+                traceback.print_exception(e)
                 await p.undo()
-                await journal.patiently(journal.requeue, p.db, f"{type(e).__name__}: {e}")
+                await journal.patiently(journal.requeue, p.db, error)
                 for turn_id in ids:
                     p.to_train.put_nowait(turn_id)
-                traceback.print_exception(e)
-                p.stop_training(str(e), None if isinstance(e, swap.PushError) else min(3600, 5 * 2**failed))
+                p.stop_training(error, None if isinstance(e, swap.PushError) else min(3600, 5 * 2**failed))
     p.training = "off"
 
 
@@ -256,7 +264,9 @@ async def setup(config: Config) -> Program:
         if engine:
             engine.shutdown(2)
         raise
-    return Program(config, lock, db, listener, api_keys, url, engine_args, engine, state, *threads, fitting)
+    return Program(
+        config, lock, db, listener, api_keys, url, engine_args, engine, state, plan.trainer_cores, *threads, fitting
+    )
 
 
 def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading.Event) -> reward.Head:
@@ -269,9 +279,8 @@ async def serve(p: Program) -> bool:
     stopped, died = asyncio.Event(), asyncio.Event()
     for s in STOPPING:
         asyncio.get_running_loop().add_signal_handler(s, on_signal, s, stopped)
-    for queue, state in ((p.to_judge, "judging"), (p.to_train, "queued")):
-        for turn_id in journal.in_state(p.db, state):
-            queue.put_nowait(turn_id)
+    for turn_id in journal.in_state(p.db, "judging"):
+        p.to_judge.put_nowait(turn_id)
     judge = make_judge(p)
     app = await server.build_app(p.engine, p.engine_args, p.db, p, control.routes(p))
     web = server.web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
@@ -310,8 +319,6 @@ async def keep_running(p: Program, name: str, work: Callable[[], Awaitable[None]
             traceback.print_exception(e)
             if name == "train":
                 p.stop_training(f"{type(e).__name__}: {e}", 60)
-                for turn_id in journal.in_state(p.db, "queued"):  # some were in its hands
-                    p.to_train.put_nowait(turn_id)
             await asyncio.sleep(1)
 
 

@@ -480,11 +480,12 @@ class WebServer(uvicorn.Server):
 def web_server(app: ASGIApp, certificate: str = "", key: str = "") -> WebServer:
     """Streams that still run get 3 s to end when the server stops. Idle connections stay open for longer than clients
     keep them, otherwise one could be closed while a request is on its way. No warnings in the log: anybody could fill
-    it with "Invalid HTTP request received"."""
+    it with "Invalid HTTP request received". The backlog is how many connections asyncio accepts at a time, and how many
+    tracebacks it logs each second when there are no file descriptors; `connections.Listener` has the socket's own."""
     from vllm.utils.system_utils import set_ulimit
 
     set_ulimit(min(65535, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))  # it does nothing where it can't have all
-    options = {"timeout_graceful_shutdown": 3, "timeout_keep_alive": 75, "lifespan": "off", "ws": "none"}
+    options = {"timeout_graceful_shutdown": 3, "timeout_keep_alive": 75, "lifespan": "off", "ws": "none", "backlog": 1}
     options |= {"ssl_certfile": certificate or None, "ssl_keyfile": key or None}
     return WebServer(uvicorn.Config(app, http=connections.Protocol, log_level="error", **options))
 

@@ -33,7 +33,7 @@ class Listener(socket.socket):
         """uvicorn calls it when the engine runs, and all that the program needs is open."""
         taken = len(os.listdir("/proc/self/fd"))
         self.most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - taken - RESERVE
-        super().listen(*backlog)
+        super().listen(2048)
 
     def accept(self) -> tuple[socket.socket, Any]:
         plain, address = super().accept()

@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -131,6 +133,37 @@ async def test_a_full_disk(tiny_model, small_disk):
         assert query(program, "SELECT MAX(step) FROM checkpoints")[0][0] == 3
     finally:
         program.stop()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", [resource.RLIMIT_NOFILE, resource.RLIMIT_AS], ids=["files", "memory"])
+async def test_no_more_of(fresh, what):
+    """No file descriptor is left, or no memory for a step: training says so and waits, answers go on."""
+    program = fresh(batch_size=2).wait_ready()
+    first = [await rated(program, f"q{i}") for i in range(2)]
+    await until(lambda: program.status()["step"] == 1)
+    pid = program.process.pid
+    before = resource.prlimit(pid, what)
+    with httpx.Client(base_url=program.url, timeout=30) as http:
+        http.get("/status")
+        free = min(set(range(1000)) - {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")})
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        limit = free if what == resource.RLIMIT_NOFILE else pages * resource.getpagesize() + (3 << 20)
+        resource.prlimit(pid, what, (limit, before[1]))
+        with socket.create_connection(("127.0.0.1", program.port)):
+            for _ in range(2):
+                body = {"model": "policy", "messages": [user("x" * 1700)], "max_tokens": 12}
+                reply = http.post("/v1/chat/completions", json=body).raise_for_status().json()
+                http.post("/v1/feedback", json={"completion_id": reply["id"], "score": 1}).raise_for_status()
+            stopped = await until(lambda: http.get("/status").json()["training"].partition("stopped: ")[2])
+            print(stopped)
+            await asyncio.sleep(3)
+        assert http.get("/status").json()["turns"] == {"trained": 2, "queued": 2}
+        resource.prlimit(pid, what, before)
+    assert program.log().count("Traceback") < 20, "the log is not flooded"
+    subprocess.run([sys.executable, "-m", "durable.admin", "resume", f"--out={program.out}"], check=True, cwd=ROOT)
+    await until(lambda: program.status()["step"] == 2)
+    assert not {r["id"] for r in rows(program, "step = 2")} & set(first)
 
 
 def test_a_read_only_folder(tiny_model, small_disk):
