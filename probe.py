@@ -20,7 +20,7 @@ TEXT = (
     "of high and low water for centuries: a harbour with two metres of water at noon may be a field of mud by six."
 )
 PROMPTS = ("What is a bridge?", "Tell me about bees.", "How do I boil an egg?", "Write a sentence about the sea.")
-ANSWER_TOKENS = 24  # of an answer to one of them
+ANSWER_TOKENS = 12  # of an answer to one of them; each costs a pass of the model
 
 
 @dataclass
