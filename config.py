@@ -111,6 +111,8 @@ class Config(Program, Engine, Judge, Turns, Step, Losses):
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: expected less than 1")
+        if self.lora_rank > 512:
+            raise ValueError(f"--lora_rank={self.lora_rank}: expected at most 512, vLLM serves no more")
         if not self.w_rl and not self.w_opd:
             raise ValueError("--w_rl and --w_opd: at least one must be above 0")
         if self.port > 65535:

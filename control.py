@@ -36,8 +36,7 @@ async def roll_back(p: Program, step: int) -> str:
             probed = await p.on_trainer(state.probe.measure, state.policy)
             probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
             weights = await p.on_trainer(trainer.served_weights, state.policy)
-            async with p.swapping:
-                _, p.pause = await swap.push(p.engine, weights, step, probe)
+            _, p.pause = await swap.push(p.engine, weights, step, probe)
             undone = await journal.patiently(upkeep.rollback, p.db, step)
         except Exception:
             await p.undo()
@@ -82,6 +81,9 @@ def routes(p: Program) -> list[Route]:
             said = await asyncio.shield(order(p, request.path_params["command"], body))
         except UsageError as e:
             return openai_error(400, str(e))
+        except swap.EngineDied as e:
+            p.died.set()
+            return openai_error(500, str(e), "server_error")
         except swap.PushError as e:
             p.stop_training(str(e))
             return openai_error(500, f"the engine keeps the weights that it had: {e}", "server_error")

@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685): beside each linear layer of a frozen base two small matrices are trained, W x + 2 B (A x).
 
 The base is the starting model. Without its adapter it is the KL's reference, the frozen teacher and a small model's
-judge, so that there is no second model in memory.
+judge, so that the trainer has one copy.
 """
 
 import copy
@@ -43,8 +43,9 @@ def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:
     """Write an adapter's tensors, by their names in the model, in peft's own format. `base`: the folder of its base."""
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name in weights}
     rank = next(len(w) for name, w in weights.items() if ".lora_A." in name)
-    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=layers, base_model_name_or_path=base)
-    config.inference_mode = True
+    config = LoraConfig(
+        r=rank, lora_alpha=SCALE * rank, target_modules=layers, base_model_name_or_path=base, inference_mode=True
+    )
     config.save_pretrained(folder)
     save_file({peft_name(name): w.contiguous() for name, w in weights.items()}, folder / "adapter_model.safetensors")
 

@@ -102,6 +102,8 @@ def what_fits(
             if sum(device.values()) <= free and sum(host.values()) <= host_free:
                 options = [f"--lora_rank={rank}"] if rank != setting.lora_rank else []
                 options += [f"--max_train_tokens={tokens}"] if tokens != setting.tokens else []
+                given = setting.row_tokens > memory.free_row_tokens(shape, setting.tokens)  # by an option
+                options += [f"--row_tokens={row_tokens}"] if given else []
                 return f"{' '.join(options)} needs {sum(device.values()):.1f} GiB"
     return "a smaller --model is needed"
 

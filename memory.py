@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 import lora
 
-MAX_ADAPTERS = 4  # versions in one batch of the engine; a request for one more waits
+MAX_ADAPTERS = 4  # versions in one batch of the engine; the next swap waits until one is no longer used
 Sizes = dict[str, float]  # GiB by what it is for
 
 
@@ -36,11 +36,12 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
         "masters": 4 * trained,  # fp32
         "gradients": 4 * trained + (2 * trained if width == 2 else 0),  # fp32, and those of a row
         "Adam": 8 * trained,
-        "row": width * row_numbers(shape, setting) + 24 * 256 * text_config(shape).vocab_size,
+        "row": width * row_numbers(shape, setting) + 24 * 256 * shape.get_text_config().vocab_size,
         # The CPU's engine packs a copy of its own.
         "engine": (2 if cpu else 1) * 2 * weights + 2 * MAX_ADAPTERS * adapter + (0 if cpu else 2 * 2**30),
     }
-    host = {"snapshot": 12 * trained, "pushed copy": 2 * trained if cpu else 0, "processes": 2 * 2**30}
+    host = {"snapshot": 12 * trained, "processes": 2 * 2**30}
+    host |= {"pushed copy": 2 * trained} if cpu else {"loading": 2 * weights}
     device, host = ({what: n / 2**30 for what, n in sizes.items() if n} for sizes in (device, host))
     return (device | host, {}) if cpu else (device, host)
 
@@ -55,7 +56,7 @@ def parameters(shape: PretrainedConfig, lora_rank: int) -> tuple[int, int]:
 def row_numbers(shape: PretrainedConfig, setting: Setting) -> int:
     """Numbers that the forward and backward pass of the longest row keeps: with each layer's input kept and the rest
     recomputed for a long sample, or a packed row with all of it kept (see `trainer.update`). Fitted to Llamas."""
-    c = text_config(shape)
+    c = shape.get_text_config()
     long = setting.tokens * (4 * c.hidden_size * c.num_hidden_layers + layer_numbers(shape))  # and malloc's gaps
     short = min(setting.tokens, setting.row_tokens) * layer_numbers(shape) * c.num_hidden_layers
     # The head's gradient, from a chunk of places and in all (see `grpo.token_logps`); a frozen one has none.
@@ -65,20 +66,16 @@ def row_numbers(shape: PretrainedConfig, setting: Setting) -> int:
 
 def free_row_tokens(shape: PretrainedConfig, tokens: int) -> int:
     """The longest packed row, a power of 2, that needs no more memory than a sample of `tokens` does anyway."""
-    c = text_config(shape)
+    c = shape.get_text_config()
     most = tokens * (4 * c.hidden_size / layer_numbers(shape) + 1 / c.num_hidden_layers)
     return 1 << max(8, int(most).bit_length() - 1)
 
 
 def layer_numbers(shape: PretrainedConfig) -> int:
     """Numbers per token that one layer keeps for its backward pass."""
-    c = text_config(shape)
+    c = shape.get_text_config()
     inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
     return 10 * (c.hidden_size + (max(inner) if isinstance(inner, list) else inner))
-
-
-def text_config(shape: PretrainedConfig) -> PretrainedConfig:
-    return shape.get_text_config()
 
 
 def itemised(sizes: Sizes) -> str:

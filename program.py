@@ -49,7 +49,7 @@ class Program:
     training: str = "on"  # or why it waits or stopped
     resumed: asyncio.Event = field(default_factory=asyncio.Event)  # unset: no step begins
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
-    swapping: asyncio.Lock = field(default_factory=asyncio.Lock)  # a swap is never left half-way
+    died: asyncio.Event = field(default_factory=asyncio.Event)  # the engine: nothing can be served any more
     last_step: dict[str, float] = field(default_factory=dict)  # its metrics
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
 
@@ -64,14 +64,14 @@ class Program:
     async def undo(self) -> None:
         """After a step that failed: the trainer, and the engine if it has new weights, return to the last snapshot."""
         await self.on_trainer(trainer.restore, self.state)
-        weights = await self.on_trainer(trainer.served_weights, self.state.policy)
-        async with self.swapping:
+        if swap.served != self.state.step:
+            weights = await self.on_trainer(trainer.served_weights, self.state.policy)
             await swap.give_back(self.engine, weights, self.state.step)
 
     def new_trainer_thread(self) -> None:
-        """Where memory was short once, oneDNN makes no more kernels in the same thread ("could not create a
-        primitive"), however much there is later. MemoryError where it still is: Python waits for ever for a thread
-        that has no memory to begin."""
+        """After a lack of memory, oneDNN can't make new kernels in the same thread ("could not create a primitive"), so
+        use a new one. MemoryError while memory is still short: Python would wait for ever for a thread that can't
+        start."""
         bytearray(64 << 20)
         self.trainer.shutdown(wait=False)
         self.trainer = ThreadPoolExecutor(1, "train", machine.bind_thread, (self.trainer_cores,))

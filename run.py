@@ -89,21 +89,22 @@ async def train(p: Program) -> None:
     """The loop. An error ends neither it nor the program: the step is undone, its turns are queued again, and training
     stops until somebody resumes it; after an unknown error also by itself, after a pause that grows."""
     await p.resumed.wait()
-    await p.undo()  # where the undoing of a step failed, and this began again
-    await journal.patiently(journal.requeue, p.db, "its step could not be undone at once")
+    async with p.stepping:  # where the undoing of a step failed, and this began again
+        await p.undo()
+        await journal.patiently(journal.requeue, p.db, "its step could not be undone at once")
     for turn_id in journal.in_state(p.db, "queued"):
         p.to_train.put_nowait(turn_id)
-    failed = 0  # steps in a row
+    failed, renew = 0, False  # steps in a row; is a new thread needed?
     while not p.config.steps or p.state.step < p.config.steps:
         ids = [sample.turn.id for sample in await next_batch(p)]
         await p.resumed.wait()
         async with p.stepping:
             try:
-                if failed:
+                if renew:
                     p.new_trainer_thread()
                 batch = await journal.patiently(journal.begin_step, p.db, ids)
                 await step(p, batch)
-                failed = 0
+                failed, renew = 0, False
             except (trainer.Stopped, swap.EngineDied):
                 raise
             except guard.Refused as e:
@@ -115,7 +116,7 @@ async def train(p: Program) -> None:
                 if failed >= guard.IN_A_ROW:
                     p.stop_training(f"{failed} steps in a row reverted, the last one: {e}")
             except Exception as e:
-                failed += 1
+                failed, renew = failed + 1, True
                 error = f"{type(e).__name__}: {e}"
                 traceback.print_exception(e)
                 await p.undo()
@@ -144,8 +145,7 @@ async def step(p: Program, batch: list[Sample]) -> None:
     # 3. swap: the engine gets the new weights; running answers continue
     weights = await p.on_trainer(trainer.served_weights, state.policy)
     probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
-    async with p.swapping:
-        gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe)
+    gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe)
 
     # 4. commit: a restart or a reverted step returns to this snapshot
     await p.wait_for_disk_space()
@@ -182,16 +182,16 @@ def report(p: Program, batch: list[Sample], metrics: dict[str, float]) -> None:
 
 async def save(p: Program) -> None:
     """A checkpoint, if there is something new. Where it can't be written, the next step tries again."""
-    state, out = p.state, Path(p.config.out)
-    if state.step == max(journal.checkpoints(p.db), default=0):
+    state, out, step = p.state, Path(p.config.out), p.state.step
+    if step == max(journal.checkpoints(p.db), default=0):
         return
     size = trainer.saved_bytes(state) + journal.RESERVE
     try:
-        await p.on_trainer(checkpoint.write, out, state.step, size, lambda folder: trainer.save(state, folder))
+        await p.on_trainer(checkpoint.write, out, step, size, lambda folder: trainer.save(state, folder))
     except checkpoint.CheckpointError as e:
-        print(f"no checkpoint of step {state.step}: {e}", file=sys.stderr)
+        print(f"no checkpoint of step {step}: {e}", file=sys.stderr)
         return
-    await journal.patiently(journal.add_checkpoint, p.db, state.step, p.config.keep)
+    await journal.patiently(journal.add_checkpoint, p.db, step, p.config.keep)
     await p.on_trainer(checkpoint.remove_others, out, journal.checkpoints(p.db))
 
 
@@ -276,7 +276,7 @@ def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading
 
 async def serve(p: Program) -> bool:
     """Serve, judge and train until a signal or the engine's death; True where a new start may help."""
-    stopped, died = asyncio.Event(), asyncio.Event()
+    stopped, died = asyncio.Event(), p.died
     for s in STOPPING:
         asyncio.get_running_loop().add_signal_handler(s, on_signal, s, stopped)
     for turn_id in journal.in_state(p.db, "judging"):
@@ -340,13 +340,14 @@ def on_signal(number: int, stopped: asyncio.Event) -> None:
 async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], watch: asyncio.Task) -> None:
     """End the server and all tasks, and write a checkpoint. A swap is finished first, a step is left between rows."""
     print("stopping", flush=True)
-    async with p.swapping:
+    async with swap.swapping:
         p.state.stopping.set()
         web.should_exit = True
         for task in tasks[1:]:  # the server ends by itself
             task.cancel()
     shutdown = asyncio.create_task(asyncio.to_thread(p.engine.shutdown, 2))
     await asyncio.gather(*tasks, return_exceptions=True)
+    await p.on_trainer(lambda: None)  # a `commit` that has begun is finished: the checkpoint is of its step
     watch.cancel()
     try:
         await asyncio.wait_for(journal.patiently(journal.leave_step, p.db), LOCKED_S)
@@ -365,7 +366,7 @@ def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
     if p.config.judge_url:
         client = chat_judge.endpoint(p.config.judge_url)
         return chat_judge.ChatJudge(client, p.config.judge_model, p.config.votes, longest)
-    # With an adapter the first weights are there, and a judge that doesn't change is the better one.
+    # With LoRA the engine can still answer with the first weights, and the judge should not change while we train.
     name = p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
     return chat_judge.ChatJudge(p.own_client, name, p.config.votes, longest)
 

@@ -217,7 +217,8 @@ def parse(body: bytes) -> Any:
     """A JSON text's value. ValueError where it is none, has too many values, or is too deep: what reads it later would
     stop everything for seconds, or raise a RecursionError.
 
-    In a thread, the event loop gets a turn after each pass over the text, so several short ones are better than one."""
+    When this runs in a thread, the event loop gets the GIL only between the calls below, so several short calls are
+    better than one long one."""
     text = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if text.count(b'"') > 4 * MAX_VALUES:  # a value and its key have four
         raise ValueError(f"more than {MAX_VALUES} values")
@@ -366,20 +367,24 @@ class Recorder:
         request = asked.get()
         if request is not None and request.path != CHAT and not request.messages:
             request = None  # see note_rendered
-        prompt = swap.salted(prompt, caller.get())
         sampling_params.seed = swap.usable_seed(self._engine, sampling_params.seed)
-        # aclosing: when the client hangs up, the engine must hear of it now, not when the inner generator is collected
-        outputs = aclosing(swap.generate(self._engine, prompt, sampling_params, request_id, *args, **kwargs))
+
+        def start() -> aclosing:
+            """Only now is it known which weights will answer. aclosing: when the client hangs up, the engine must hear
+            of it now, not when the inner generator is collected."""
+            salted = swap.salted(prompt, caller.get())
+            return aclosing(swap.generate(self._engine, salted, sampling_params, request_id, *args, **kwargs))
+
         if request is None:
-            async with outputs:
-                async for output in outputs.thing:
+            async with start() as outputs:
+                async for output in outputs:
                     yield output
             return
 
         # The prompt was valid, or we would not be here: only now does the request count as a next message.
         session, dropped, changed = await journal.patiently(self.link, self._db, request)
         if kwargs.get("lora_request"):
-            dropped = "the first weights were asked"
+            dropped = "answered by the first weights"
         for hook, earlier in changed:
             await hook(earlier)
         # As the client knows it: /v1/responses numbers the calls to the engine.
@@ -396,6 +401,8 @@ class Recorder:
             ids, logprobs, texts = seen[index]
             if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
                 why_not = "cut short: the client hung up, or the engine stopped"
+            elif swap.served is not None and max(version for version, _, _ in spans) > swap.served:
+                why_not = "by weights that were undone"
             text = "".join(texts)
             request.answers[index] = answer_digest({"role": "assistant", "content": text})
             turn = Turn(
@@ -419,8 +426,8 @@ class Recorder:
             written.add(index)
 
         try:
-            async with outputs:
-                async for output in outputs.thing:
+            async with start() as outputs:
+                async for output in outputs:
                     prompt_ids = output.prompt_token_ids or prompt_ids
                     for choice in output.outputs:
                         ids, logprobs, texts = seen.setdefault(choice.index, ([], [], []))

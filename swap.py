@@ -5,6 +5,7 @@ This file and server.py are the only ones that know vLLM's insides; what is reli
 
 import asyncio
 import ctypes
+import itertools
 import json
 import multiprocessing
 import os
@@ -82,8 +83,9 @@ class WeightReceiver:
                 dispatch_cpu_unquantized_gemm(head, remove_weight=False)
         return sorted(expected - loaded)
 
-    def receive_adapter(self, message: bytes, adapter_id: int) -> None:
-        """Take an adapter sent by `add_adapter`; requests ask for it by its id.
+    def receive_adapter(self, message: bytes, adapter_id: int) -> list[str]:
+        """Take an adapter sent by `add_adapter`; requests ask for it by its id. Returns the layers that the engine does
+        not have: vLLM would leave them out without a word.
 
         Relied on: the manager behind vLLM's own add_lora, which would read the tensors from a folder. It looks for that
         folder only where an adapter is asked for that it doesn't hold."""
@@ -94,8 +96,17 @@ class WeightReceiver:
         tensors = {lora.peft_name(name): w.clone() for name, w in open_shared(message)}
         rank = next(len(w) for name, w in tensors.items() if ".lora_A." in name)
         peft = PEFTHelper(r=rank, lora_alpha=lora.SCALE * rank, target_modules=[])
-        dtype = self.vllm_config.lora_config.lora_dtype
-        manager.add_adapter(LoRAModel.from_lora_tensors(adapter_id, tensors, peft, device="cpu", dtype=dtype))
+        mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+        adapter = LoRAModel.from_lora_tensors(
+            adapter_id,
+            tensors,
+            peft,
+            device="cpu",
+            dtype=self.vllm_config.lora_config.lora_dtype,
+            weights_mapper=mapper and mapper.get_rename_mapper(),
+        )
+        manager.add_adapter(adapter)  # which merges q, k and v
+        return sorted(adapter.loras.keys() - manager.modules.keys())
 
 
 def open_shared(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
@@ -244,7 +255,8 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
         await asyncio.sleep(1)
 
 
-loads = 0  # how often this program has changed the engine's weights
+swapping = asyncio.Lock()  # held while the engine's weights are replaced: a stop waits for the end
+loads = 0  # how often they were replaced
 served: int | None = 0  # their step; None: they are new and not proved yet, or not known
 
 Weights = dict[str, torch.Tensor]  # by name
@@ -255,9 +267,9 @@ async def load(engine: Any, weights: Weights, version: int) -> tuple[float, floa
     (time.time())."""
     global served
     if engine.vllm_config.lora_config:
-        pause = await make_newest(engine, await add_adapter(engine, weights, version))
-    else:
-        pause = await load_all(engine, weights, version)
+        await make_newest(engine, await add_adapter(engine, weights, version))
+        return time.time(), time.time()
+    pause = await load_all(engine, weights, version)
     served = version
     return pause
 
@@ -267,14 +279,15 @@ async def load_all(engine: Any, weights: Weights, version: int) -> tuple[float, 
     global loads, served
     with tempfile.TemporaryFile(dir="/dev/shm") as shared:  # without a name: nothing is left there by kill -9
         message = await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
-        began = time.time()
-        await engine.pause_generation(mode="keep", clear_cache=False)
-        loads, served = loads + 1, None
-        try:
-            missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
-            await engine.update_weight_version(str(version))
-        finally:
-            await engine.resume_generation()
+        async with swapping:
+            began = time.time()
+            await engine.pause_generation(mode="keep", clear_cache=False)
+            loads, served = loads + 1, None
+            try:
+                missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
+                await engine.update_weight_version(str(version))
+            finally:
+                await engine.resume_generation()
     if missed:
         raise PushError(f"the engine did not load {missed}")
     return began, time.time()
@@ -293,28 +306,31 @@ class Adapter:
 
 
 newest: Adapter | None = None  # what new requests get; None: no adapter yet, the first weights
+adapter_numbers = itertools.count(1)  # a repeated step gets a new one: the prefix cache tells adapters by their names
 
 
 async def add_adapter(engine: Any, weights: Weights, step: int) -> Adapter:
     """Give the engine a further version, which nobody uses yet."""
-    global loads
     from vllm.lora.request import LoRARequest
 
+    number = next(adapter_numbers)
     with tempfile.TemporaryFile(dir="/dev/shm") as shared:
         cpu = {name: w.cpu() for name, w in weights.items()}
         message = await asyncio.to_thread(share_weights, cpu, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
-        loads += 1  # an id of its own also for a step that is taken again: the prefix cache goes by the name
-        await engine.collective_rpc("receive_adapter", args=(message, loads))
-    return Adapter(step, LoRARequest(f"step-{step}-{loads}", loads, "sent by collective_rpc"))
+        unused = (await engine.collective_rpc("receive_adapter", args=(message, number)))[0]
+    adapter = Adapter(step, LoRARequest(f"step-{step}-{number}", number, "sent by collective_rpc"))
+    if unused:
+        await remove_unused(engine, adapter)
+        raise PushError(f"the engine has no layer for {unused}")
+    return adapter
 
 
-async def make_newest(engine: Any, adapter: Adapter) -> tuple[float, float]:
-    """New requests get this one from here on. Returns the pause as `load` does, which has no length."""
-    global newest
-    before, newest = newest, adapter
+async def make_newest(engine: Any, adapter: Adapter) -> None:
+    """New requests get this one from here on."""
+    global newest, served
+    before, newest, served = newest, adapter, adapter.step
     if before:
         await remove_unused(engine, before)
-    return time.time(), time.time()
 
 
 async def remove_unused(engine: Any, adapter: Adapter) -> None:
@@ -350,7 +366,7 @@ async def adapted(engine: Any, first_weights: bool, *args: Any, **kwargs: Any) -
             await remove_unused(engine, adapter)
 
 
-FIRST_WEIGHTS = "@base"  # behind the name of the model: the one that training began from
+FIRST_WEIGHTS = "@base"  # added to the model's name: asks for the weights that training began from
 
 
 def first_weights_request(name: str) -> Any:
@@ -415,7 +431,7 @@ async def push(
             adapter = await add_adapter(engine, weights, version)
         else:
             pause = await load_all(engine, weights, version)
-        gap = (await prompt_logps(engine, ids, f"probe-{loads}", adapter) - expected).abs().mean().item()
+        gap = (await prompt_logps(engine, ids, f"probe-{version}", adapter) - expected).abs().mean().item()
         if not gap <= MAX_GAP:  # also for NaN
             raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {MAX_GAP}")
     except Exception as e:
@@ -423,7 +439,8 @@ async def push(
             await remove_unused(engine, adapter)
         raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
     if adapter:
-        pause = await make_newest(engine, adapter)
+        await make_newest(engine, adapter)
+        return gap, (time.time(), time.time())
     served = version
     return gap, pause
 
@@ -432,8 +449,6 @@ async def give_back(engine: Any, weights: Weights, version: int) -> None:
     """After a push that failed, or a step whose weights are served already: serve the weights before it again.
 
     EngineDied where the engine does not take them: it is not known what it would serve."""
-    if served == version:
-        return
     try:
         await load(engine, weights, version)
     except Exception as e:  # a reload that failed inside the worker can't be begun again there

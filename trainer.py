@@ -85,9 +85,10 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         if state.stopping.is_set():
             raise Stopped
         # A long row recomputes its activations in the backward pass: less memory, a third more time.
-        if row["ids"].numel() > config.row_tokens:
+        long = row["ids"].numel() > config.row_tokens
+        if long and not state.policy.is_gradient_checkpointing:  # each call adds a hook where there is an adapter
             state.policy.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
+        elif not long and state.policy.is_gradient_checkpointing:
             state.policy.gradient_checkpointing_disable()
         hinted = {i: lessons[i].hinted for i in row["sample"].unique().tolist() if lessons[i].hinted}
         loss, found = row_loss(config, state, row, hinted)

