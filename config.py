@@ -67,7 +67,7 @@ class Step:
     batch_size: int = 1  # judged turns per step
     row_tokens: int = 0  # tokens per packed row, a micro-batch; a longer sample has a row of its own; 0: by the device
     lora_rank: int = 0  # train an adapter of this rank on the frozen model; 0: all weights
-    lr: float = 0.0  # of Adam, constant; 0: 3e-5, for an adapter 3e-4
+    lr: float = 0.0  # of Adam, constant; 0: 2.5e-5, for an adapter 3e-4
     beta1: float = 0.9  # of Adam
     beta2: float = 0.98  # of Adam
     grad_clip: float = 1.0  # largest gradient norm

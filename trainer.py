@@ -325,7 +325,7 @@ def load_state(
         if p.dtype == torch.float32:
             p.grad = master.grad  # the backward pass adds up in place; for bf16 `accumulate_grads` does
     # fused: without temporary copies of all weights
-    lr = config.lr or (3e-4 if config.lora_rank else 3e-5)
+    lr = config.lr or (3e-4 if config.lora_rank else 2.5e-5)
     adam = torch.optim.Adam(masters, lr=lr, betas=(config.beta1, config.beta2), fused=True)
     for m in masters:  # as Adam's first step would, so that `restore` works before it
         step = torch.zeros((), device=m.device)

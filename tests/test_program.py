@@ -583,7 +583,7 @@ async def test_with_a_full_disk_no_answer_is_begun(monkeypatch, tmp_path):
         (["--batch_size=0"], "--batch_size=0: expected at least 1"),
         (["--expire=0"], "--expire=0: expected more than 0"),
         (["--user_share=2"], "a part from 0 to 1"),
-        (["--session_share=0.05"], "a part from 0.5 to 1"),
+        (["--batch_size=2", "--session_share=0.05"], "a part from 0.5 to 1"),
         (["--baseline=median"], "--baseline"),
         (["--model=/nowhere"], "/nowhere"),
     ],
