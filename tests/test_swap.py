@@ -39,7 +39,8 @@ async def push(served, new, old, logps, version=9):
         swap.served = version - 1
         return await swap.push(served.engine, new, version, (served.ids, logps))
     except swap.PushError:
-        await swap.give_back(served.engine, old, version - 1)
+        if swap.served != version - 1:
+            await swap.give_back(served.engine, old, version - 1)
         raise
 
 
