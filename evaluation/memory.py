@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -55,21 +56,21 @@ def shape(name: str) -> PretrainedConfig:
 
 
 def table() -> str:
-    """Markdown: GiB by item on one GPU, and what is left for the KV cache of each card."""
+    """Markdown: GiB on one GPU without a KV cache, what is left for that on each card, and GiB on the host."""
+    caches = " | ".join(f"KV cache on {gpu} GiB" for gpu in GPUS)
     lines = [
-        "| model | training | longest sample | " + " | ".join(f"KV cache on {gpu} GiB" for gpu in GPUS) + " | host |"
+        f"| model | training | longest sample | without KV cache | {caches} | host |",
+        "|---" * (5 + len(GPUS)) + "|",
     ]
-    lines += ["|---" * (4 + len(GPUS)) + "|"]
-    for name in ("0.5B", "4B", "8B"):
-        for rank in (0, 32):
-            for tokens in (16384, 4096, 2048):
-                c = shape(name)
-                setting = memory.Setting("cuda", 2, rank, tokens, memory.free_row_tokens(c, tokens))
-                _, host = memory.needs(c, setting)
-                plans = [(gpu, machine.with_cache(c, setting, gpu, 0.0)[0]) for gpu in GPUS]
-                cells = [f"{d['KV cache']:.0f}" if sum(d.values()) <= gpu else "no" for gpu, d in plans]
-                training = f"`--lora_rank={rank}`" if rank else "full"
-                lines.append(f"| {name} | {training} | {tokens} | {' | '.join(cells)} | {sum(host.values()):.0f} |")
+    for name, rank in product(("0.5B", "4B", "8B"), (0, 32)):
+        for tokens in (16384, 4096, 2048) if rank else (16384,):
+            c = shape(name)
+            setting = memory.Setting("cuda", 2, rank, tokens, memory.free_row_tokens(c, tokens))
+            needed, host = (sum(sizes.values()) for sizes in memory.needs(c, setting))
+            plans = [(gpu, machine.with_cache(c, setting, gpu, 0.0)[0]) for gpu in GPUS]
+            cells = [f"{plan['KV cache']:.0f}" if sum(plan.values()) <= gpu else "no" for gpu, plan in plans]
+            training = f"`--lora_rank={rank}`" if rank else "full"
+            lines.append(f"| {name} | {training} | {tokens} | {needed:.0f} | {' | '.join(cells)} | {host:.0f} |")
     return "\n".join(lines)
 
 

@@ -169,6 +169,14 @@ async def test_an_adapter_that_disagrees_is_never_served(served):
     assert swap.newest is before and await loaded(served) == known
 
 
+async def test_an_adapter_for_a_layer_that_the_engine_lacks_is_refused(served):
+    before, known = swap.newest, await loaded(served)
+    strange = {k.replace("layers.1.", "layers.9."): w for k, w in trainer.served_weights(served.state.policy).items()}
+    with pytest.raises(swap.PushError, match="no layer for .*layers.9.mlp.down_proj"):
+        await swap.push(served.engine, strange, 9, (IDS, logps(served.state)))
+    assert swap.newest is before and await loaded(served) == known
+
+
 # ---- the program ----
 
 
@@ -199,9 +207,14 @@ async def test_an_adapter_is_trained_served_resumed_and_rolled_back(fresh):
     assert program.status()["step"] == 2 and logp("policy") == trained and logp("policy@base") == first
     reply = await ask(client(program, "none"), [user("and now?")])
     assert rows(program, "id = ?", reply.id)[0]["versions"].startswith("[[2, 0,")
+    long = {"max_tokens": 600, "extra_body": {"ignore_eos": True}}
+    running = asyncio.create_task(ask(client(program, "none"), [user("a long one")], **long))
+    await asyncio.sleep(1)
     headers = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
-    done = httpx.post(f"{program.url}/admin/rollback", json={"step": 0}, headers=headers, timeout=60)
-    assert done.status_code == 200 and logp("policy") == first
+    async with httpx.AsyncClient(timeout=60, headers=headers) as http:
+        done = await http.post(f"{program.url}/admin/rollback", json={"step": 0})
+    assert done.status_code == 200 and not running.done() and logp("policy") == first
+    assert rows(program, "id = ?", (await running).id)[0]["reason"] == "by weights that were undone"
     await rated(program, "q9")
     await until(lambda: program.status()["step"] == 1)
     program.stop()
