@@ -262,7 +262,7 @@ async def setup(config: Config) -> Program:
     except BaseException:
         stopping.set()
         if engine:
-            engine.shutdown(2)
+            swap.stop_engine(engine)
         raise
     return Program(
         config, lock, db, listener, api_keys, url, engine_args, engine, state, plan.trainer_cores, *threads, fitting
@@ -345,7 +345,7 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
         web.should_exit = True
         for task in tasks[1:]:  # the server ends by itself
             task.cancel()
-    shutdown = asyncio.create_task(asyncio.to_thread(p.engine.shutdown, 2))
+    shutdown = asyncio.create_task(asyncio.to_thread(swap.stop_engine, p.engine))
     await asyncio.gather(*tasks, return_exceptions=True)
     await p.on_trainer(lambda: None)  # a `commit` that has begun is finished: the checkpoint is of its step
     watch.cancel()
@@ -397,7 +397,7 @@ async def main(config: Config) -> bool:
     try:
         return await serve(p)
     finally:
-        p.engine.shutdown(2)
+        swap.stop_engine(p.engine)
         for threads in (p.trainer, p.judging):
             threads.shutdown(wait=False, cancel_futures=True)
         p.db.close()

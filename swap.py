@@ -240,6 +240,13 @@ def start_engine(args: Namespace) -> Any:
     return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
 
 
+def stop_engine(engine: Any) -> None:
+    """End its processes, within seconds. A second call does nothing: vLLM makes one when Python ends, which would print a
+    traceback, since the modules it needs are gone by then."""
+    engine.shutdown(2)
+    engine.shutdown = lambda timeout=None: None
+
+
 async def watch(engine: Any, died: asyncio.Event) -> None:
     """Set `died` when a process of the engine is gone, and from then on let no call wait for its answer.
 

@@ -114,7 +114,7 @@ async def served(tmp_path_factory):
     engine = swap.start_engine(swap.engine_args(config, folder, machine.plan(config, folder)))
     yield SimpleNamespace(engine=engine, state=load(folder))
     swap.newest = None
-    engine.shutdown(timeout=2)
+    swap.stop_engine(engine)
 
 
 def push(served, step, expected):

@@ -30,7 +30,7 @@ async def served(request, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     yield SimpleNamespace(engine=engine, model=model, ids=ids)
-    engine.shutdown(timeout=2)
+    swap.stop_engine(engine)
 
 
 async def push(served, new, old, logps, version=9):
