@@ -241,8 +241,8 @@ def start_engine(args: Namespace) -> Any:
 
 
 def stop_engine(engine: Any) -> None:
-    """End its processes, within seconds. A second call does nothing: vLLM makes one when Python ends, which would print a
-    traceback, since the modules it needs are gone by then."""
+    """End its processes, within seconds. A second call does nothing: vLLM makes one when Python ends, which would print
+    a traceback, since the modules it needs are gone by then."""
     engine.shutdown(2)
     engine.shutdown = lambda timeout=None: None
 
