@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import AutoConfig
 
 import lora
 import memory
 from config import Config
+from durable.errors import UsageError
 from machine import Plan
 
 # Read by vLLM when it is imported, here and in its processes; what a person has set stays. At WARNING it says "Failed
@@ -233,11 +235,16 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
 
 
 def start_engine(args: Namespace) -> Any:
-    """An AsyncLLM in this program (its core and its worker are child processes). Call from a running event loop."""
+    """An AsyncLLM in this program (its core and its worker are child processes). Call from a running event loop.
+
+    UsageError where vLLM finds fault with an option, such as a context longer than the model's."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    except ValidationError as e:
+        raise UsageError("; ".join(error["msg"] for error in e.errors())) from e
 
 
 def stop_engine(engine: Any) -> None:
