@@ -529,6 +529,12 @@ asyncio.run(main())
     assert process.wait(60) == 0 and (tmp_path / "done").exists()
 
 
+def test_a_context_longer_than_the_models_is_one_sentence(fresh):
+    started = fresh(max_model_len=4096)
+    assert started.process.wait(120) == 1
+    assert "max_model_len (4096) is greater than" in started.log() and "Traceback" not in started.log()
+
+
 def test_a_taken_port_is_said_at_once(fresh, program):
     second = fresh(port=program.port)
     assert second.process.wait(60) == 1
