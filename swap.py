@@ -269,6 +269,9 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
         await asyncio.sleep(1)
 
 
+# ---- new weights: running requests pause while all of them are replaced ----
+
+
 swapping = asyncio.Lock()  # held while the engine's weights are replaced: a stop waits for the end
 loads = 0  # how often they were replaced
 served: int | None = 0  # their step; None: they are new and not proved yet, or not known
