@@ -368,15 +368,8 @@ class Recorder:
         if request is not None and request.path != CHAT and not request.messages:
             request = None  # see note_rendered
         sampling_params.seed = swap.usable_seed(self._engine, sampling_params.seed)
-
-        def start() -> aclosing:
-            """Only now is it known which weights will answer. aclosing: when the client hangs up, the engine must hear
-            of it now, not when the inner generator is collected."""
-            salted = swap.salted(prompt, caller.get())
-            return aclosing(swap.generate(self._engine, salted, sampling_params, request_id, *args, **kwargs))
-
         if request is None:
-            async with start() as outputs:
+            async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
                     yield output
             return
@@ -426,7 +419,7 @@ class Recorder:
             written.add(index)
 
         try:
-            async with start() as outputs:
+            async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
                     prompt_ids = output.prompt_token_ids or prompt_ids
                     for choice in output.outputs:
@@ -446,6 +439,11 @@ class Recorder:
             for index, (ids, _, _) in seen.items():
                 if index not in written:
                     await write(index, None, [(-1, 0, len(ids))], None)
+
+    def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
+        """The engine's outputs. The prompt is salted last, when it is known which weights will answer. aclosing: when
+        the client hangs up, the engine must hear of it at once, not when the inner generator is collected."""
+        return aclosing(swap.generate(self._engine, swap.salted(prompt, caller.get()), *args, **kwargs))
 
     def link(self, db: sqlite3.Connection, request: Asked) -> tuple[str, str | None, Changed]:
         """Find the turn that this request continues and record it as that turn's next message.
