@@ -207,9 +207,9 @@ async def test_an_adapter_is_trained_served_resumed_and_rolled_back(fresh):
     assert program.status()["step"] == 2 and logp("policy") == trained and logp("policy@base") == first
     reply = await ask(client(program, "none"), [user("and now?")])
     assert rows(program, "id = ?", reply.id)[0]["versions"].startswith("[[2, 0,")
-    long = {"max_tokens": 600, "extra_body": {"ignore_eos": True}}
+    long = {"max_tokens": 1900, "extra_body": {"ignore_eos": True}}
     running = asyncio.create_task(ask(client(program, "none"), [user("a long one")], **long))
-    await asyncio.sleep(1)
+    await asyncio.sleep(0.5)
     headers = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
     async with httpx.AsyncClient(timeout=60, headers=headers) as http:
         done = await http.post(f"{program.url}/admin/rollback", json={"step": 0})
