@@ -61,7 +61,7 @@ def plan(config: Config, folder: Path) -> Plan:
         where = f"{free:.1f} free on {device}" + (f", {host_free:.1f} on the host" if host else "")
         needs = " and ".join(memory.itemised(sizes) for sizes in (needed, host) if sizes)
         raise UsageError(f"{needs} needed, {where}: {what_fits(shape, setting, config.engine_memory, free, host_free)}")
-    small = not config.judge_url and 2 * memory.parameters(shape, 0)[0] < 2**30
+    small = not config.judge_url and 2 * needed["policy"] / dtype.itemsize < 1  # GiB of weights in bf16
     return Plan(
         device=device,
         dtype=dtype,

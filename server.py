@@ -394,7 +394,7 @@ class Recorder:
             ids, logprobs, texts = seen[index]
             if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
                 why_not = "cut short: the client hung up, or the engine stopped"
-            elif swap.served is not None and max(version for version, _, _ in spans) > swap.served:
+            elif swap.served is not None and max((version for version, _, _ in spans), default=0) > swap.served:
                 why_not = "by weights that were undone"
             text = "".join(texts)
             request.answers[index] = answer_digest({"role": "assistant", "content": text})

@@ -15,7 +15,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,13 @@ served: int | None = 0  # their step; None: they are new and not proved yet, or 
 Weights = dict[str, torch.Tensor]  # by name
 
 
+@asynccontextmanager
+async def shared(weights: Weights) -> AsyncIterator[bytes]:
+    """The message by which the worker finds the weights in shared memory, which lasts as long as this."""
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:  # without a name: nothing is left there by kill -9
+        yield await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{file.fileno()}")
+
+
 async def load(engine: Any, weights: Weights, version: int) -> tuple[float, float]:
     """Serve these weights from here on, without a proof. Returns when the pause of running requests began and ended
     (time.time())."""
@@ -294,8 +301,7 @@ async def load(engine: Any, weights: Weights, version: int) -> tuple[float, floa
 async def load_all(engine: Any, weights: Weights, version: int) -> tuple[float, float]:
     """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped."""
     global loads, served
-    with tempfile.TemporaryFile(dir="/dev/shm") as shared:  # without a name: nothing is left there by kill -9
-        message = await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
+    async with shared(weights) as message:
         async with swapping:
             began = time.time()
             await engine.pause_generation(mode="keep", clear_cache=False)
@@ -331,9 +337,7 @@ async def add_adapter(engine: Any, weights: Weights, step: int) -> Adapter:
     from vllm.lora.request import LoRARequest
 
     number = next(adapter_numbers)
-    with tempfile.TemporaryFile(dir="/dev/shm") as shared:
-        cpu = {name: w.cpu() for name, w in weights.items()}
-        message = await asyncio.to_thread(share_weights, cpu, f"/proc/{os.getpid()}/fd/{shared.fileno()}")
+    async with shared({name: w.cpu() for name, w in weights.items()}) as message:
         unused = (await engine.collective_rpc("receive_adapter", args=(message, number)))[0]
     adapter = Adapter(step, LoRARequest(f"step-{step}-{number}", number, "sent by collective_rpc"))
     if unused:
