@@ -207,16 +207,24 @@ async def test_an_adapter_is_trained_served_resumed_and_rolled_back(fresh):
     assert program.status()["step"] == 2 and logp("policy") == trained and logp("policy@base") == first
     reply = await ask(client(program, "none"), [user("and now?")])
     assert rows(program, "id = ?", reply.id)[0]["versions"].startswith("[[2, 0,")
-    long = {"max_tokens": 1900, "extra_body": {"ignore_eos": True}}
-    running = [asyncio.create_task(ask(client(program, "none"), [user(f"a long one {i}")], **long)) for i in range(12)]
+    rolled_back, ids = asyncio.Event(), []
+
+    async def keep_asking(tokens):
+        while not rolled_back.is_set():
+            options = {"max_tokens": tokens, "extra_body": {"ignore_eos": True}}
+            ids.append((await ask(client(program, "none"), [user(f"a question {len(ids)}")], **options)).id)
+
+    # Of different lengths, so that they don't all end at the moment at which the weights change.
+    asking = [asyncio.create_task(keep_asking(200 + 70 * i)) for i in range(4)]
     await asyncio.sleep(0.5)
     headers = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
     async with httpx.AsyncClient(timeout=60, headers=headers) as http:
-        done = await http.post(f"{program.url}/admin/rollback", json={"step": 0})
-    assert done.status_code == 200 and not all(task.done() for task in running)
-    ids = [reply.id for reply in await asyncio.gather(*running)]
-    reasons = [rows(program, "id = ?", i)[0]["reason"] for i in ids]
-    assert "by weights that were undone" in reasons and None not in reasons, reasons
+        (await http.post(f"{program.url}/admin/rollback", json={"step": 0})).raise_for_status()
+    rolled_back.set()
+    await asyncio.gather(*asking)
+    answers = [rows(program, "id = ?", i)[0] for i in ids]
+    assert all(row["reason"] for row in answers if row["versions"].startswith("[[2, 0,")), answers
+    assert "by weights that were undone" in [row["reason"] for row in answers]
     assert logp("policy") == first
     await rated(program, "q9")
     await until(lambda: program.status()["step"] == 1)
