@@ -19,10 +19,11 @@ import grpo
 import swap
 import trainer
 from batch import TRAIN_NOW
+from clients.bodies import openai_error
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from program import Program
-from server import OURS, engine_figures, openai_error
+from server import OURS, engine_figures
 
 
 async def roll_back(p: Program, step: int) -> str:

@@ -14,7 +14,6 @@ from typing import Any, TextIO
 import openai
 from openai import AsyncOpenAI
 
-import machine
 import reward
 import swap
 import trainer
@@ -23,6 +22,7 @@ from clients.keys import Keys
 from config import Config
 from durable import journal
 from durable.journal import Verdict
+from machine.plan import bind_thread
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Program:
         start."""
         bytearray(64 << 20)
         self.trainer.shutdown(wait=False)
-        self.trainer = ThreadPoolExecutor(1, "train", machine.bind_thread, (self.trainer_cores,))
+        self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.trainer_cores,))
 
     def pause_training(self, why: str) -> None:
         """No step begins from here on; one that runs is finished."""

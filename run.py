@@ -2,42 +2,36 @@
 
     python run.py --out=mine        every option: python run.py --help
 
-Read `train` first: it is the loop. `judge_turns` feeds it, `server.py` records the turns, and `setup`, `serve` and
-`stop` are the program around them.
+Read `train` first: it is the loop. `judge_turns` feeds it, and `server.py` records the turns. `start.py` sets all of it
+up, `serve` runs it, `stop` ends it.
 """
 
 import asyncio
 import json
 import os
 import signal
-import socket
 import sqlite3
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import chat_judge
 import control
 import grpo
-import machine
 import reward
 import server
 import swap
 import trainer
 from batch import next_batch, prepare_lessons
-from clients import connections, paste, sessions
-from clients.keys import LOOPBACK, Keys
+from clients import sessions
 from config import Config, parse
 from durable import checkpoint, guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
-from durable.model import CACHE, check_folder, check_rank, fingerprint, model_folder
 from program import Program
+from start import make_judge, setup
 
 LOCKED_S = 5.0  # how long a stop waits for another program that writes to the journal
 SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
@@ -198,82 +192,6 @@ async def save(p: Program) -> None:
 # ---- the program ----
 
 
-async def setup(config: Config) -> Program:
-    """Everything up to a running engine and loaded weights. UsageError where an option or the folder is wrong."""
-    out, loopback = Path(config.out), config.host in LOOPBACK
-    lock = upkeep.lock_out_dir(out)
-    api_keys = Keys(out, needed=not loopback)
-    connections.check_tls(config.ssl_certfile, config.ssl_keyfile)
-    db = journal.open_journal(out / "journal.db")
-    if not journal.has_disk_space(db):
-        raise UsageError(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
-    start = model_folder(config.model)
-    await journal.patiently(upkeep.bind_model, db, start, fingerprint(start))
-    step = await journal.patiently(journal.recover, db)
-    checkpoint.remove_others(out, journal.checkpoints(db))
-    checkpoint.trim_metrics(out / "metrics.jsonl", step)
-    saved = checkpoint.folder_of(out, step) if step else None
-    if saved:
-        check_rank(saved, config.lora_rank)
-    folder = start if config.lora_rank or not saved else saved  # what the engine begins with
-    check_folder(folder, trainer.ROLL_BACK if step else "")
-    plan = machine.plan(config, start)
-    config = replace(config, row_tokens=plan.row_tokens)
-    try:  # before the engine starts, which takes a while
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        plain = socket.create_server((config.host, config.port), family=family, dualstack_ipv6=config.host == "::")
-        listener = connections.Listener(fileno=plain.detach())
-    except OSError as e:
-        raise UsageError(f"--host={config.host} --port={config.port}: {e.strerror}") from e
-    for s in STOPPING:  # the engine's start blocks the event loop
-        signal.signal(s, lambda *_: sys.exit("stopped while starting"))
-    anywhere = config.host in ("0.0.0.0", "::")
-    host = "127.0.0.1" if anywhere else f"[{config.host}]" if ":" in config.host else config.host
-    scheme = "https" if config.ssl_certfile else "http"
-    url = f"{scheme}://{host}:{config.port}/v1"
-    print(url, file=lock, flush=True)  # for the commands of durable/admin.py
-    shown = f"{scheme}://{socket.getfqdn()}:{config.port}/v1" if anywhere else url
-    any_key = "any" if api_keys.users() is None else f"one of those in {api_keys.file.resolve()}"
-    engine_args = swap.engine_args(config, folder, plan)
-    print(
-        f"model     {folder}\n{plan}\n"
-        f"judge     {config.judge_url or 'the model itself'}, {plan.judge_style} style\n"
-        f"parsers   tool calls {engine_args.tool_call_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
-        f"address   {shown}  model {config.name!r}  key {any_key}\n"
-        f"out       {out.resolve()}\n"
-        f"OpenClaw  in ~/.openclaw/openclaw.json (others: python -m clients.paste --help):\n"
-        f"{paste.openclaw(shown, config.name, any_key, config.max_model_len)}",
-        flush=True,
-    )
-    # The trainer loads, and a small model's judge is fitted, on their own cores while the engine starts. Both threads
-    # look at `stopping`: the process can't end before they do.
-    stopping = threading.Event()
-    threads = [ThreadPoolExecutor(1, name, machine.bind_thread, (plan.trainer_cores,)) for name in ("train", "judge")]
-    loading = threads[0].submit(trainer.load_state, config, saved, start, plan.device, plan.dtype)
-    fitting = threads[1].submit(fit_judge, loading, start, stopping) if plan.judge_style == "head" else None
-    engine = None
-    try:
-        engine = swap.start_engine(engine_args)
-        state = await asyncio.wrap_future(loading)
-        state.stopping = stopping
-        await engine.update_weight_version(str(state.step))
-        if config.lora_rank and saved:
-            await swap.load(engine, trainer.served_weights(state.policy), state.step)
-    except BaseException:
-        stopping.set()
-        if engine:
-            swap.stop_engine(engine)
-        raise
-    return Program(
-        config, lock, db, listener, api_keys, url, engine_args, engine, state, plan.trainer_cores, *threads, fitting
-    )
-
-
-def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading.Event) -> reward.Head:
-    state = loading.result()
-    return reward.make_head(state.start, state.tokenizer, CACHE / "judge" / fingerprint(start)[:16], stopping)
-
-
 async def serve(p: Program) -> bool:
     """Serve, judge and train until a signal or the engine's death; True where a new start may help."""
     stopped, died = asyncio.Event(), p.died
@@ -359,18 +277,6 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
     await asyncio.gather(shutdown, save(p))
 
 
-def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
-    if p.fitting:
-        return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
-    longest = min(4096, p.config.max_model_len)  # vLLM refuses more
-    if p.config.judge_url:
-        client = chat_judge.endpoint(p.config.judge_url)
-        return chat_judge.ChatJudge(client, p.config.judge_model, p.config.votes, longest)
-    # With LoRA the engine can still answer with the first weights, and the judge should not change while we train.
-    name = p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
-    return chat_judge.ChatJudge(p.own_client, name, p.config.votes, longest)
-
-
 async def expire_turns(p: Program) -> None:
     """Drop answers that got no next message. Sleeps first, so downtime doesn't count."""
     await asyncio.sleep(p.config.expire)
@@ -393,6 +299,8 @@ async def prune_turns(p: Program) -> None:
 
 async def main(config: Config) -> bool:
     """Run the program; True where the engine died, and a new start may help."""
+    for s in STOPPING:  # the engine's start blocks the event loop
+        signal.signal(s, lambda *_: sys.exit("stopped while starting"))
     p = await setup(config)
     try:
         return await serve(p)

@@ -25,10 +25,10 @@ from pydantic import ValidationError
 from transformers import AutoConfig
 
 import lora
-import memory
 from config import Config
 from durable.errors import UsageError
-from machine import Plan
+from machine import memory
+from machine.plan import Plan
 
 # Read by vLLM when it is imported, here and in its processes; what a person has set stays. At WARNING it says "Failed
 # to load weights" after every push, of the rotary embedding, which has none, and of a tied head; `push` looks itself.

@@ -24,9 +24,9 @@ import torch
 import tyro
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-import machine
-import memory
 from durable.model import model_folder
+from machine import memory
+from machine.plan import with_cache
 
 # hidden size, of the MLP, layers, heads, key-value heads, of a head, vocabulary, tied
 SHAPES = {
@@ -67,7 +67,7 @@ def table() -> str:
             c = shape(name)
             setting = memory.Setting("cuda", 2, rank, tokens, memory.free_row_tokens(c, tokens))
             needed, host = (sum(sizes.values()) for sizes in memory.needs(c, setting))
-            plans = [(gpu, machine.with_cache(c, setting, gpu, 0.0)[0]) for gpu in GPUS]
+            plans = [(gpu, with_cache(c, setting, gpu, 0.0)[0]) for gpu in GPUS]
             cells = [f"{plan['KV cache']:.0f}" if sum(plan.values()) <= gpu else "no" for gpu, plan in plans]
             training = f"`--lora_rank={rank}`" if rank else "full"
             lines.append(f"| {name} | {training} | {tokens} | {needed:.0f} | {' | '.join(cells)} | {host:.0f} |")

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http import auto
 
 import server
-from clients import connections
+from clients import bodies, connections
 from clients.keys import Keys
 from durable import journal
 from tests.conftest import free_port
@@ -51,7 +51,7 @@ def serve(folder, port: int, descriptors: int, limits: dict) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     for name, value in limits.items():
         module, _, name = name.partition(".")
-        setattr({"server": server, "connections": connections}[module], name, value)
+        setattr({"bodies": bodies, "connections": connections}[module], name, value)
     hooks = server.SimpleNamespace(keys=Keys(folder, False), own_key="own", origins=[])
     db = journal.open_journal(folder / "journal.db")
     plain = socket.create_server(("127.0.0.1", port))
@@ -131,7 +131,7 @@ def test_a_burst_of_connections_is_survived(tmp_path):
 
 @pytest.mark.parametrize("without", ["", "httptools"])
 def test_who_sends_nothing_more_is_closed(tmp_path, without):
-    with served(tmp_path, without=without, connections__HEAD_S=1.0, server__BODY_S=1.5) as url:
+    with served(tmp_path, without=without, connections__HEAD_S=1.0, bodies__BODY_S=1.5) as url:
         sockets = {name: opened(url, sent) for name, sent in WAITING.items()}
         (sockets["dripping"], dripping) = opened(url, b"GET / HTTP/1.1\r\n"), threading.Event()
 
@@ -154,7 +154,7 @@ def test_who_sends_nothing_more_is_closed(tmp_path, without):
 @pytest.mark.parametrize("without", ["", "httptools"])
 def test_who_is_slow_is_not_closed(tmp_path, without):
     """A body that comes slowly, an answer that takes long, a connection that is used again."""
-    with served(tmp_path, without=without, connections__HEAD_S=0.5, server__BODY_S=0.5) as url:
+    with served(tmp_path, without=without, connections__HEAD_S=0.5, bodies__BODY_S=0.5) as url:
 
         def dripping():
             for _ in range(10):
@@ -242,7 +242,7 @@ async def test_a_request_is_bounded(tmp_path, body, said):
 async def test_a_long_body_is_read_beside_the_others(tmp_path):
     body = json.dumps({"messages": [{"role": "user", "content": '["x\\", 1]\n' * MIB}]}).encode()
     begun = time.monotonic()
-    server.parse(body)
+    bodies.parse(body)
     alone, longest = time.monotonic() - begun, 0.0
     async with captured(tmp_path) as http:
         posted = server.asyncio.create_task(http.post(CHAT, content=body))

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import machine
 import probe
 import swap
 import trainer
@@ -18,6 +17,7 @@ from config import Config
 from durable import checkpoint
 from durable.errors import UsageError
 from durable.model import check_folder, check_rank, export
+from machine.plan import make_plan
 from tests.conftest import make_tiny_model
 from tests.talking import ask, client, rated, rows, until, user
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_is_pefts_own_and_training_goes_on_from_it(tiny_model, tmp_
 async def served(tmp_path_factory):
     folder = make_tiny_model(tmp_path_factory.mktemp("lora"))
     config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1, lora_rank=4)
-    engine = swap.start_engine(swap.engine_args(config, folder, machine.plan(config, folder)))
+    engine = swap.start_engine(swap.engine_args(config, folder, make_plan(config, folder)))
     yield SimpleNamespace(engine=engine, state=load(folder))
     swap.newest = None
     swap.stop_engine(engine)

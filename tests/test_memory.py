@@ -5,12 +5,11 @@ import dataclasses
 import pytest
 from transformers import AutoConfig
 
-import machine
-import memory
 import trainer
 from config import Config
 from durable.errors import UsageError
 from evaluation.memory import shape
+from machine import memory, plan
 
 
 def setting(device="cuda", lora_rank=0, tokens=16384, width=2):
@@ -44,7 +43,7 @@ def test_a_packed_row_is_as_long_as_costs_no_more_than_the_longest_sample():
 
 
 def test_what_fits_is_said():
-    advice = lambda name, free, **options: machine.what_fits(shape(name), setting(**options), 0, free, 64)  # noqa: E731
+    advice = lambda name, free, **options: plan.what_fits(shape(name), setting(**options), 0, free, 64)  # noqa: E731
     assert advice("4B", 79).startswith("--lora_rank=32 needs ")
     assert advice("4B", 31).startswith("--lora_rank=32 --max_train_tokens=8192 needs ")
     assert advice("4B", 31, lora_rank=16).startswith("--max_train_tokens=8192 needs ")
@@ -55,4 +54,4 @@ def test_what_fits_is_said():
 def test_a_model_that_does_not_fit_is_refused_with_its_items(tmp_path):
     shape("8B").save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"GiB \(policy .*Adam .*\) needed, [\d.]+ free on cpu: a smaller --model"):
-        machine.plan(Config(device="cpu"), tmp_path)
+        plan.make_plan(Config(device="cpu"), tmp_path)

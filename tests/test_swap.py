@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import machine
 import probe
 import server
 import swap
 from config import Config
 from durable import journal
+from machine.plan import make_plan
 from tests.conftest import make_tiny_model
 
 BOUND = 0.05
@@ -25,7 +25,7 @@ async def served(request, tmp_path_factory):
     """An engine, and the trainer's copy of its weights."""
     folder = make_tiny_model(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
     config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1)
-    engine = swap.start_engine(swap.engine_args(config, folder, machine.plan(config, folder)))
+    engine = swap.start_engine(swap.engine_args(config, folder, make_plan(config, folder)))
     await engine.update_weight_version("0")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import machine
-import memory
 import trainer
 from config import Config
 from durable import checkpoint
 from durable.errors import UsageError
 from durable.model import check_folder, fingerprint
+from machine import memory
+from machine.plan import measure_gflops
 from tests.conftest import ROOT, make_tiny_model
 from tests.records import turn
 
@@ -128,7 +128,7 @@ def test_dithering_is_unbiased_and_leaves_bf16_values_alone(monkeypatch):
 
 
 def test_the_faster_arithmetic_is_measured(tiny_model):
-    found = machine.measure_gflops(tiny_model, [0], 256)
+    found = measure_gflops(tiny_model, [0], 256)
     assert set(found) == {torch.bfloat16, torch.float32} and all(0.1 < v < 1e5 for v in found.values())
 
 

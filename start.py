@@ -1,0 +1,121 @@
+"""From the options to a running engine and loaded weights: checks, the machine's plan, what is printed, the judge."""
+
+import asyncio
+import socket
+import threading
+from argparse import Namespace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import chat_judge
+import reward
+import swap
+import trainer
+from clients import connections, paste
+from clients.keys import LOOPBACK, Keys
+from config import Config
+from durable import checkpoint, journal, upkeep
+from durable.errors import UsageError
+from durable.model import CACHE, check_folder, check_rank, fingerprint, model_folder
+from machine.plan import Plan, bind_thread, make_plan
+from program import Program
+
+
+async def setup(config: Config) -> Program:
+    """Everything up to a running engine and loaded weights. UsageError where an option or the folder is wrong."""
+    out, loopback = Path(config.out), config.host in LOOPBACK
+    lock = upkeep.lock_out_dir(out)
+    api_keys = Keys(out, needed=not loopback)
+    connections.check_tls(config.ssl_certfile, config.ssl_keyfile)
+    db = journal.open_journal(out / "journal.db")
+    if not journal.has_disk_space(db):
+        raise UsageError(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
+    start = model_folder(config.model)
+    await journal.patiently(upkeep.bind_model, db, start, fingerprint(start))
+    step = await journal.patiently(journal.recover, db)
+    checkpoint.remove_others(out, journal.checkpoints(db))
+    checkpoint.trim_metrics(out / "metrics.jsonl", step)
+    saved = checkpoint.folder_of(out, step) if step else None
+    if saved:
+        check_rank(saved, config.lora_rank)
+    folder = start if config.lora_rank or not saved else saved  # what the engine begins with
+    check_folder(folder, trainer.ROLL_BACK if step else "")
+    plan = make_plan(config, start)
+    config = replace(config, row_tokens=plan.row_tokens)
+    listener = listen(config)  # before the engine starts, which takes a while
+    url, key = local_url(config), "any" if api_keys.users() is None else f"one of those in {api_keys.file.resolve()}"
+    print(url, file=lock, flush=True)  # for the commands of durable/admin.py
+    engine_args = swap.engine_args(config, folder, plan)
+    print(f"model     {folder}\n{plan}\n{summary(config, plan, engine_args, key)}", flush=True)
+    # The trainer loads, and a small model's judge is fitted, on their own cores while the engine starts. Both threads
+    # look at `stopping`: the process can't end before they do.
+    stopping = threading.Event()
+    threads = [ThreadPoolExecutor(1, name, bind_thread, (plan.trainer_cores,)) for name in ("train", "judge")]
+    loading = threads[0].submit(trainer.load_state, config, saved, start, plan.device, plan.dtype)
+    fitting = threads[1].submit(fit_judge, loading, start, stopping) if plan.judge_style == "head" else None
+    engine = None
+    try:
+        engine = swap.start_engine(engine_args)
+        state = await asyncio.wrap_future(loading)
+        state.stopping = stopping
+        await engine.update_weight_version(str(state.step))
+        if config.lora_rank and saved:
+            await swap.load(engine, trainer.served_weights(state.policy), state.step)
+    except BaseException:
+        stopping.set()
+        if engine:
+            swap.stop_engine(engine)
+        raise
+    return Program(
+        config, lock, db, listener, api_keys, url, engine_args, engine, state, plan.trainer_cores, *threads, fitting
+    )
+
+
+def listen(config: Config) -> connections.Listener:
+    """UsageError where the address can't be had."""
+    try:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        plain = socket.create_server((config.host, config.port), family=family, dualstack_ipv6=config.host == "::")
+        return connections.Listener(fileno=plain.detach())
+    except OSError as e:
+        raise UsageError(f"--host={config.host} --port={config.port}: {e.strerror}") from e
+
+
+def local_url(config: Config) -> str:
+    """Where this program reaches itself."""
+    anywhere = config.host in ("0.0.0.0", "::")
+    host = "127.0.0.1" if anywhere else f"[{config.host}]" if ":" in config.host else config.host
+    return f"{'https' if config.ssl_certfile else 'http'}://{host}:{config.port}/v1"
+
+
+def summary(config: Config, plan: Plan, engine_args: Namespace, key: str) -> str:
+    """What clients need to know, for the screen. `key`: which ones are taken."""
+    url = local_url(config)
+    if config.host in ("0.0.0.0", "::"):
+        url = url.replace("127.0.0.1", socket.getfqdn())
+    return (
+        f"judge     {config.judge_url or 'the model itself'}, {plan.judge_style} style\n"
+        f"parsers   tool calls {engine_args.tool_call_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
+        f"address   {url}  model {config.name!r}  key {key}\n"
+        f"out       {Path(config.out).resolve()}\n"
+        f"OpenClaw  in ~/.openclaw/openclaw.json (others: python -m clients.paste --help):\n"
+        f"{paste.openclaw(url, config.name, key, config.max_model_len)}"
+    )
+
+
+def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading.Event) -> reward.Head:
+    state = loading.result()
+    return reward.make_head(state.start, state.tokenizer, CACHE / "judge" / fingerprint(start)[:16], stopping)
+
+
+def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
+    if p.fitting:
+        return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
+    longest = min(4096, p.config.max_model_len)  # vLLM refuses more
+    if p.config.judge_url:
+        client = chat_judge.endpoint(p.config.judge_url)
+        return chat_judge.ChatJudge(client, p.config.judge_model, p.config.votes, longest)
+    # With LoRA the engine can still answer with the first weights, and the judge should not change while we train.
+    name = p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
+    return chat_judge.ChatJudge(p.own_client, name, p.config.votes, longest)
