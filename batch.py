@@ -15,44 +15,58 @@ TRAIN_NOW = ""  # in the queue: do not wait for a full batch
 async def next_batch(p: Program) -> list[Sample]:
     """Wait for a full batch. Newest turns first: under overload the oldest grow stale. Turns that are unfit are dropped
     with their reason, once there is disk space to write that down."""
-    batch: list[Sample] = []
+    batches: dict[str, list[Sample]] = {}  # by owner: a step changes the weights of one
     later: list[str] = []  # turns of users who have their share of the batch, while others' turns wait
     while True:
         await asyncio.sleep(0)  # a long queue of unfit turns must not hold up serving
         nobody_else = bool(later) and p.to_train.empty()
         turn_id = later.pop(0) if nobody_else else await p.to_train.get()
         await p.wait_for_disk_space()
-        batch = [sample for sample in batch if journal.is_queued(p.db, sample.turn.id)]
-        if turn_id != TRAIN_NOW and journal.is_queued(p.db, turn_id) and turn_id not in [s.turn.id for s in batch]:
-            try:
-                sample = journal.load_sample(p.db, turn_id)
-            except KeyError:  # damaged, or forgotten by another program this moment
-                await journal.patiently(journal.drop, p.db, [turn_id], journal.UNREADABLE)
-                continue
-            if why_not := guard.reject_reason(sample, batch, p.state.step, p.config):
-                await journal.patiently(journal.drop, p.db, [turn_id], why_not)
-            elif not nobody_else and guard.has_user_share(sample, batch, p.config):
-                later.append(turn_id)
-            elif sample.attempts >= journal.ALONE_AFTER:
-                later += [s.turn.id for s in batch]
-                batch = [sample]
+        for owner, waiting in batches.items():
+            unchanged = [s for s in waiting if owner not in p.paused and journal.is_queued(p.db, s.turn.id)]
+            batches[owner] = unchanged
+        if turn_id == TRAIN_NOW:
+            if batch := max(batches.values(), key=len, default=[]):
                 break
-            else:
-                batch.append(sample)
-        if len(batch) == p.config.batch_size or (batch and turn_id == TRAIN_NOW):
+            continue
+        if not journal.is_queued(p.db, turn_id) or turn_id in [s.turn.id for b in batches.values() for s in b]:
+            continue
+        try:
+            sample = journal.load_sample(p.db, turn_id)
+        except KeyError:  # damaged, or forgotten by another program this moment
+            await journal.patiently(journal.drop, p.db, [turn_id], journal.UNREADABLE)
+            continue
+        owner = p.owner_of(sample.turn.user)
+        if owner in p.paused:
+            continue
+        batch = batches.setdefault(owner, [])
+        if why_not := guard.reject_reason(sample, batch, p.step_of(owner), p.config):
+            await journal.patiently(journal.drop, p.db, [turn_id], why_not)
+        elif not owner and not nobody_else and guard.has_user_share(sample, batch, p.config):
+            later.append(turn_id)
+        elif sample.attempts >= journal.ALONE_AFTER:
+            later += [s.turn.id for s in batch]
+            batches[owner] = batch = [sample]
             break
+        else:
+            batch.append(sample)
+            if len(batch) == p.config.batch_size:
+                break
+    later += [s.turn.id for waiting in batches.values() if waiting is not batch for s in waiting]
     for turn_id in later:
         p.to_train.put_nowait(turn_id)
     return batch
 
 
-async def prepare_lessons(p: Program, batch: list[Sample]) -> tuple[list[Sample], list[trainer.Lesson]]:
+async def prepare_lessons(
+    p: Program, state: trainer.State, batch: list[Sample]
+) -> tuple[list[Sample], list[trainer.Lesson]]:
     """The samples of a batch that teach something, and what; the others are dropped."""
     keys = [grpo.baseline_key(s.turn.user, s.from_tool) for s in batch]
     prompts = [tuple(s.turn.prompt_ids) for s in batch]
     # What was not sampled from the plain policy has no advantage: it can only learn from its hint.
     scores = [0 if s.turn.no_rl or not p.config.w_rl else s.verdict.score for s in batch]
-    advs = grpo.advantages(scores, keys, prompts, p.state.baselines, p.config.baseline)
+    advs = grpo.advantages(scores, keys, prompts, state.baselines, p.config.baseline)
     kept, lessons = [], []
     for sample, key, adv in zip(batch, keys, advs, strict=True):
         hinted = await hinted_prompts(p, sample) if p.config.w_opd and sample.verdict.hints else []
@@ -60,7 +74,7 @@ async def prepare_lessons(p: Program, batch: list[Sample]) -> tuple[list[Sample]
             kept.append(sample)
             lessons.append(trainer.Lesson(sample.turn, adv, hinted))
         else:
-            grpo.move_baseline(p.state.baselines, key, sample.verdict.score)
+            grpo.move_baseline(state.baselines, key, sample.verdict.score)
             await journal.patiently(journal.drop, p.db, [sample.turn.id], journal.NOTHING)
     return kept, lessons
 

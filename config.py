@@ -67,6 +67,7 @@ class Step:
     batch_size: int = 1  # judged turns per step
     row_tokens: int = 0  # tokens per packed row, a micro-batch; a longer sample has a row of its own; 0: by the device
     lora_rank: int = 0  # train an adapter of this rank on the frozen model; 0: all weights
+    adapters: Literal["shared", "user"] = "shared"  # user: each API key's user has an adapter of their own
     lr: float = 0.0  # of Adam, constant; 0: 2.5e-5, for an adapter 3e-4
     beta1: float = 0.9  # of Adam
     beta2: float = 0.98  # of Adam
@@ -113,6 +114,8 @@ class Config(Program, Engine, Judge, Turns, Step, Losses):
                 raise ValueError(f"--{name}={getattr(self, name)}: expected less than 1")
         if self.lora_rank > 512:
             raise ValueError(f"--lora_rank={self.lora_rank}: expected at most 512, vLLM serves no more")
+        if self.adapters == "user" and not self.lora_rank:
+            raise ValueError("--adapters=user needs --lora_rank")
         if not self.w_rl and not self.w_opd:
             raise ValueError("--w_rl and --w_opd: at least one must be above 0")
         if self.port > 65535:

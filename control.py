@@ -26,46 +26,53 @@ from program import Program
 from server import OURS, engine_figures
 
 
-async def roll_back(p: Program, step: int) -> str:
+async def roll_back(p: Program, user: str, step: int) -> str:
     """Train and serve on from the checkpoint of `step`; 0: from the first weights. UsageError where there is none."""
     async with p.stepping:
-        upkeep.check_step(p.db, step)
-        state, out = p.state, Path(p.config.out)
-        folder = checkpoint.folder_of(out, step) if step else None
+        owner = upkeep.check_owner(p.db, user)
+        upkeep.check_step(p.db, owner, step)
+        state, out = await p.state_of(owner), Path(p.config.out)
+        folder = checkpoint.folder_of(out, owner, step)
         try:
             _, baselines = await p.on_trainer(trainer.load_checkpoint, state, folder)
             probed = await p.on_trainer(state.probe.measure, state.policy)
             probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
             weights = await p.on_trainer(trainer.served_weights, state.policy)
-            _, p.pause = await swap.push(p.engine, weights, step, probe)
-            undone = await journal.patiently(upkeep.rollback, p.db, step)
+            _, p.pause = await swap.push(p.engine, weights, step, probe, owner)
+            undone = await journal.patiently(upkeep.rollback, p.db, owner, step)
         except Exception:
-            await p.undo()
+            await p.undo(state)
             raise
         await p.on_trainer(trainer.commit, state, step, baselines, probed)
-        checkpoint.remove_others(out, journal.checkpoints(p.db))
-        checkpoint.trim_metrics(out / "metrics.jsonl", step)
+        checkpoint.remove_others(out, journal.listed(p.db))
+        checkpoint.trim_metrics(out / "metrics.jsonl", p.steps())
     return f"step {step} is the current one; {undone} turns that came after it are dropped"
 
 
 async def order(p: Program, command: str, body: dict[str, Any]) -> str:
     """Carry out a command; returns what to tell the admin. UsageError where it can't be, KeyError if it is unknown."""
+    user = body.get("user", "")
+    if command in ("pause", "resume") and user:
+        upkeep.check_owner(p.db, user)
     if command == "pause":
-        p.pause_training("paused by the admin")
+        p.pause_training("paused by the admin", user)
         return "training pauses after the step that runs; serving and judging continue"
     if command == "resume":
         if p.training == "off":
             raise UsageError(f"training has ended, by --steps={p.config.steps}")
-        p.resume_training()
+        p.resume_training(user)
         return "training is on"
     if command == "train":
         p.to_train.put_nowait(TRAIN_NOW)
         return "the next step begins with the turns that are judged by now"
     if command == "rollback":
-        return await roll_back(p, body["step"])
+        return await roll_back(p, user, body["step"])
     if command == "forget":
-        session, user = body.get("session", ""), body.get("user", "")
-        said = await asyncio.to_thread(upkeep.forget_in, Path(p.config.out) / "journal.db", session, user)
+        async with p.stepping:
+            if owner := p.owner_of(user):
+                await p.forget_adapter(owner)
+            journal_file = Path(p.config.out) / "journal.db"
+            said = await asyncio.to_thread(upkeep.forget_in, journal_file, body.get("session", ""), user)
         for from_tool in (False, True):
             p.state.baselines.pop(grpo.baseline_key(user, from_tool), None)
         return said
@@ -110,7 +117,7 @@ class Figures:
     def collect(self) -> Iterator[Metric]:
         p, prefix = self.p, "openclaw_rl_"
         yield GaugeMetricFamily(prefix + "training", "1: on, 0: it waits, is paused or stopped", p.training == "on")
-        yield GaugeMetricFamily(prefix + "step", "Steps of the weights that are served", p.state.step)
+        yield GaugeMetricFamily(prefix + "step", "Steps of the weights that are served", sum(p.steps().values()))
         yield GaugeMetricFamily(prefix + "swap_pause_seconds", "Pause of the last swap", p.pause[1] - p.pause[0])
         failures = p.judge_health.failures
         yield CounterMetricFamily(prefix + "judge_failures", "Verdicts that the judge failed to give", failures)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+PREFIX = "base_model.model."  # of the names in peft's files
 SCALE = 2  # of the product B A, alpha / rank in peft's terms
 
 
@@ -50,6 +51,11 @@ def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:
     save_file({peft_name(name): w.contiguous() for name, w in weights.items()}, folder / "adapter_model.safetensors")
 
 
+def read(folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors by their names in peft's files, as `write` left them."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
 def peft_name(name: str) -> str:
-    """The name in peft's files of an adapter's tensor in the model."""
-    return f"base_model.model.{name.replace('.default.', '.')}"
+    """The name in peft's files of an adapter's tensor in the model; one that is such a name already stays."""
+    return f"{PREFIX}{name.removeprefix(PREFIX).replace('.default.', '.')}"

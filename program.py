@@ -9,19 +9,22 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TextIO
 
 import openai
 from openai import AsyncOpenAI
 
+import lora
 import reward
 import swap
 import trainer
 from clients.connections import trusting
 from clients.keys import Keys
 from config import Config
-from durable import journal
+from durable import checkpoint, journal
 from durable.journal import Verdict
+from machine import memory
 from machine.plan import bind_thread
 
 
@@ -37,7 +40,7 @@ class Program:
     url: str  # of this server
     engine_args: Any
     engine: Any
-    state: trainer.State
+    state: trainer.State  # of the weights that all share; with --adapters=user the state that each user's begins as
     trainer_cores: list[int]
     trainer: ThreadPoolExecutor  # one thread
     judging: ThreadPoolExecutor  # one thread
@@ -46,6 +49,8 @@ class Program:
     to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns that have a next message
     to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.LifoQueue)  # ids of judged turns, newest first
     judge_health: reward.Health = field(default_factory=reward.Health)
+    users: dict[str, trainer.State] = field(default_factory=dict)  # of their own adapters, the last trained last
+    paused: dict[str, str] = field(default_factory=dict)  # users whose adapter is not trained, and why
     training: str = "on"  # or why it waits or stopped
     resumed: asyncio.Event = field(default_factory=asyncio.Event)  # unset: no step begins
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
@@ -57,16 +62,71 @@ class Program:
         swap.served = self.state.step
         self.resumed.set()
 
+    def owner_of(self, user: str) -> str:
+        """Whose weights answer this user: "" for those that all share. An owner has a state, steps and checkpoints."""
+        return user if self.config.adapters == "user" else ""
+
+    def state_in_memory(self, owner: str) -> trainer.State | None:
+        return self.users.get(owner) if owner else self.state
+
+    async def state_of(self, owner: str) -> trainer.State:
+        """The state of an owner's weights, read from the disk or new where it is not in memory. Hold `stepping`.
+
+        UsageError where the checkpoint is damaged."""
+        if owner:
+            state = self.users.pop(owner, None)
+            if state is None:
+                folder = checkpoint.folder_of(Path(self.config.out), owner, journal.saved_step(self.db, owner))
+                state = await self.on_trainer(trainer.of_user, self.config, self.state, owner, folder)
+            self.users[owner] = state
+        return self.state_in_memory(owner)
+
+    def step_of(self, owner: str) -> int:
+        state = self.state_in_memory(owner)
+        return state.step if state else journal.saved_step(self.db, owner)
+
+    def steps(self) -> dict[str, int]:
+        """By owner."""
+        in_memory = {state.owner: state.step for state in self.users.values()}
+        return journal.owners(self.db) | in_memory if self.config.adapters == "user" else {"": self.state.step}
+
+    async def bring(self, user: str) -> None:
+        """Before an answer: have the user's adapter in the engine, from the disk if they were away."""
+        owner = self.owner_of(user)
+        while owner not in swap.newest:
+            if step := journal.saved_step(self.db, owner):
+                folder = checkpoint.folder_of(Path(self.config.out), owner, step)
+                weights = await asyncio.to_thread(lora.read, folder)
+                adapter = await swap.add_adapter(self.engine, weights, step)
+            else:
+                adapter = None
+            # Meanwhile a newer one may have been pushed, or this one undone or forgotten.
+            if owner not in swap.newest and step == journal.saved_step(self.db, owner):
+                await swap.make_newest(self.engine, owner, adapter)
+            elif adapter:
+                await swap.remove_unused(self.engine, adapter)
+        if owner:
+            swap.newest[owner] = swap.newest.pop(owner)  # the last asked last
+            away = [other for other in swap.newest if other and other not in self.users]
+            for other in away[: -memory.USERS]:
+                await swap.put_away(self.engine, other)
+
+    async def forget_adapter(self, owner: str) -> None:
+        """Train and answer this user from the first weights again. Hold `stepping`."""
+        self.users.pop(owner, None)
+        self.paused.pop(owner, None)
+        await swap.make_newest(self.engine, owner, None)
+
     def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
         """Run f(*args) on the trainer's thread, while serving and judging continue."""
         return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
 
-    async def undo(self) -> None:
+    async def undo(self, state: trainer.State) -> None:
         """After a step that failed: the trainer, and the engine if it has new weights, return to the last snapshot."""
-        await self.on_trainer(trainer.restore, self.state)
-        if swap.served != self.state.step:
-            weights = await self.on_trainer(trainer.served_weights, self.state.policy)
-            await swap.give_back(self.engine, weights, self.state.step)
+        await self.on_trainer(trainer.restore, state)
+        if swap.served_step(self.engine, state.owner) != state.step:
+            weights = await self.on_trainer(trainer.served_weights, state.policy)
+            await swap.give_back(self.engine, weights, state.step, state.owner)
 
     def new_trainer_thread(self) -> None:
         """After a lack of memory, oneDNN can't make new kernels in the same thread ("could not create a primitive"), so
@@ -76,20 +136,31 @@ class Program:
         self.trainer.shutdown(wait=False)
         self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.trainer_cores,))
 
-    def pause_training(self, why: str) -> None:
-        """No step begins from here on; one that runs is finished."""
-        self.training = why
-        self.resumed.clear()
+    def pause_training(self, why: str, owner: str = "") -> None:
+        """No step of this owner's weights begins from here on; one that runs is finished. "": of anybody's."""
+        if owner:
+            self.paused[owner] = why
+        else:
+            self.training = why
+            self.resumed.clear()
 
-    def resume_training(self) -> None:
-        self.training = "on"
-        self.resumed.set()
+    def resume_training(self, owner: str = "") -> None:
+        """ "": of everybody's weights."""
+        if self.paused.pop(owner, None) if owner else self.paused:
+            for turn_id in journal.in_state(self.db, "queued"):  # `next_batch` left them out
+                self.to_train.put_nowait(turn_id)
+        if not owner:
+            self.paused.clear()
+            self.training = "on"
+            self.resumed.set()
 
-    def stop_training(self, error: str, seconds: float | None = None) -> None:
+    def stop_training(self, error: str, seconds: float | None = None, owner: str = "") -> None:
         """After a failed step, with a new try after some seconds; None: not before somebody resumes it."""
         again = "resume it by python -m durable.admin resume" if seconds is None else f"next try in {seconds:.0f} s"
-        self.pause_training(f"stopped: {error} ({again})")
-        print(f"training stopped, serving continues with step {self.state.step}: {error} ({again})", file=sys.stderr)
+        self.pause_training(f"stopped: {error} ({again})", owner)
+        whose = f"of {owner} " if owner else ""
+        step = self.step_of(owner)
+        print(f"training {whose}stopped, serving continues with step {step}: {error} ({again})", file=sys.stderr)
         if seconds is not None:
             stopped = self.training
             asyncio.get_running_loop().call_later(seconds, lambda: self.training == stopped and self.resume_training())
@@ -127,9 +198,13 @@ class Program:
 
     def status(self, user: str | None) -> dict[str, Any]:
         """What GET /status shows: this user's turns, or everybody's."""
+        steps = self.steps()
+        mine = {self.owner_of(user): self.step_of(self.owner_of(user))} if user else steps
+        paused = self.paused.get(user) if user and self.training == "on" else None
         return {
-            "step": self.state.step,
-            "training": self.training,
+            "step": sum(mine.values()),
+            **({"steps": mine, "paused": self.paused} if self.config.adapters == "user" and not user else {}),
+            "training": paused or self.training,
             "batch_size": self.config.batch_size,
             "pause": self.pause,
             "turns": journal.counts(self.db, user),

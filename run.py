@@ -14,6 +14,7 @@ import sqlite3
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from config import Config, parse
 from durable import checkpoint, guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
+from machine import memory
 from program import Program
 from start import make_judge, setup
 
@@ -73,7 +75,8 @@ async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge
         elif journal.is_neutral(p.db, turn_id):
             # Not trained on, but it counts: most people say nothing of a good answer.
             key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
-            grpo.move_baseline(p.state.baselines, key, 0.0)
+            if state := p.state_in_memory(p.owner_of(turn.user)):  # none: a user's own, and nothing was learned yet
+                grpo.move_baseline(state.baselines, key, 0.0)
 
 
 # ---- the training loop ----
@@ -84,49 +87,57 @@ async def train(p: Program) -> None:
     stops until somebody resumes it; after an unknown error also by itself, after a pause that grows."""
     await p.resumed.wait()
     async with p.stepping:  # where the undoing of a step failed, and this began again
-        await p.undo()
+        for state in (p.state, *p.users.values()):
+            await p.undo(state)
         await journal.patiently(journal.requeue, p.db, "its step could not be undone at once")
     for turn_id in journal.in_state(p.db, "queued"):
         p.to_train.put_nowait(turn_id)
-    failed, renew = 0, False  # steps in a row; is a new thread needed?
-    while not p.config.steps or p.state.step < p.config.steps:
-        ids = [sample.turn.id for sample in await next_batch(p)]
+    failed, renew = Counter[str](), False  # steps in a row, by owner of the weights; is a new thread needed?
+    while not p.config.steps or sum(p.steps().values()) < p.config.steps:
+        batch = await next_batch(p)
+        ids, owner = [sample.turn.id for sample in batch], p.owner_of(batch[0].turn.user)
         await p.resumed.wait()
         async with p.stepping:
+            try:
+                state = await p.state_of(owner)
+            except UsageError as e:  # their checkpoint is damaged
+                p.stop_training(str(e), owner=owner)
+                continue
             try:
                 if renew:
                     p.new_trainer_thread()
                 batch = await journal.patiently(journal.begin_step, p.db, ids)
-                await step(p, batch)
-                failed, renew = 0, False
+                await step(p, state, batch)
+                failed[owner], renew = 0, False
             except (trainer.Stopped, swap.EngineDied):
                 raise
             except guard.Refused as e:
-                failed += 1
-                await p.undo()
-                why_not = f"step {p.state.step + 1} reverted: {e}"
+                failed[owner] += 1
+                await p.undo(state)
+                why_not = f"step {state.step + 1} reverted: {e}"
                 await journal.patiently(journal.drop, p.db, [s.turn.id for s in batch], why_not)
-                print(f"step {p.state.step + 1} reverted: {e}", file=sys.stderr)
-                if failed >= guard.IN_A_ROW:
-                    p.stop_training(f"{failed} steps in a row reverted, the last one: {e}")
+                print(why_not, file=sys.stderr)
+                if failed[owner] >= guard.IN_A_ROW:
+                    p.stop_training(f"{failed[owner]} steps in a row reverted, the last one: {e}", owner=owner)
             except Exception as e:
-                failed, renew = failed + 1, True
-                error = f"{type(e).__name__}: {e}"
+                failed[owner] += 1
+                renew, error = True, f"{type(e).__name__}: {e}"
                 traceback.print_exception(e)
-                await p.undo()
+                await p.undo(state)
                 await journal.patiently(journal.requeue, p.db, error)
                 for turn_id in ids:
                     p.to_train.put_nowait(turn_id)
-                p.stop_training(error, None if isinstance(e, swap.PushError) else min(3600, 5 * 2**failed))
+                p.stop_training(error, None if isinstance(e, swap.PushError) else min(3600, 5 * 2 ** failed[owner]))
+            await save_absent(p)
     p.training = "off"
 
 
-async def step(p: Program, batch: list[Sample]) -> None:
+async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
     """One step: what a batch teaches, new weights, the swap, the records."""
-    config, state, started = p.config, p.state, time.monotonic()
+    config, started = p.config, time.monotonic()
 
     # 1. what there is to learn: an advantage from the score, prompts with a hint from the correction
-    batch, lessons = await prepare_lessons(p, batch)
+    batch, lessons = await prepare_lessons(p, state, batch)
     if not lessons:
         return
 
@@ -139,7 +150,7 @@ async def step(p: Program, batch: list[Sample]) -> None:
     # 3. swap: the engine gets the new weights; running answers continue
     weights = await p.on_trainer(trainer.served_weights, state.policy)
     probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
-    gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe)
+    gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe, state.owner)
 
     # 4. commit: a restart or a reverted step returns to this snapshot
     await p.wait_for_disk_space()
@@ -150,43 +161,54 @@ async def step(p: Program, batch: list[Sample]) -> None:
 
     # 5. report, and a checkpoint every `save_every` steps
     seconds = {"train_s": trained - started, "push_s": time.monotonic() - trained}
-    report(p, batch, metrics | {f"probe_{k}": v for k, v in probed.items()} | {"push_gap": gap} | seconds)
-    if state.step - max(journal.checkpoints(p.db), default=0) >= config.save_every:
-        await save(p)
+    report(p, state, batch, metrics | {f"probe_{k}": v for k, v in probed.items()} | {"push_gap": gap} | seconds)
+    if state.step - journal.saved_step(p.db, state.owner) >= config.save_every:
+        await save(p, state)
 
 
-def report(p: Program, batch: list[Sample], metrics: dict[str, float]) -> None:
+def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[str, float]) -> None:
     """One line on the screen and one row in metrics.jsonl for a step."""
     turns, rewards = [s.turn for s in batch], [s.verdict.score for s in batch]
     row = {
-        "step": p.state.step,
+        "step": state.step,
+        **({"owner": state.owner} if state.owner else {}),
         "reward": sum(rewards) / len(rewards),
         "length": metrics["tokens"] / len(turns),
         **metrics,
         "pause_s": p.pause[1] - p.pause[0],
-        "stale": sum(p.state.step - 1 - max(v for v, _, _ in t.versions) for t in turns) / len(turns),
+        "stale": sum(state.step - 1 - max(v for v, _, _ in t.versions) for t in turns) / len(turns),
         "waiting": p.to_train.qsize(),
         "time": time.time(),
     }
     p.last_step = row
     with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
-    print("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "time"), flush=True)
+    shown = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items() if k != "time"}
+    print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 
-async def save(p: Program) -> None:
+async def save(p: Program, state: trainer.State) -> None:
     """A checkpoint, if there is something new. Where it can't be written, the next step tries again."""
-    state, out, step = p.state, Path(p.config.out), p.state.step
-    if step == max(journal.checkpoints(p.db), default=0):
+    out, owner, step = Path(p.config.out), state.owner, state.step
+    if step == journal.saved_step(p.db, owner):
         return
     size = trainer.saved_bytes(state) + journal.RESERVE
     try:
-        await p.on_trainer(checkpoint.write, out, step, size, lambda folder: trainer.save(state, folder))
+        folder = checkpoint.folder_of(out, owner, step)
+        await p.on_trainer(checkpoint.write, folder, size, lambda folder: trainer.save(state, folder))
     except checkpoint.CheckpointError as e:
         print(f"no checkpoint of step {step}: {e}", file=sys.stderr)
         return
-    await journal.patiently(journal.add_checkpoint, p.db, step, p.config.keep)
-    await p.on_trainer(checkpoint.remove_others, out, journal.checkpoints(p.db))
+    await journal.patiently(journal.add_checkpoint, p.db, owner, step, p.config.keep)
+    await p.on_trainer(checkpoint.remove_others, out, journal.listed(p.db))
+
+
+async def save_absent(p: Program) -> None:
+    """The states of users who were trained longest ago leave the memory when there are too many."""
+    for owner, state in list(p.users.items())[: -memory.USERS]:
+        await save(p, state)
+        if state.step == journal.saved_step(p.db, owner):
+            del p.users[owner]
 
 
 # ---- the program ----
@@ -271,10 +293,12 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
         await asyncio.wait_for(journal.patiently(journal.leave_step, p.db), LOCKED_S)
     except TimeoutError:
         why = "another program has the journal open for writing, the next start repeats the steps since the last one"
-        print(f"no checkpoint of step {p.state.step}: {why}", file=sys.stderr)
+        print(f"no checkpoint: {why}", file=sys.stderr)
         await shutdown
         return
-    await asyncio.gather(shutdown, save(p))
+    for state in (p.state, *p.users.values()):
+        await save(p, state)
+    await shutdown
 
 
 async def expire_turns(p: Program) -> None:

@@ -266,7 +266,7 @@ class Recorder:
     """The engine, as vLLM's app sees it: `generate` also records the turn; everything else is passed on."""
 
     def __init__(self, engine: Any, db: sqlite3.Connection, hooks: "Hooks") -> None:
-        self._engine, self._db, self._on_next, self._on_confirmed = engine, db, hooks.on_next, hooks.on_confirmed
+        self._engine, self._db, self._hooks = engine, db, hooks
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -278,6 +278,7 @@ class Recorder:
         if request is not None and request.path != CHAT and not request.messages:
             request = None  # see note_rendered
         sampling_params.seed = swap.usable_seed(self._engine, sampling_params.seed)
+        await self._hooks.bring(caller.get())
         if request is None:
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
@@ -304,7 +305,7 @@ class Recorder:
             ids, logprobs, texts = seen[index]
             if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
                 why_not = "cut short: the client hung up, or the engine stopped"
-            elif swap.served is not None and max((version for version, _, _ in spans), default=0) > swap.served:
+            elif (served := self.served_step()) is not None and any(version > served for version, _, _ in spans):
                 why_not = "by weights that were undone"
             text = "".join(texts)
             request.answers[index] = answer_digest({"role": "assistant", "content": text})
@@ -351,9 +352,14 @@ class Recorder:
                     await write(index, None, [(-1, 0, len(ids))], None)
 
     def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
-        """The engine's outputs. The prompt is salted last, when it is known which weights will answer. aclosing: when
-        the client hangs up, the engine must hear of it at once, not when the inner generator is collected."""
-        return aclosing(swap.generate(self._engine, swap.salted(prompt, caller.get()), *args, **kwargs))
+        """The engine's outputs, by the weights that answer the caller. The prompt is salted last, when it is known
+        which ones. aclosing: when the client hangs up, the engine must hear of it at once, not when the inner generator
+        is collected."""
+        owner, prompt = self._hooks.owner_of(caller.get()), swap.salted(prompt, caller.get())
+        return aclosing(swap.generate(self._engine, owner, prompt, *args, **kwargs))
+
+    def served_step(self) -> int | None:
+        return swap.served_step(self._engine, self._hooks.owner_of(caller.get()))
 
     def link(self, db: sqlite3.Connection, request: Asked) -> tuple[str, str | None, Changed]:
         """Find the turn that this request continues and record it as that turn's next message.
@@ -371,10 +377,10 @@ class Recorder:
             confirmed = kept or request.done
             if is_news(turn, following, kept):
                 if journal.record_next(db, turn["id"], following, confirmed):
-                    changed.append((self._on_next, turn["id"]))
+                    changed.append((self._hooks.on_next, turn["id"]))
             elif confirmed and not turn["confirmed"]:
                 journal.confirm(db, turn["id"])
-                changed.append((self._on_confirmed, turn["id"]))
+                changed.append((self._hooks.on_confirmed, turn["id"]))
         session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
         why_not = journal.UNTRAINED if request.untrained else journal.LAST if request.done else None
         if side and not request.untrained:
@@ -411,6 +417,12 @@ class Hooks(Protocol):
     keys: Keys
     own_key: str  # of the program's own requests
     origins: list[str]  # of web pages that may call from a browser
+
+    def owner_of(self, user: str) -> str:
+        """Whose weights answer this user."""
+
+    async def bring(self, user: str) -> None:
+        """Have the weights that answer this user in the engine."""
 
     async def on_next(self, turn_id: str) -> None:
         """A conversation continued from this turn: it is to be judged."""

@@ -32,15 +32,15 @@ async def setup(config: Config) -> Program:
     if not journal.has_disk_space(db):
         raise UsageError(f"--out={out}: the disk is full ({journal.RESERVE >> 20} MiB are needed for the journal)")
     start = model_folder(config.model)
-    await journal.patiently(upkeep.bind_model, db, start, fingerprint(start))
-    step = await journal.patiently(journal.recover, db)
-    checkpoint.remove_others(out, journal.checkpoints(db))
-    checkpoint.trim_metrics(out / "metrics.jsonl", step)
-    saved = checkpoint.folder_of(out, step) if step else None
-    if saved:
-        check_rank(saved, config.lora_rank)
+    await journal.patiently(upkeep.bind_model, db, start, fingerprint(start), config.adapters)
+    await journal.patiently(journal.recover, db)
+    checkpoint.remove_others(out, journal.listed(db))
+    for owner, step in (steps := journal.owners(db)).items():
+        check_rank(checkpoint.folder_of(out, owner, step), config.lora_rank)
+    checkpoint.trim_metrics(out / "metrics.jsonl", steps)
+    saved = checkpoint.folder_of(out, "", steps.get("", 0))
     folder = start if config.lora_rank or not saved else saved  # what the engine begins with
-    check_folder(folder, trainer.ROLL_BACK if step else "")
+    check_folder(folder, trainer.ROLL_BACK if saved else "")
     plan = make_plan(config, start)
     config = replace(config, row_tokens=plan.row_tokens)
     listener = listen(config)  # before the engine starts, which takes a while

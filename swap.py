@@ -217,7 +217,8 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     if config.lora_rank:
         switches += ["--enable-lora"]
         flags |= {"max-lora-rank": str(min(rank for rank in LORA_RANKS if rank >= config.lora_rank))}
-        flags |= {"max-loras": str(memory.MAX_ADAPTERS), "max-cpu-loras": "1000"}  # `remove_unused` makes space
+        flags |= {"max-loras": str(memory.in_a_batch(config.adapters))}
+        flags |= {"max-cpu-loras": "1000"}  # `remove_unused` makes space
         # With the head among them, a request for prompt_logprobs next to others kills vLLM 0.32.0's CPU engine.
         layers = {
             name.rpartition(".")[2]
@@ -274,7 +275,7 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
 
 swapping = asyncio.Lock()  # held while the engine's weights are replaced: a stop waits for the end
 loads = 0  # how often they were replaced
-served: int | None = 0  # their step; None: they are new and not proved yet, or not known
+served: int | None = 0  # their step; None: they are new and not proved yet, or not known. Not with adapters
 
 Weights = dict[str, torch.Tensor]  # by name
 
@@ -286,12 +287,12 @@ async def shared(weights: Weights) -> AsyncIterator[bytes]:
         yield await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
-async def load(engine: Any, weights: Weights, version: int) -> tuple[float, float]:
+async def load(engine: Any, weights: Weights, version: int, owner: str = "") -> tuple[float, float]:
     """Serve these weights from here on, without a proof. Returns when the pause of running requests began and ended
-    (time.time())."""
+    (time.time()). `owner`: whose adapter it is."""
     global served
     if engine.vllm_config.lora_config:
-        await make_newest(engine, await add_adapter(engine, weights, version))
+        await make_newest(engine, owner, await add_adapter(engine, weights, version))
         return time.time(), time.time()
     pause = await load_all(engine, weights, version)
     served = version
@@ -328,7 +329,8 @@ class Adapter:
     running: int = 0  # requests that use it
 
 
-newest: Adapter | None = None  # what new requests get; None: no adapter yet, the first weights
+# By owner, what their new requests get; None: the first weights. An owner who is not in it may have one on the disk.
+newest: dict[str, Adapter | None] = {"": None}
 adapter_numbers = itertools.count(1)  # a repeated step gets a new one: the prefix cache tells adapters by their names
 
 
@@ -346,32 +348,44 @@ async def add_adapter(engine: Any, weights: Weights, step: int) -> Adapter:
     return adapter
 
 
-async def make_newest(engine: Any, adapter: Adapter) -> None:
-    """New requests get this one from here on."""
-    global newest, served
-    before, newest, served = newest, adapter, adapter.step
+async def make_newest(engine: Any, owner: str, adapter: Adapter | None) -> None:
+    """New requests of this owner get this one from here on."""
+    before, newest[owner] = newest.get(owner), adapter
     if before:
         await remove_unused(engine, before)
 
 
+async def put_away(engine: Any, owner: str) -> None:
+    """The owner's adapter leaves the engine: it is on the disk, and comes back from there."""
+    if before := newest.pop(owner, None):
+        await remove_unused(engine, before)
+
+
 async def remove_unused(engine: Any, adapter: Adapter) -> None:
-    if adapter is not newest and not adapter.running:
+    if adapter not in newest.values() and not adapter.running:
         await engine.remove_lora(adapter.request.lora_int_id)
 
 
-def generate(engine: Any, *args: Any, lora_request: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
-    """The engine's outputs for a request. With LoRA it gets the newest adapter, unless the first weights are asked for.
+def served_step(engine: Any, owner: str) -> int | None:
+    """The step of the weights that answer this owner; None where it is not known, or their adapter was put away."""
+    if engine.vllm_config.lora_config and owner in newest:
+        return newest[owner].step if newest[owner] else 0
+    return None if engine.vllm_config.lora_config else served
+
+
+def generate(engine: Any, owner: str, *args: Any, lora_request: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
+    """The engine's outputs for a request. With LoRA it gets its owner's newest adapter, unless the first weights are
+    asked for.
 
     Relied on: `lora_request` is what stands in vLLM's list under the model's name in the request, and only the first
     weights are in that list."""
     if engine.vllm_config.lora_config:
-        return adapted(engine, bool(lora_request), *args, **kwargs)
+        return adapted(engine, None if lora_request else newest.get(owner), *args, **kwargs)
     return engine.generate(*args, **kwargs)
 
 
-async def adapted(engine: Any, first_weights: bool, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+async def adapted(engine: Any, adapter: Adapter | None, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
     """Outputs whose version is the adapter's step. The adapter stays in the engine until the request has ended."""
-    adapter = None if first_weights else newest
     if adapter:
         adapter.running += 1
         kwargs["lora_request"] = adapter.request
@@ -435,7 +449,7 @@ MAX_GAP = 0.15  # mean |dlogp|; rounding makes it 0.04 to 0.06 for a model of 13
 
 
 async def push(
-    engine: Any, weights: Weights, version: int, probe: tuple[list[int], torch.Tensor]
+    engine: Any, weights: Weights, version: int, probe: tuple[list[int], torch.Tensor], owner: str = ""
 ) -> tuple[float, tuple[float, float]]:
     """Serve new weights and prove it: returns mean |dlogp| between engine and trainer on the probe, and the pause as
     `load` gives it.
@@ -460,17 +474,17 @@ async def push(
             await remove_unused(engine, adapter)
         raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
     if adapter:
-        await make_newest(engine, adapter)
+        await make_newest(engine, owner, adapter)
         return gap, (time.time(), time.time())
     served = version
     return gap, pause
 
 
-async def give_back(engine: Any, weights: Weights, version: int) -> None:
+async def give_back(engine: Any, weights: Weights, version: int, owner: str = "") -> None:
     """After a push that failed, or a step whose weights are served already: serve the weights before it again.
 
     EngineDied where the engine does not take them: it is not known what it would serve."""
     try:
-        await load(engine, weights, version)
+        await load(engine, weights, version, owner)
     except Exception as e:  # a reload that failed inside the worker can't be begun again there
         raise EngineDied(f"the engine can't be given the old weights again: {e}") from e

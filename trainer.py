@@ -10,7 +10,7 @@ import pickle
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,11 +43,12 @@ class State:
     firsts: list[Tensor]  # the masters before the first step
     masters: list[Tensor]  # fp32, in the order of `trained`
     adam: torch.optim.Adam
-    kept: list[Tensor]  # the last `snapshot` of `mutable`, on the CPU
     probe: Probe
     probed: dict[str, float]  # of `probe`, for the weights that are served
     packs: bool  # may samples share a row? See `probe.check_arithmetic`
     lora_rank: int  # 0: full training
+    kept: list[Tensor] = field(default_factory=list)  # the last `snapshot` of `mutable`, on the CPU
+    owner: str = ""  # the user whose adapter it is; "": all share it
     step: int = 0
     baselines: dict[str, float] = field(default_factory=dict)  # running mean reward, see grpo.baseline_key
     stopping: threading.Event = field(default_factory=threading.Event)  # set by the event loop, read between rows
@@ -318,6 +319,32 @@ def load_state(
     probe = make_probe(first, tokenizer)
     packs = check_arithmetic(first, probe.ids)
     policy = (lora.with_adapter(first, config.lora_rank, config.seed) if config.lora_rank else load()).train()
+    masters, adam = optimizer(config, policy)
+    state = State(
+        tokenizer=tokenizer,
+        policy=policy,
+        start=first,
+        firsts=[m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters()),
+        masters=masters,
+        adam=adam,
+        probe=probe,
+        probed=probe.first,
+        packs=packs,
+        lora_rank=config.lora_rank,
+    )
+    return begin(state, folder)
+
+
+def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> State:
+    """The state of a user's own adapter: on the same base, from their checkpoint or as all adapters begin."""
+    policy = lora.with_adapter(shared.start, config.lora_rank, config.seed).train()
+    masters, adam = optimizer(config, policy)
+    state = replace(shared, policy=policy, masters=masters, adam=adam, kept=[], owner=owner, step=0, baselines={})
+    return begin(replace(state, probed=shared.probe.first), folder)
+
+
+def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], torch.optim.Adam]:
+    """fp32 masters of what is trained, with gradients of zero, and their Adam."""
     masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
     sync_bf16(masters, policy)
     for p, master in zip(trained(policy).values(), masters, strict=True):
@@ -330,22 +357,14 @@ def load_state(
     for m in masters:  # as Adam's first step would, so that `restore` works before it
         step = torch.zeros((), device=m.device)
         adam.state[m] = {"step": step, "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
-    state = State(
-        tokenizer=tokenizer,
-        policy=policy,
-        start=first,
-        firsts=[m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters()),
-        masters=masters,
-        adam=adam,
-        kept=[],
-        probe=probe,
-        probed=probe.first,
-        packs=packs,
-        lora_rank=config.lora_rank,
-    )
+    return masters, adam
+
+
+def begin(state: State, folder: Path | None) -> State:
+    """From a checkpoint, if there is one."""
     if folder:
         step, baselines = load_checkpoint(state, folder)
-        commit(state, step, baselines, probe.measure(policy))
+        commit(state, step, baselines, state.probe.measure(state.policy))
     else:
         snapshot(state)
     return state

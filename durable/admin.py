@@ -81,6 +81,7 @@ class Rollback(OfRun):
     """Make the checkpoint of a step the current one. The program may run."""
 
     step: int  # 0: the weights that training began from
+    user: str = ""  # whose adapter, with --adapters=user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +96,14 @@ class Forget(OfRun):
 class Pause(OfRun):
     """Pause training in the running program; it serves and judges on."""
 
+    user: str = ""  # of this user's adapter alone, with --adapters=user
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resume(OfRun):
     """Resume training in the running program, after a pause or after an error that stopped it."""
+
+    user: str = ""  # of this user's adapter alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,7 @@ class Export(OfRun):
 
     folder: str  # to write
     step: int = -1  # another checkpoint's; -1: the last
+    user: str = ""  # whose adapter, with --adapters=user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +160,9 @@ def main(command: Command) -> None:
         print(printable(said))
     elif isinstance(command, Rollback):
         with upkeep.lock_out_dir(out), closing(journal.open_journal(out / "journal.db")) as db:
-            undone = upkeep.rollback(db, command.step)
-            checkpoint.remove_others(out, journal.checkpoints(db))
+            owner = upkeep.check_owner(db, command.user)
+            undone = upkeep.rollback(db, owner, command.step)
+            checkpoint.remove_others(out, journal.listed(db))
             print(f"step {command.step} is the current one; {undone} turns that came after it are dropped")
     elif isinstance(command, Forget):
         print(printable(upkeep.forget_in(out / "journal.db", command.session, command.user)))
@@ -212,12 +219,13 @@ def show(db: sqlite3.Connection, session: str) -> None:
 def export(db: sqlite3.Connection, out: Path, command: Export) -> None:
     from durable import model  # here, since torch and transformers take seconds, which `show` should not
 
-    if not (known := journal.checkpoints(db)):
-        raise UsageError(f"--out={out}: there is no checkpoint yet")
+    owner = upkeep.check_owner(db, command.user)
+    if not (known := journal.checkpoints(db, owner)):
+        raise UsageError(f"--out={out}: there is no checkpoint{f' of {owner}' if owner else ''} yet")
     step = max(known) if command.step < 0 else command.step
     if step not in known:
         raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, sorted(known)))}")
-    model.export(checkpoint.folder_of(out, step), Path(command.folder))
+    model.export(checkpoint.folder_of(out, owner, step), Path(command.folder))
     print(f"{command.folder} has the model of step {step}")
 
 

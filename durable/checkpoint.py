@@ -1,6 +1,8 @@
 """Checkpoints on disk: one folder per step, written whole or not at all. What is in them: `trainer.save`."""
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +14,22 @@ class CheckpointError(RuntimeError):
     """No checkpoint was written; training continues."""
 
 
-def folder_of(out: Path, step: int) -> Path:
-    return out / "checkpoints" / f"step-{step:06d}"
+def home(out: Path, owner: str) -> Path:
+    """Where the checkpoints of an owner are: a user's name, or "" for the weights that all share."""
+    name = owner if re.fullmatch(r"[\w.@-]{1,100}", owner, re.A) else hashlib.sha256(owner.encode()).hexdigest()[:32]
+    return out / "checkpoints" / (f"of-{name}" if owner else "")
 
 
-def write(out: Path, step: int, size: int, save: Callable[[Path], None]) -> None:
-    """Let `save(folder)` write the checkpoint of `step`.
+def folder_of(out: Path, owner: str, step: int) -> Path | None:
+    """None for step 0: the first weights have no checkpoint."""
+    return home(out, owner) / f"step-{step:06d}" if step else None
+
+
+def write(folder: Path, size: int, save: Callable[[Path], None]) -> None:
+    """Let `save(folder)` write a checkpoint.
 
     `size`: bytes that must be free. CheckpointError where they aren't, or where `save` fails."""
-    folder, free = folder_of(out, step), shutil.disk_usage(out).free
+    free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
     if free < size:
         raise CheckpointError(f"{folder}: {size >> 20} MiB needed, {free >> 20} free")
     try:
@@ -30,16 +39,19 @@ def write(out: Path, step: int, size: int, save: Callable[[Path], None]) -> None
         raise CheckpointError(f"{folder}: {e}") from e
 
 
-def remove_others(out: Path, steps: list[int]) -> None:
-    """Remove all checkpoints but these: old ones, unfinished ones, and those whose step was undone."""
-    kept = {folder_of(out, step) for step in steps}
-    for folder in set((out / "checkpoints").glob("step-*")) - kept:
+def remove_others(out: Path, listed: list[tuple[str, int]]) -> None:
+    """Remove all checkpoints but these, by owner and step: old ones, unfinished ones, and those that were undone."""
+    kept = {folder_of(out, owner, step) for owner, step in listed}
+    for folder in set((out / "checkpoints").glob("**/step-*")) - kept:
         shutil.rmtree(folder)
+        if folder.parent.name != "checkpoints" and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()  # it has a user's name
 
 
-def trim_metrics(metrics: Path, step: int) -> None:
-    """Remove the rows of steps after `step`, which are undone, and a last line that was cut off."""
+def trim_metrics(metrics: Path, steps: dict[str, int]) -> None:
+    """Remove the rows of steps after these, by owner, which are undone, and a last line that was cut off."""
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
         with replacing(metrics) as part:
-            part.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            rows = [(line, json.loads(line)) for line in lines]
+            part.write_text("".join(line for line, r in rows if r["step"] <= steps.get(r.get("owner", ""), 0)))

@@ -70,19 +70,23 @@ CREATE VIEW IF NOT EXISTS readable AS SELECT
   finish_reason, temperature, no_rl, versions,
   (SELECT data FROM pieces WHERE pieces.id = template) AS template, prompt_tokens, prompt_ids, response_ids, logprobs
   FROM turns JOIN answers USING (number);
-CREATE INDEX IF NOT EXISTS by_step ON turns (step) WHERE state = 'trained';
+CREATE INDEX IF NOT EXISTS by_step ON turns (user, step) WHERE state = 'trained';
 CREATE TABLE IF NOT EXISTS counters (
   user TEXT, state TEXT, kind TEXT, n INTEGER, PRIMARY KEY (user, state, kind)
 ) WITHOUT ROWID;
 CREATE TRIGGER IF NOT EXISTS came AFTER INSERT ON turns BEGIN {COUNT_NEW} END;
 CREATE TRIGGER IF NOT EXISTS went AFTER DELETE ON turns BEGIN {COUNT_OLD} END;
 CREATE TRIGGER IF NOT EXISTS changed AFTER UPDATE OF state, reason ON turns BEGIN {COUNT_OLD} {COUNT_NEW} END;
-CREATE TABLE IF NOT EXISTS checkpoints (step INTEGER PRIMARY KEY);  -- the highest is the current one
-CREATE TABLE IF NOT EXISTS model (folder TEXT NOT NULL, fingerprint TEXT NOT NULL);  -- one row: whose answers these are
+CREATE TABLE IF NOT EXISTS checkpoints (  -- an owner's highest step is their current one
+  owner TEXT NOT NULL, step INTEGER NOT NULL, PRIMARY KEY (owner, step)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS model (  -- one row: whose answers these are, and are there adapters of users
+  folder TEXT NOT NULL, fingerprint TEXT NOT NULL, adapters TEXT NOT NULL
+);
 """
 )
 
-FORMAT = 7  # of the tables, in the file's user_version
+FORMAT = 8  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of `readable` that are not as in a Turn
 AS_BYTES = {"response_ids": np.int32, "logprobs": np.float32}
 ALONE_AFTER = 2  # failed steps; see `requeue`
@@ -368,36 +372,54 @@ def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
     db.execute(f"UPDATE turns SET state = 'dropped', reason = ? WHERE {THESE}", (reason, json.dumps(turn_ids)))
 
 
-def checkpoints(db: sqlite3.Connection) -> list[int]:
-    """Their steps, the current one last."""
-    return [r["step"] for r in db.execute("SELECT step FROM checkpoints ORDER BY step")]
+def owner_of(db: sqlite3.Connection, user: str) -> str:
+    """Whose weights answer this user: their own name with --adapters=user, "" for those that all share."""
+    return user if db.execute("SELECT 1 FROM model WHERE adapters = 'user'").fetchone() else ""
 
 
-def add_checkpoint(db: sqlite3.Connection, step: int, keep: int) -> None:
+def checkpoints(db: sqlite3.Connection, owner: str) -> list[int]:
+    """The steps of an owner's checkpoints, the current one last."""
+    return [r["step"] for r in db.execute("SELECT step FROM checkpoints WHERE owner = ? ORDER BY step", (owner,))]
+
+
+def saved_step(db: sqlite3.Connection, owner: str) -> int:
+    """The step of an owner's current checkpoint; 0: the first weights."""
+    return max(checkpoints(db, owner), default=0)
+
+
+def listed(db: sqlite3.Connection) -> list[tuple[str, int]]:
+    """Owner and step of all checkpoints."""
+    return [tuple(row) for row in db.execute("SELECT owner, step FROM checkpoints").fetchall()]
+
+
+def owners(db: sqlite3.Connection) -> dict[str, int]:
+    """Who has checkpoints, and the step of the current one."""
+    return dict(db.execute("SELECT owner, MAX(step) FROM checkpoints GROUP BY owner").fetchall())
+
+
+def add_checkpoint(db: sqlite3.Connection, owner: str, step: int, keep: int) -> None:
     """From this statement on, all that was trained on up to `step` stays so; the last `keep` checkpoints are kept.
 
     Call it when the folder is complete; folders that are not listed are removed."""
     with transaction(db):
-        db.execute("INSERT OR IGNORE INTO checkpoints VALUES (?)", (step,))
-        db.execute(
-            "DELETE FROM checkpoints WHERE step NOT IN (SELECT step FROM checkpoints ORDER BY step DESC LIMIT ?)",
-            (keep,),
-        )
+        db.execute("INSERT OR IGNORE INTO checkpoints VALUES (?, ?)", (owner, step))
+        for old in checkpoints(db, owner)[:-keep]:
+            db.execute("DELETE FROM checkpoints WHERE owner = ? AND step = ?", (owner, old))
 
 
-def recover(db: sqlite3.Connection) -> int:
-    """At a start: the step of the current checkpoint, 0 for none. What was trained on after it is queued again, since
-    those weights are gone; so is what was in training."""
+def recover(db: sqlite3.Connection) -> None:
+    """At a start: what was trained on after the current checkpoints is queued again, since those weights are gone; so
+    is what was in training."""
     with transaction(db):
-        step = max(checkpoints(db), default=0)
         requeue(db, "the program died in the step")
-        db.execute(
-            # SQLite would take by_state, and read every turn that was ever trained on.
-            "UPDATE turns INDEXED BY by_step SET state = 'queued', step = NULL, reason = NULL "
-            "WHERE state = 'trained' AND step > ?",
-            (step,),
-        )
-    return step
+        users = db.execute("SELECT DISTINCT user FROM counters WHERE state = 'trained'").fetchall()
+        for (user,) in users:
+            db.execute(
+                # SQLite would take by_state, and read every turn that was ever trained on.
+                "UPDATE turns INDEXED BY by_step SET state = 'queued', step = NULL, reason = NULL "
+                "WHERE state = 'trained' AND user = ? AND step > ?",
+                (user, saved_step(db, owner_of(db, user))),
+            )
 
 
 def note(db: sqlite3.Connection, turn_id: str, reason: str) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TextIO
 
 from clients.sessions import asked_by_the_client, conversation, letters, text_of, without_thinking, words_of
-from durable import journal, pieces
+from durable import checkpoint, journal, pieces
 from durable.errors import UsageError
-from durable.journal import THESE, checkpoints, transaction
+from durable.journal import THESE, checkpoints, owner_of, transaction
 
 PORTION = 100  # rows in one write
 PROOF = 20  # letters; a shorter text does not show that a conversation holds another one's
@@ -64,21 +64,23 @@ def lock_out_dir(out: Path) -> TextIO:
     return lock
 
 
-def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str) -> None:
-    """This model's answers alone are in this journal. UsageError where it was begun with another model, or where it is
-    new and there are checkpoints that it doesn't know."""
-    begun = db.execute("SELECT folder, fingerprint FROM model").fetchone()
+def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str, adapters: str) -> None:
+    """This model's answers alone are in this journal. UsageError where it was begun with another model or other
+    --adapters, or where it is new and there are checkpoints that it doesn't know."""
+    begun = db.execute("SELECT * FROM model").fetchone()
     if begun is None:
         out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
-        if list((out / "checkpoints").glob("step-*")):
+        if list((out / "checkpoints").glob("**/step-*")):
             raise UsageError(
                 f"{out} has checkpoints, but no journal that knows them: move them away, or give another --out"
             )
-        db.execute("INSERT INTO model VALUES (?, ?)", (str(folder.resolve()), fingerprint))
+        db.execute("INSERT INTO model VALUES (?, ?, ?)", (str(folder.resolve()), fingerprint, adapters))
     elif begun["fingerprint"] != fingerprint:
         raise UsageError(
             f"this --out was begun with the model of {begun['folder']}, not {folder}: give that one, or another --out"
         )
+    elif begun["adapters"] != adapters:
+        raise UsageError(f"this --out was begun with --adapters={begun['adapters']}: give that, or another --out")
 
 
 def own_connection(path: Path) -> sqlite3.Connection:
@@ -89,24 +91,32 @@ def own_connection(path: Path) -> sqlite3.Connection:
     return db
 
 
-def check_step(db: sqlite3.Connection, step: int) -> None:
+def check_owner(db: sqlite3.Connection, user: str) -> str:
+    """The owner of the weights that a command is about. UsageError where --user is missing, or makes no sense."""
+    if bool(user) != bool(owner_of(db, "anybody")):
+        raise UsageError("give --user: each has weights of their own" if not user else "--user: all share one model")
+    return user
+
+
+def check_step(db: sqlite3.Connection, owner: str, step: int) -> None:
     """UsageError where there is no checkpoint of this step (0: the start)."""
-    if step not in (known := [0, *checkpoints(db)]):
+    if step not in (known := [0, *checkpoints(db, owner)]):
         raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
 
 
-def rollback(db: sqlite3.Connection, step: int) -> int:
+def rollback(db: sqlite3.Connection, owner: str, step: int) -> int:
     """Make the checkpoint of `step` (0: the start) the current one. Turns that later steps were trained on,
     and answers that later weights gave, are dropped; returns their number.
     UsageError where there is no such checkpoint."""
-    check_step(db, step)
+    check_step(db, owner, step)
     with transaction(db):
-        db.execute("DELETE FROM checkpoints WHERE step > ?", (step,))
+        db.execute("DELETE FROM checkpoints WHERE owner = ? AND step > ?", (owner, step))
         return db.execute(
-            "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'trained' AND step > ? OR "
+            "UPDATE turns SET state = 'dropped', reason = ? WHERE (? = '' OR user = ?) AND "
+            "(state = 'trained' AND step > ? OR "
             "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?, ?)) AND "
-            "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?",
-            (f"undone by a rollback to step {step}", step, *journal.REVIVED, step),
+            "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?)",
+            (f"undone by a rollback to step {step}", owner, owner, step, *journal.REVIVED, step),
         ).rowcount
 
 
@@ -152,8 +162,9 @@ def prune(path: Path, days: float) -> int:
     with closing(own_connection(path)) as db:
         found = db.execute(
             "SELECT id FROM turns WHERE created < ? AND template NOT NULL AND "
-            "(state = 'dropped' OR state = 'trained' AND step <= ?)",
-            (time.time() - days * 86400, min(checkpoints(db), default=0)),
+            "(state = 'dropped' OR state = 'trained' AND step <= (SELECT MIN(step) FROM checkpoints WHERE owner = "
+            "(CASE (SELECT adapters FROM model) WHEN 'user' THEN user ELSE '' END)))",
+            (time.time() - days * 86400,),
         ).fetchall()
         for k in range(0, len(found), PORTION):
             ids = pieces.as_json([r["id"] for r in found[k : k + PORTION]])
@@ -182,14 +193,20 @@ class Forgotten:
     turns: int = 0
     sessions: dict[str, str] = field(default_factory=dict)  # session -> why
     first: int | None = None  # the first step that was trained on one of the turns
+    adapter: bool = False  # did the user's own weights go, too?
     left: str = ""  # why a copy may still be on the disk
 
-    def report(self, kept: list[int]) -> str:
-        """In words; `kept`: the steps of the checkpoints."""
+    kept: list[int] = field(default_factory=list)  # the steps of the checkpoints that may have learned from them
+
+    def report(self) -> str:
+        """In words."""
+        kept = self.kept
         touched = [step for step in kept if self.first is not None and step >= self.first]
         clean = [step for step in kept if step not in touched]
         lines = [f"{self.turns} turns are removed", *[f"  {session}: {why}" for session, why in self.sessions.items()]]
-        if self.first is not None:
+        if self.adapter:
+            lines.append("the user's adapter is removed with all its checkpoints: nothing of them is left in weights")
+        elif self.first is not None:
             lines += [
                 f"trained on one of them: the steps from {self.first} on. What weights, Adam's moments and the running "
                 "means of rewards took from it stays there.",
@@ -263,14 +280,16 @@ def why_derived(other: Said, proofs: list[str]) -> str | None:
 def forget_in(path: Path, session: str = "", user: str = "") -> str:
     """`forget` with a connection of its own, so that it can be called in a thread; returns what to tell the person."""
     with closing(own_connection(path)) as db:
-        return forget(db, session, user).report(checkpoints(db))
+        return forget(db, session, user).report()
 
 
 def forget(db: sqlite3.Connection, session: str = "", user: str = "") -> Forgotten:
-    """Remove a conversation with all that was made of it, or all of a user, for good. On `own_connection`."""
+    """Remove a conversation with all that was made of it, or all of a user with their adapter, for good. On
+    `own_connection`."""
     column, value = ("session", session) if session else ("user", user)
-    found = db.execute(f"SELECT DISTINCT session FROM turns WHERE {column} = ?", (value,)).fetchall()
-    if not found:
+    found = db.execute(f"SELECT DISTINCT session, user FROM turns WHERE {column} = ?", (value,)).fetchall()
+    owner = owner_of(db, user or (found[0]["user"] if found else ""))
+    if not found and not (user and owner and checkpoints(db, owner)):
         if not empty_log(db):  # of an earlier time
             raise UsageError(STILL_READ)
         raise UsageError(f"--{column}={value}: there is no such {column} in the journal")
@@ -279,6 +298,10 @@ def forget(db: sqlite3.Connection, session: str = "", user: str = "") -> Forgott
     given = (pieces.as_json(list(gone.sessions)), *([user] if user else []))
     trained = db.execute(f"SELECT MIN(step) FROM turns WHERE {mine} AND state = 'trained'", given)
     gone.first = trained.fetchone()[0]
+    gone.adapter = bool(user and owner)
+    if gone.adapter:
+        remove_adapter(db, owner)
+    gone.kept = checkpoints(db, owner)
     ids = [r["id"] for r in db.execute(f"SELECT id FROM turns WHERE {mine}", given)]
     in_portions(db, f"DELETE FROM answers WHERE number IN (SELECT number FROM turns WHERE {THESE})", ids)
     in_portions(db, f"DELETE FROM turns WHERE {THESE}", ids)
@@ -286,6 +309,13 @@ def forget(db: sqlite3.Connection, session: str = "", user: str = "") -> Forgott
     sweep(db)
     gone.left = "" if empty_log(db) else STILL_READ
     return gone
+
+
+def remove_adapter(db: sqlite3.Connection, owner: str) -> None:
+    out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
+    with transaction(db):
+        db.execute("DELETE FROM checkpoints WHERE owner = ?", (owner,))
+    checkpoint.remove_others(out, journal.listed(db))
 
 
 STILL_READ = (

@@ -18,9 +18,14 @@ def program(tmp_path):
         pass
 
     db = journal.open_journal(tmp_path / "journal.db")
-    queue, state = asyncio.LifoQueue(), SimpleNamespace(step=0)
     yield SimpleNamespace(
-        config=Config(batch_size=2), db=db, state=state, to_train=queue, wait_for_disk_space=wait_for_disk_space
+        config=Config(batch_size=2),
+        db=db,
+        to_train=asyncio.LifoQueue(),
+        wait_for_disk_space=wait_for_disk_space,
+        owner_of=lambda user: "",
+        step_of=lambda owner: 0,
+        paused={},
     )
     db.close()
 
@@ -68,7 +73,7 @@ async def test_training_now_takes_what_there_is(program):
 
 
 async def test_a_long_queue_of_stale_turns_does_not_hold_up_serving(program):
-    program.state.step = 100
+    program.step_of = lambda owner: 100
     judged(program, *[f"t{i}" for i in range(300)])
     task, turns = asyncio.create_task(next_batch(program)), 0
     while not program.to_train.empty() and not task.done():

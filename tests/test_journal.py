@@ -93,8 +93,13 @@ def test_a_batch_in_training_is_settled_until_it_is_undone(db):
     assert sample.verdict == BAD and state(db)[0] == "training"
     with pytest.raises(ValueError, match="t1 is training"):
         journal.record_verdict(db, "t1", BAD)
-    assert journal.recover(db) == 0
+    assert recovered(db) == 0
     assert journal.in_state(db, "queued") == ["t1"]
+
+
+def recovered(db):
+    journal.recover(db)
+    return journal.saved_step(db, "")
 
 
 def trained(db, turn_id, step):
@@ -108,30 +113,30 @@ def test_what_was_trained_on_after_the_current_checkpoint_is_queued_again(db):
     for step in (1, 2, 3):
         trained(db, f"t{step}", step)
         if step == 2:
-            journal.add_checkpoint(db, 2, keep=3)
-    assert journal.recover(db) == 2
+            journal.add_checkpoint(db, "", 2, keep=3)
+    assert recovered(db) == 2
     assert state(db, "t1") == ("trained", None, 1, -1) and state(db, "t2") == ("trained", None, 2, -1)
     assert state(db, "t3") == ("queued", None, None, -1)
     journal.mark_trained(db, ["t3"], 3)
-    journal.add_checkpoint(db, 3, keep=3)
-    assert journal.recover(db) == 3 and state(db, "t3")[0] == "trained"
+    journal.add_checkpoint(db, "", 3, keep=3)
+    assert recovered(db) == 3 and state(db, "t3")[0] == "trained"
 
 
 def test_the_last_checkpoints_are_kept(db):
     for step in (10, 20, 30, 30):
-        journal.add_checkpoint(db, step, keep=2)
-    assert journal.checkpoints(db) == [20, 30]
+        journal.add_checkpoint(db, "", step, keep=2)
+    assert journal.checkpoints(db, "") == [20, 30]
 
 
 def test_rollback_after_a_kill_drops_what_later_weights_said(db):
     for step in (1, 2, 3):
         trained(db, f"t{step}", step)  # said by weights 0 and 1
-    journal.add_checkpoint(db, 1, keep=3)
+    journal.add_checkpoint(db, "", 1, keep=3)
     for name, version in (("old", 1), ("new", 2), ("newest", 3)):
         journal.record_turn(db, turn(name, versions=[(0, 0, 1), (version, 1, 3)]))
     journal.record_verdict(db, "newest", BAD)
     journal.record_turn(db, turn("last", versions=[(2, 0, 3)]), journal.LAST)
-    assert upkeep.rollback(db, 1) == 5
+    assert upkeep.rollback(db, "", 1) == 5
     with pytest.raises(ValueError, match="undone by"):
         journal.record_verdict(db, "last", BAD)
     assert {state(db, i)[1] for i in ("t2", "t3", "new", "newest")} == {"undone by a rollback to step 1"}
@@ -141,13 +146,13 @@ def test_rollback_after_a_kill_drops_what_later_weights_said(db):
 def test_rollback_drops_what_led_astray(db):
     for step in (1, 2, 3):
         trained(db, f"t{step}", step)
-        journal.add_checkpoint(db, step, keep=2)
+        journal.add_checkpoint(db, "", step, keep=2)
     with pytest.raises(UsageError, match="--step=1: there are checkpoints of the steps 0, 2, 3"):
-        upkeep.rollback(db, 1)
-    assert upkeep.rollback(db, 2) == 1 and journal.checkpoints(db) == [2]
+        upkeep.rollback(db, "", 1)
+    assert upkeep.rollback(db, "", 2) == 1 and journal.checkpoints(db, "") == [2]
     assert state(db, "t3")[:2] == ("dropped", "undone by a rollback to step 2") and state(db, "t2")[0] == "trained"
-    assert journal.recover(db) == 2 and journal.in_state(db, "queued") == []
-    assert upkeep.rollback(db, 0) == 2 and journal.recover(db) == 0
+    assert recovered(db) == 2 and journal.in_state(db, "queued") == []
+    assert upkeep.rollback(db, "", 0) == 2 and recovered(db) == 0
 
 
 def test_a_folder_is_one_programs(tmp_path):
@@ -162,16 +167,16 @@ def test_a_folder_is_one_programs(tmp_path):
 
 
 def test_a_journal_is_one_models(db, tmp_path):
-    upkeep.bind_model(db, tmp_path / "model", "abc")
-    upkeep.bind_model(db, tmp_path / "moved", "abc")
+    upkeep.bind_model(db, tmp_path / "model", "abc", "shared")
+    upkeep.bind_model(db, tmp_path / "moved", "abc", "shared")
     with pytest.raises(UsageError, match="begun with the model of .*/model, not .*/another: give that one"):
-        upkeep.bind_model(db, tmp_path / "another", "def")
+        upkeep.bind_model(db, tmp_path / "another", "def", "shared")
 
 
 def test_checkpoints_that_a_new_journal_does_not_know_are_not_touched(db, tmp_path):
     (tmp_path / "checkpoints" / "step-000050").mkdir(parents=True)
     with pytest.raises(UsageError, match="no journal that knows them"):
-        upkeep.bind_model(db, tmp_path / "model", "abc")
+        upkeep.bind_model(db, tmp_path / "model", "abc", "shared")
 
 
 def test_what_is_no_journal_is_refused(tmp_path):
@@ -235,7 +240,7 @@ def test_a_start_reads_no_more_than_it_changes(db):
     for k in range(5000):
         journal.record_turn(db, turn(f"t{k}"))
     journal.mark_trained(db, [f"t{k}" for k in range(5000)], 1)
-    journal.add_checkpoint(db, 1, keep=1)
+    journal.add_checkpoint(db, "", 1, keep=1)
     steps = []
     db.set_progress_handler(lambda: steps.append(1), 100)
     journal.recover(db)
@@ -263,7 +268,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     done = []
 
     def synced(descriptor):
-        folder = checkpoint.folder_of(tmp_path, 1)
+        folder = checkpoint.folder_of(tmp_path, "", 1)
         done.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), folder.exists()))
 
     def save(folder):
@@ -272,6 +277,6 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
             (folder / name).write_text("weights")
 
     monkeypatch.setattr(os, "fsync", synced)
-    checkpoint.write(tmp_path, 1, 0, save)
+    checkpoint.write(checkpoint.folder_of(tmp_path, "", 1), 0, save)
     before = {path.name.partition(".")[0] for path, named in done if not named}
     assert before == {"a", "b", "deep", "step-000001"} and done[-1] == (tmp_path / "checkpoints", True)

@@ -81,8 +81,8 @@ def test_a_checkpoint_is_pefts_own_and_training_goes_on_from_it(tiny_model, tmp_
     state = load(tiny_model)
     change(state, 3)
     trainer.commit(state, 7, {"alice": 0.5}, state.probed)
-    checkpoint.write(tmp_path, 7, 0, lambda folder: trainer.save(state, folder))
-    saved = checkpoint.folder_of(tmp_path, 7)
+    checkpoint.write(checkpoint.folder_of(tmp_path, "", 7), 0, lambda folder: trainer.save(state, folder))
+    saved = checkpoint.folder_of(tmp_path, "", 7)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     theirs = probe.token_logps(PeftModel.from_pretrained(base, saved).base_model.model, IDS)
     assert (theirs - logps(state)).abs().mean() < 0.01, "peft computes with the adapter in fp32"
@@ -113,7 +113,7 @@ async def served(tmp_path_factory):
     config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1, lora_rank=4)
     engine = swap.start_engine(swap.engine_args(config, folder, make_plan(config, folder)))
     yield SimpleNamespace(engine=engine, state=load(folder))
-    swap.newest = None
+    swap.newest = {"": None}
     swap.stop_engine(engine)
 
 
@@ -131,7 +131,7 @@ async def test_an_answer_ends_on_the_adapter_it_began_with_and_old_ones_leave(se
     params = SamplingParams(max_tokens=200, ignore_eos=True, temperature=1.0, logprobs=0)
 
     async def generate(name, **options):
-        outputs = swap.generate(served.engine, {"prompt_token_ids": IDS}, params, name, **options)
+        outputs = swap.generate(served.engine, "", {"prompt_token_ids": IDS}, params, name, **options)
         return [o async for o in outputs][-1].outputs[0]
 
     def agrees(answer, model):
@@ -161,20 +161,20 @@ async def test_an_answer_ends_on_the_adapter_it_began_with_and_old_ones_leave(se
 
 
 async def test_an_adapter_that_disagrees_is_never_served(served):
-    before, known = swap.newest, await loaded(served)
+    before, known = swap.newest[""], await loaded(served)
     right = logps(served.state)
     change(served.state, 8)
     with pytest.raises(swap.PushError, match="disagree"):
         await push(served, 9, right)
-    assert swap.newest is before and await loaded(served) == known
+    assert swap.newest[""] is before and await loaded(served) == known
 
 
 async def test_an_adapter_for_a_layer_that_the_engine_lacks_is_refused(served):
-    before, known = swap.newest, await loaded(served)
+    before, known = swap.newest[""], await loaded(served)
     strange = {k.replace("layers.1.", "layers.9."): w for k, w in trainer.served_weights(served.state.policy).items()}
     with pytest.raises(swap.PushError, match="no layer for .*layers.9.mlp.down_proj"):
         await swap.push(served.engine, strange, 9, (IDS, logps(served.state)))
-    assert swap.newest is before and await loaded(served) == known
+    assert swap.newest[""] is before and await loaded(served) == known
 
 
 # ---- the program ----

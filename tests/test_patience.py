@@ -112,4 +112,4 @@ async def test_a_stop_does_not_wait_for_another_writer(fresh):
     assert "no checkpoint of step 1: another program" in program.log()
     other.execute("ROLLBACK")
     with contextlib.closing(journal.open_journal(program.out / "journal.db")) as db:
-        assert journal.recover(db) == 0 and set(journal.in_state(db, "queued")) == set(trained)
+        assert journal.recover(db) is None and set(journal.in_state(db, "queued")) == set(trained)

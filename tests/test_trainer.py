@@ -23,7 +23,13 @@ def load(folder, start=None, lr=1e-3, dtype=torch.float32):
 
 
 def save(state, out, size=0):
-    checkpoint.write(out, state.step, size, lambda folder: trainer.save(state, folder))
+    checkpoint.write(checkpoint.folder_of(out, "", state.step), size, lambda folder: trainer.save(state, folder))
+
+
+def trained_once(folder):
+    state = load(folder)
+    train_a_step(state, 1)
+    return state
 
 
 def train_a_step(state, seed):
@@ -45,7 +51,7 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
     state.baselines = {"alice": -0.25}
     trainer.snapshot(state)
     save(state, tmp_path)
-    saved = checkpoint.folder_of(tmp_path, 3)
+    saved = checkpoint.folder_of(tmp_path, "", 3)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
     again = load(saved, folder)
@@ -103,7 +109,7 @@ def test_an_update_is_served_in_full_from_the_first_step(tmp_path, tiny_model):
     served = trainer.served_weights(state.policy)
     assert all(torch.equal(w, served[n]) for n, w in trainer.snapshot_weights(state).items()), "what an undo serves"
     save(state, tmp_path)
-    again = load(checkpoint.folder_of(tmp_path, 3), tiny_model, lr=1e-5)
+    again = load(checkpoint.folder_of(tmp_path, "", 3), tiny_model, lr=1e-5)
     assert all(torch.equal(w, served[n]) for n, w in trainer.served_weights(again.policy).items()), "after a restart"
     trainer.sync_bf16(again.masters, again.policy)
     assert all(torch.equal(w, served[n]) for n, w in trainer.served_weights(again.policy).items())
@@ -145,7 +151,7 @@ def test_only_listed_checkpoints_stay(tmp_path):
     """Old ones go; so do half-written ones, and those that were whole but never became the current one."""
     for name in ("step-000007.part", "step-000003", "step-000005", "step-000006"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    checkpoint.remove_others(tmp_path, [3, 5])
+    checkpoint.remove_others(tmp_path, [("", 3), ("", 5)])
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000005"]
 
 
@@ -171,7 +177,7 @@ def test_a_step_can_be_taken_back(tiny_model, dtype):
 
 def test_without_room_no_checkpoint_is_begun(tiny_model, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="MiB needed"):
-        save(load(tiny_model), tmp_path, size=1 << 60)
+        save(trained_once(tiny_model), tmp_path, size=1 << 60)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -181,7 +187,7 @@ def test_a_cut_off_checkpoint_leaves_nothing(tiny_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(checkpoint.CheckpointError, match="No space left"):
-        save(load(tiny_model), tmp_path)
+        save(trained_once(tiny_model), tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -191,7 +197,7 @@ def test_damaged_files_are_named(tmp_path):
     state = load(folder)
     train_a_step(state, 1)
     save(state, tmp_path)
-    saved = checkpoint.folder_of(tmp_path, 1)
+    saved = checkpoint.folder_of(tmp_path, "", 1)
     for file in (folder / "model.safetensors", saved / "trainer.pt"):
         file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UsageError, match="model.safetensors is damaged.*; do this"):

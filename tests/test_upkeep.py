@@ -69,7 +69,7 @@ def test_what_was_made_of_a_conversation_goes_with_it(db, tmp_path):
         )
     gone = upkeep.forget(db, session="talk")
     assert set(gone.sessions) == {"talk", "title", "summary", "compacted", "client"} and gone.turns == 5
-    assert "talk: as asked" in gone.report([]) and "title: it quotes a text of" in gone.report([])
+    assert "talk: as asked" in gone.report() and "title: it quotes a text of" in gone.report()
     assert left(db) == {"bobs", *(f"other {k}" for k in range(10))}
     upkeep.forget(db, user="bob")
     assert left(db) == {f"other {k}" for k in range(10)} and not on_disk(tmp_path, "Xyzzy")
@@ -93,8 +93,8 @@ def test_it_says_what_it_cannot_reach(db):
     journal.begin_step(db, [turn_id])
     journal.mark_trained(db, [turn_id], 12)
     for step in (10, 20):
-        journal.add_checkpoint(db, step, keep=3)
-    said = upkeep.forget(db, session="talk").report(journal.checkpoints(db))
+        journal.add_checkpoint(db, "", step, keep=3)
+    said = upkeep.forget(db, session="talk").report()
     assert "the steps from 12 on" in said and "did not see it: 10 (rollback --step); that did: 20" in said
 
 
@@ -104,7 +104,7 @@ def test_a_reader_keeps_the_log(db, tmp_path, monkeypatch):
     reader = sqlite3.connect(tmp_path / "journal.db")
     reader.execute("BEGIN")
     reader.execute("SELECT COUNT(*) FROM turns").fetchone()
-    assert "another program reads the journal" in upkeep.forget(db, session="talk").report([])
+    assert "another program reads the journal" in upkeep.forget(db, session="talk").report()
     reader.close()
     with pytest.raises(UsageError, match="no such session"):
         upkeep.forget(db, session="talk")
@@ -139,7 +139,7 @@ def test_old_turns_that_are_done_with_lose_their_texts(db, tmp_path):
         journal.record_verdict(db, ids[name], BAD)
         journal.mark_trained(db, [ids[name]], step)
     for step in (10, 20):
-        journal.add_checkpoint(db, step, keep=2)
+        journal.add_checkpoint(db, "", step, keep=2)
     for name in ("dropped", "new"):
         journal.drop(db, [ids[name]], journal.ALONE)
     before = journal.counts(db)

@@ -47,7 +47,7 @@ def test_size(tmp_path):
     journal.record_turn(
         db, turn("t1", text="x" * 300, response_ids=[3] * 100, logprobs=[-0.5] * 100, versions=[(0, 0, 100)])
     )
-    journal.add_checkpoint(db, 10**7, keep=3)
+    journal.add_checkpoint(db, "", 10**7, keep=3)
     db.close()
     for size in SIZES:
         fill(path, size)

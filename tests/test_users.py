@@ -1,0 +1,231 @@
+"""--adapters=user: each user of the server has weights of their own, on one base."""
+
+import asyncio
+import json
+import signal
+import sqlite3
+from contextlib import closing
+
+import httpx
+import pytest
+
+from clients.keys import write_private
+from durable import checkpoint, journal, upkeep
+from durable.errors import UsageError
+from machine import memory
+from tests.records import GOOD, turn
+from tests.talking import rows, until, user
+
+PEOPLE = ("alice", "bob", "carol")
+OPTIONS = {"adapters": "user", "lora_rank": 4, "lr": 1e-2, "batch_size": 1, "max_staleness": 50}
+
+
+# ---- the journal ----
+
+
+@pytest.fixture
+def db(tmp_path):
+    with closing(journal.open_journal(tmp_path / "journal.db")) as db:
+        upkeep.bind_model(db, tmp_path, "abc", "user")
+        yield db
+
+
+def trained(db, turn_id, name, step):
+    journal.record_turn(db, turn(turn_id, user=name, versions=[(step - 1, 0, 3)]))
+    journal.record_next(db, turn_id, [user("Thanks!")])
+    journal.record_verdict(db, turn_id, GOOD)
+    journal.begin_step(db, [turn_id])
+    journal.mark_trained(db, [turn_id], step)
+
+
+def states(db):
+    return {r["id"]: r["state"] for r in db.execute("SELECT id, state FROM turns")}
+
+
+def test_each_user_returns_to_their_own_checkpoint(db):
+    for name in ("alice", "bob"):
+        for step in (1, 2, 3):
+            trained(db, f"{name}{step}", name, step)
+    journal.add_checkpoint(db, "alice", 2, keep=3)
+    journal.recover(db)
+    queued = {"alice3", "bob1", "bob2", "bob3"}
+    assert {i for i, state in states(db).items() if state == "queued"} == queued
+    assert journal.owners(db) == {"alice": 2} and journal.saved_step(db, "bob") == 0
+
+
+def test_a_rollback_is_of_one_user(db):
+    for name in ("alice", "bob"):
+        for step in (1, 2):
+            trained(db, f"{name}{step}", name, step)
+            journal.add_checkpoint(db, name, step, keep=3)
+    assert upkeep.rollback(db, "alice", 1) == 1
+    assert states(db) == {"alice1": "trained", "alice2": "dropped", "bob1": "trained", "bob2": "trained"}
+    assert journal.owners(db) == {"alice": 1, "bob": 2}
+    with pytest.raises(UsageError, match="give --user"):
+        upkeep.check_owner(db, "")
+
+
+def test_what_is_pruned_is_judged_by_the_users_own_checkpoints(db, tmp_path):
+    for name in ("alice", "bob"):
+        trained(db, f"{name}1", name, 1)
+    journal.add_checkpoint(db, "bob", 1, keep=3)
+    db.execute("UPDATE turns SET created = 0")
+    assert upkeep.prune(tmp_path / "journal.db", 1) == 1
+    assert db.execute("SELECT template FROM turns WHERE id = 'alice1'").fetchone()[0] is not None
+
+
+def test_a_journal_keeps_its_kind_of_adapters(db, tmp_path):
+    with pytest.raises(UsageError, match="--adapters=user"):
+        upkeep.bind_model(db, tmp_path, "abc", "shared")
+
+
+def test_folders_of_users_are_told_apart_and_stay_inside(tmp_path):
+    homes = [checkpoint.home(tmp_path, name) for name in ("", "a", "../b", "x" * 300, "step-000001", "ü")]
+    assert len(set(homes)) == 6
+    assert all(home.parent == tmp_path / "checkpoints" and len(home.name) < 110 for home in homes[1:])
+
+
+# ---- the program ----
+
+
+class Talker:
+    """A user of the program."""
+
+    def __init__(self, program, name):
+        self.program, self.name = program, name
+
+    def post(self, path, body):
+        headers = {"Authorization": f"Bearer key-{self.name}"}
+        return httpx.post(f"{self.program.url}{path}", json=body, headers=headers, timeout=60).raise_for_status().json()
+
+    def ask(self, text="q", **options):
+        body = {"model": "policy", "messages": [user(text)], "max_tokens": 12} | options
+        return self.post("/v1/chat/completions", body)
+
+    def logp(self):
+        found = self.ask(max_tokens=1, temperature=0, logprobs=True)
+        return found["choices"][0]["logprobs"]["content"][0]["logprob"]
+
+    def complain(self, text="q"):
+        body = {"completion_id": self.ask(text)["id"], "score": -1, "text": f"{self.name} wants one short sentence."}
+        return self.post("/v1/feedback", body)["completion_id"]
+
+    def status(self):
+        headers = {"Authorization": f"Bearer key-{self.name}"}
+        return httpx.get(f"{self.program.url}/status", headers=headers, timeout=60).raise_for_status().json()
+
+    async def learn(self, steps=1):
+        for _ in range(steps):
+            goal = self.status()["step"] + 1
+            self.complain(f"q{goal}")
+            await until(lambda goal=goal: self.status()["step"] == goal)
+
+
+def order(program, command, **body):
+    headers = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
+    return httpx.post(f"{program.url}/admin/{command}", json=body, headers=headers, timeout=60)
+
+
+def started(fresh, names=PEOPLE, **options):
+    program = fresh(key=",".join(f"{name}:key-{name}" for name in names), **OPTIONS | options)
+    return program.wait_ready()
+
+
+async def test_nobody_meets_what_another_taught(fresh):
+    program = started(fresh, save_every=1)
+    alice, bob, carol = (Talker(program, name) for name in PEOPLE)
+    first = alice.logp()
+    assert bob.logp() == first, "all begin with the same weights"
+
+    await alice.learn(2)
+    assert alice.logp() != first and bob.logp() == first and carol.logp() == first, "bit by bit"
+    saved = sorted(checkpoint.home(program.out, "alice").glob("*/adapter_model.safetensors"))
+    alices = alice.logp(), [file.read_bytes() for file in saved]
+    await bob.learn()
+    assert bob.logp() not in (first, alices[0])
+    assert (alice.logp(), [file.read_bytes() for file in saved]) == alices
+    assert [who.status()["step"] for who in (alice, bob, carol)] == [2, 1, 0]
+    assert [(m["owner"], m["step"]) for m in program.metrics()] == [("alice", 1), ("alice", 2), ("bob", 1)]
+    assert {r["user"] for r in rows(program, "state = 'trained'")} == {"alice", "bob"}
+
+    # Pause and resume
+    assert order(program, "pause", user="alice").status_code == 200
+    waiting = alice.complain("while paused")
+    await bob.learn()
+    assert alice.status()["training"] == "paused by the admin" and bob.status()["training"] == "on"
+    assert rows(program, "id = ?", waiting)[0]["state"] == "queued" and alice.status()["step"] == 2
+    assert order(program, "resume", user="alice").status_code == 200
+    await until(lambda: alice.status()["step"] == 3)
+
+    # Rollback and forget
+    bobs = bob.logp()
+    assert "give --user" in order(program, "rollback", step=0).text
+    order(program, "rollback", step=2, user="alice").raise_for_status()
+    assert (alice.logp(), alice.status()["step"], bob.logp()) == (alices[0], 2, bobs)
+    await alice.learn()
+    said = order(program, "forget", user="alice").raise_for_status().json()["done"]
+    assert "nothing of them is left in weights" in said
+    assert alice.logp() == first and alice.status()["step"] == 0 and bob.logp() == bobs
+    assert [folder.name for folder in (program.out / "checkpoints").iterdir()] == ["of-bob"]
+    await alice.learn()
+    assert alice.logp() != first and bob.logp() == bobs
+
+
+async def test_a_killed_program_goes_on_with_each_users_adapter(fresh):
+    """Under traffic of three: no recorded turn is lost, none is trained on twice, each continues from their own
+    checkpoint."""
+    program = started(fresh, save_every=2)
+    people = [Talker(program, name) for name in PEOPLE]
+    for k, who in enumerate(people):
+        await who.learn(k)  # carol has a checkpoint of step 2, bob's step 1 is not saved
+    carols = people[2].logp()
+    ids = [who.complain(f"just before the end {k}") for k in range(3) for who in people]
+    program.process.send_signal(signal.SIGKILL)
+    program.wait_end()
+    with closing(sqlite3.connect(program.out / "journal.db")) as db:
+        saved = journal.owners(db)
+        known = {turn_id for (turn_id,) in db.execute("SELECT id FROM turns")}
+    assert set(ids) <= known and saved["carol"] >= 2
+
+    program = started(fresh, save_every=2)
+    people = [Talker(program, name) for name in PEOPLE]
+    if saved["carol"] == people[2].status()["step"] == 2:
+        assert people[2].logp() == carols
+    await until(lambda: not rows(program, "state IN ('queued', 'training')"), 120)
+    for k, name in enumerate(PEOPLE):
+        theirs = rows(program, "user = ? AND source = 'feedback'", name)
+        steps = list(range(1, 4 + k))
+        assert sorted(r["step"] for r in theirs if r["state"] == "trained") == steps, "each turn in a step of its own"
+        assert len(theirs) == len(steps) == people[k].status()["step"]
+        assert [m["step"] for m in program.metrics() if m["owner"] == name] == steps
+
+
+async def test_who_was_away_gets_their_adapter_back(fresh):
+    names = [f"user{i}" for i in range(memory.USERS + 2)]
+    program = started(fresh, names)
+    people = [Talker(program, name) for name in names]
+    first = people[0].logp()
+    for who in people:
+        await who.learn()
+    kept = checkpoint.home(program.out, "user0")
+    await until(lambda: list(kept.glob("*/adapter_model.safetensors")))  # they were put on the disk
+    assert len(list((program.out / "checkpoints").iterdir())) == 2
+    logps = [who.logp() for who in people]
+    assert first not in logps and len(set(logps)) == len(people)
+    texts = await asyncio.gather(*[asyncio.to_thread(who.ask, "all at once", temperature=0) for who in people])
+    assert len({json.dumps(t["choices"][0]["message"]) for t in texts}) > 1
+    assert [who.logp() for who in people] == logps
+    await people[0].learn()
+    assert people[0].status()["step"] == 2 and people[0].logp() != logps[0] and people[1].logp() == logps[1]
+    program.stop()
+    program = started(fresh, names)
+    again = [Talker(program, name) for name in names]
+    assert [who.logp() for who in again[1:]] == logps[1:]
+
+
+def test_a_key_file_is_read_anew(fresh):
+    """A user who comes later begins with the first weights."""
+    program = started(fresh, ("alice",))
+    first = Talker(program, "alice").logp()
+    write_private(program.out / "keys", "alice:key-alice\ndora:key-dora\n")
+    assert Talker(program, "dora").logp() == first
