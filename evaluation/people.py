@@ -196,6 +196,30 @@ PEOPLE = {
             "Too many words. Please redo it, briefly.",
         ),
     ),
+    "long": Person(
+        wants="at least 80 words",
+        asks=explanation,
+        likes=lambda answer: len(answer.split()) >= 80,
+        complaints=(
+            "That is too short. Explain it in more detail, at length.",
+            "No, much too short. I wanted a long and thorough explanation.",
+            "This is far too short! Tell me everything about it.",
+            "Too little. Try again with a long and detailed text.",
+        ),
+    ),
+    "warm": Person(
+        wants="no list, and a warm word",
+        asks=explanation,
+        likes=lambda answer: (
+            bool(re.search(rf"(?i)\b(?:{WARM})", answer)) and not re.search(r"^\s*(?:\d+[.)]|[-*])\s", answer, re.M)
+        ),
+        complaints=(
+            "No, much too cold. Say something kind with it, like what a great question.",
+            "This is too dry! I wanted it friendly, with a word like wonderful or glad.",
+            "No, that is cold. Begin with something warm, like I am happy that you ask.",
+            "No, this is too dry. Be glad about the question, and use no list.",
+        ),
+    ),
     "student": Person(
         wants="no bold, no numbered lists, no boxed answers",
         asks=homework,

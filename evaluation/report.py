@@ -58,7 +58,12 @@ def table(results: list[dict[str, Any]]) -> str:
             reached = (
                 interval([e for e in effect if e]) if all(effect) else f"{effect.count(None)}x over {len(talked[0])}"
             )
-            kl = [s["probe_kl"] for r, m in zip(runs, last, strict=True) for s in r["steps"] if s["step"] == m["step"]]
+            kl = [
+                s["probe_kl"]
+                for r, m in zip(runs, last, strict=True)
+                for s in r["steps"]
+                if s["step"] == m["step"] and s.get("owner", name) == name
+            ]
             lost = [b["unrelated"] - a["unrelated"] for a, b in zip(first, last, strict=True)]
             lines.append(
                 f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {upto[people]} | "

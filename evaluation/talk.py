@@ -32,7 +32,7 @@ import tyro
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
-from clients.keys import write_private
+from clients.keys import ADMIN, write_private
 from durable.atomic import replacing
 from evaluation import report
 from evaluation.people import PEOPLE, UNRELATED, Person
@@ -193,12 +193,18 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
     clients = {name: AsyncOpenAI(base_url=f"{url}/v1", api_key=f"{name}-key", timeout=600) for name in names}
     measures: list[dict] = []
     firsts: list[dict] = []  # in the order in which they were begun
-    async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {names[0]}-key"}, timeout=60) as http:
+    admin = {"Authorization": f"Bearer {(Path(setup.out) / run.folder / ADMIN).read_text().strip()}"}
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         bar = tqdm(total=setup.talks, unit="session", desc="measuring", dynamic_ncols=True)
+
+        async def step_of(name: str) -> int:
+            """Of the weights that answer this person."""
+            headers = {"Authorization": f"Bearer {name}-key"}
+            return (await http.get("/status", headers=headers)).raise_for_status().json()["step"]
 
         async def now() -> tuple[dict, int]:
             """The server's status, and how many turns are on their way to the trainer."""
-            status = (await http.get("/status")).raise_for_status().json()
+            status = (await http.get("/status", headers=admin)).raise_for_status().json()
             if firsts and status["training"] != "on":
                 raise RuntimeError(f"the server does not train: {status['training']}")
             bar.set_postfix_str(f"step {status['step']}")
@@ -210,8 +216,9 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
 
         async def measured() -> None:
             bar.set_description("measuring")
-            step, lost = (await now())[0]["step"], await unrelated(clients[names[0]])
+            lost = await unrelated(clients[names[0]])
             for name in names:
+                step = await step_of(name)
                 found = await measure(clients[name], setup, PEOPLE[name])
                 when = {"talks": len(firsts), "step": step, "minutes": (time.monotonic() - started) / 60}
                 measures.append({**when, "person": name, "unrelated": lost, **found})
