@@ -3,7 +3,6 @@
 import asyncio
 import resource
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -127,7 +126,12 @@ async def test_a_new_answer_never_reads_the_old_weights_cache(served, tmp_path):
     from vllm.sampling_params import RequestOutputKind
 
     version = int(await served.engine.get_weight_version())
-    recorder = server.Recorder(served.engine, journal.open_journal(tmp_path / "j.db"), Mock())
+
+    async def bring(user):
+        pass
+
+    hooks = SimpleNamespace(owner_of=lambda user: "", bring=bring)
+    recorder = server.Recorder(served.engine, journal.open_journal(tmp_path / "j.db"), hooks)
     final = {"output_kind": RequestOutputKind.FINAL_ONLY}
     busy = SamplingParams(max_tokens=250, ignore_eos=True, **final)
     short = SamplingParams(max_tokens=1, temperature=1.0, logprobs=20, **final)
