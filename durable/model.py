@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: the default one is made here, all are checked and told apart."""
+"""Folders of Hugging Face models: the default one is made here, all are checked and told apart; how each calls tools."""
 
 import hashlib
 import importlib.util
@@ -90,6 +90,34 @@ def fingerprint(folder: Path) -> str:
             f.seek(-min(file.stat().st_size, 1 << 20), os.SEEK_END)
             digest.update(f.read())
     return digest.hexdigest()
+
+
+# What a chat template has to say about tools, and vLLM's parser for the calls of a model that was trained with it.
+TOOL_PARSERS = {
+    "<arg_key>": "glm45",
+    "<function=": "qwen3_coder",
+    "[TOOL_CALLS]": "mistral",
+    "<|tool_calls_section_begin|>": "kimi_k2",
+    "<｜tool▁calls▁begin｜>": "deepseek_v3",
+    "<|tool|>": "phi4_mini_json",
+    "<|tool_call|>": "granite",
+    "<|channel|>": "openai",
+    "<tool_call>": "hermes",  # Qwen 2.5, Qwen 3, Hermes, SmolLM 3
+    "ipython": "llama3_json",
+}
+
+
+def tool_parser_of(folder: Path) -> str:
+    """vLLM's name of the tool-call parser for the model in `folder`, by its chat template.
+
+    Without a hint it is "hermes": without any parser vLLM refuses requests with tools, and agents send them always.
+    """
+    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template = jinja.read_text() if jinja.exists() else str(json.loads(config.read_text()).get("chat_template"))
+    # A distilled model may have its teacher's template without the tokens, and vLLM's parsers want those.
+    words = (folder / "tokenizer.json").read_text() if (folder / "tokenizer.json").exists() else template
+    known = {mark: parser for mark, parser in TOOL_PARSERS.items() if mark[:2] not in ("<|", "<｜") or mark in words}
+    return next((parser for mark, parser in known.items() if mark in template), "hermes")
 
 
 ADAPTER = "adapter_config.json"  # peft's, in the checkpoints of LoRA training

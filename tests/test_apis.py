@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import distill
-import swap
 from clients import paste
+from durable.model import tool_parser_of
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import TEMPLATE, make_tool_model
 from tests.talking import ALICE, BOB, client, rated, rows, until, user
@@ -427,7 +427,7 @@ def test_tool_parser_of_a_template(tiny_model, tmp_path, template, parser):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text(template)
-    assert swap.tool_parser_of(tmp_path) == parser
+    assert tool_parser_of(tmp_path) == parser
 
 
 def admins(program):
