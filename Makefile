@@ -1,4 +1,5 @@
 # make run: set up, then a model that learns from a scripted user. make test: set up, then the tests.
+# make run TALK="--talks=2 --held_out=8" talks for a minute.
 PY := .venv/bin/python
 PIP := .venv/bin/pip install -q
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
@@ -6,7 +7,7 @@ COMMON := openai==3.54.0 anthropic==2.12.0 accelerate==1.15.0 gguf==0.19.0 matpl
 	tyro==1.0.16 peft==0.21.2 pytest==9.2.0 pytest-asyncio==1.5.0 pytest-timeout==2.4.0 hypothesis==6.170.15 ruff==0.17.6
 
 run: .venv/ready
-	$(PY) -m evaluation.talk
+	$(PY) -m evaluation.talk $(TALK)
 
 serve: .venv/ready
 	$(PY) run.py --out=mine

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: the default one is made here, all are checked and told apart; how each calls tools."""
+"""Folders of Hugging Face models: the default one is made here, all are checked, told apart, read for their tools."""
 
 import hashlib
 import importlib.util
