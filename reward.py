@@ -71,6 +71,7 @@ class Health:
     logged: float = -math.inf
     tries: Counter[str] = field(default_factory=Counter)  # turn id -> failures that lay in what was asked
     failures: int = 0
+    error: str = ""  # the last one
     failing: set[str] = field(default_factory=set)  # turns without a verdict since the last one that got one
 
     async def wait(self) -> None:
@@ -80,7 +81,7 @@ class Health:
     def failed(self, turn_id: str, error: JudgeError) -> bool:
         """Is this turn to be given up? Only where no other turn fails: a judge that refuses all is at fault itself."""
         now = time.monotonic()
-        self.failures += 1
+        self.failures, self.error = self.failures + 1, str(error)
         self.failing.add(turn_id)
         self.tries[turn_id] += error.of_turn
         if now >= self.until and not (error.of_turn and len(self.failing) == 1):  # of several at a time one counts

@@ -34,6 +34,7 @@ from durable.journal import Sample, Verdict
 from machine import memory
 from program import Program
 from start import make_judge, setup
+from web import page
 
 LOCKED_S = 5.0  # how long a stop waits for another program that writes to the journal
 SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
@@ -222,7 +223,7 @@ async def serve(p: Program) -> bool:
     for turn_id in journal.in_state(p.db, "judging"):
         p.to_judge.put_nowait(turn_id)
     judge = make_judge(p)
-    app = await server.build_app(p.engine, p.engine_args, p.db, p, control.routes(p))
+    app = await server.build_app(p.engine, p.engine_args, p.db, p, [*control.routes(p), *page.routes(p)])
     web = server.web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
     # The watch runs to the very end, so that no call waits for a dead engine.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")

@@ -63,6 +63,7 @@ CREATE INDEX IF NOT EXISTS by_answer ON turns (user, answer, created);
 CREATE INDEX IF NOT EXISTS by_history ON turns (user, answer, history, created);
 CREATE INDEX IF NOT EXISTS by_state ON turns (state, created);
 CREATE INDEX IF NOT EXISTS by_session ON turns (session);
+CREATE INDEX IF NOT EXISTS by_user ON turns (user, state, created);  -- for the page
 CREATE VIEW IF NOT EXISTS readable AS SELECT
   id, session, user, created, state, step, reason, answer, history, asked, confirmed,
   {pieces.as_list(pieces.NESTED.format("messages"))} AS messages, text, {NEXT} AS next_messages,
@@ -286,6 +287,7 @@ def pending(db: sqlite3.Connection) -> int:
 NEUTRAL = "neutral: the next message says nothing about the answer"
 ALONE = "no next message came"
 LAST = "the session is over, by its header"
+LEFT_OUT = "left out by hand"
 UNTRAINED = "this key is not trained on"
 UNREADABLE = "its row is damaged"
 NOTHING = "nothing to learn from"
@@ -370,6 +372,16 @@ def mark_trained(db: sqlite3.Connection, turn_ids: list[str], step: int) -> None
 
 def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
     db.execute(f"UPDATE turns SET state = 'dropped', reason = ? WHERE {THESE}", (reason, json.dumps(turn_ids)))
+
+
+def leave_out(db: sqlite3.Connection, session: str, user: str | None) -> int:
+    """Drop the turns of a conversation that are not trained on yet, of one user or whoever's it is; how many."""
+    marks = ", ".join("?" * len(REVIVED))
+    return db.execute(
+        "UPDATE turns SET state = 'dropped', reason = ? WHERE session = ? AND (? IS NULL OR user = ?) AND "
+        f"(state IN ('waiting', 'judging', 'queued') OR state = 'dropped' AND reason IN ({marks}))",
+        (LEFT_OUT, session, user, user, *REVIVED),
+    ).rowcount
 
 
 def owner_of(db: sqlite3.Connection, user: str) -> str:

@@ -1,0 +1,305 @@
+// The page: everything on it is text from /web/..., put in by `append` and `textContent` alone, never as HTML.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+const signed = (n) => (n > 0 ? "+" : "") + n;
+let now = null; // what /web/events said last
+
+/** An element with these properties and children; strings become text. */
+function el(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children.filter((child) => child !== null));
+  return made;
+}
+
+// ---- talking to the server ----
+
+/** Ask for a key, once at a time. */
+let asking = null;
+function askForKey() {
+  asking ??= new Promise((done) => {
+    $("ask").showModal();
+    $("ask").onclose = () => {
+      sessionStorage.setItem("key", $("key").value.trim());
+      asking = null;
+      done();
+    };
+  });
+  return asking;
+}
+
+/** fetch, with the key in its header; an Error with what the server says against it. */
+async function call(path, body) {
+  for (;;) {
+    const key = sessionStorage.getItem("key");
+    const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    const options = body === undefined ? { headers } : { headers, method: "POST", body: JSON.stringify(body) };
+    const reply = await fetch(path, options);
+    if (reply.status === 401) await askForKey();
+    else if (reply.ok) return reply;
+    else throw new Error((await reply.json().catch(() => null))?.error?.message ?? `${path}: ${reply.status}`);
+  }
+}
+const read = async (path) => (await call(path)).json();
+
+let saidAt = 0;
+function say(text) {
+  $("said").textContent = text;
+  $("said").hidden = false;
+  const mine = (saidAt = Date.now());
+  setTimeout(() => saidAt === mine && ($("said").hidden = true), 6000);
+}
+
+/** Do what a button says, and tell how it ended. */
+async function act(path, body) {
+  try {
+    say((await (await call(path, body)).json()).done ?? "Noted.");
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+/** Server-sent events by fetch: an EventSource could not send the key. */
+async function* events(path) {
+  const reader = (await call(path)).body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = ""; ; ) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (text + value).split("\n\n");
+    text = parts.pop();
+    for (const part of parts) if (part.startsWith("data: ")) yield JSON.parse(part.slice(6));
+  }
+}
+
+// ---- at a glance ----
+
+function showGlance() {
+  const queued = now.turns.queued ?? 0;
+  const size = now.batch_size;
+  document.title = `step ${now.step} · ${now.model}`;
+  $("model").textContent = `${now.model} (${now.folder})`;
+  $("step").textContent = `step ${now.step}`;
+  $("training").textContent = now.stepping ? "a step is running" : `training ${now.training.split(":")[0]}`;
+  $("training").className = "badge " + (now.training === "on" ? "good" : "bad");
+  $("swap").textContent = now.pause_s ? `the last swap paused streams for ${now.pause_s.toFixed(2)} s` : "";
+  $("batch").max = size;
+  $("batch").value = Math.min(queued, size);
+  $("until").textContent = `${Math.min(queued, size)} of ${size} turns until the next step`;
+  $("why").textContent = now.why;
+  $("orders").hidden = !now.admin;
+  const steps = [...new Set([...now.checkpoints, 0])].sort((a, b) => b - a);
+  if ($("checkpoint").dataset.steps !== steps.join()) {
+    $("checkpoint").replaceChildren(...steps.map((s) => el("option", { value: s }, s ? `step ${s}` : "the start")));
+    $("checkpoint").dataset.steps = steps.join();
+  }
+  const total = Object.values(now.turns).reduce((a, b) => a + b, 0);
+  $("total").textContent = `${total.toLocaleString()} turns`;
+  const row = (name, n) => el("tr", {}, el("td", {}, n.toLocaleString()), el("td", {}, name));
+  const byCount = (counts) => Object.entries(counts).sort((a, b) => b[1] - a[1]);
+  $("counts").lastElementChild.replaceChildren(
+    ...byCount(now.turns).map(([state, n]) => row(state, n)),
+    ...byCount(now.dropped).map(([reason, n]) => row(`dropped: ${reason}`, n)),
+  );
+}
+
+for (const button of document.querySelectorAll("[data-order]")) {
+  button.onclick = () => {
+    const order = button.dataset.order;
+    const step = Number($("checkpoint").value);
+    const sure = "The steps after it are undone, and their turns are dropped. Roll back?";
+    if (order !== "rollback" || confirm(sure)) act(`/admin/${order}`, order === "rollback" ? { step } : {});
+  };
+}
+
+// ---- curves ----
+
+const color = (name) => () => getComputedStyle(document.documentElement).getPropertyValue(name);
+const plots = {};
+
+/** A curve in the element with this id; for `time` x is in seconds, and `marks` are vertical lines. */
+function plot(id, x, y, { time = false, marks = [], range } = {}) {
+  const box = $(id);
+  box.closest("figure").hidden = !y.some((value) => value != null);
+  const height = id === "pleased" ? 200 : 150;
+  if (!plots[id]) {
+    const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 }, font: "11px system-ui" };
+    const drawMarks = (u) => {
+      u.ctx.strokeStyle = color("--accent")();
+      u.ctx.globalAlpha = 0.35;
+      for (const mark of u.marks ?? []) {
+        const at = Math.round(u.valToPos(mark, "x", true));
+        if (at >= u.bbox.left && at <= u.bbox.left + u.bbox.width) u.ctx.strokeRect(at, u.bbox.top, 0, u.bbox.height);
+      }
+      u.ctx.globalAlpha = 1;
+    };
+    const around = (u, first, last) => [first, Math.max(last, first + 1, ...(u.marks ?? []))];
+    const line = { stroke: color("--accent"), width: 2, points: { size: 5 }, label: "" };
+    plots[id] = new uPlot(
+      { width: box.clientWidth, height, legend: { show: false }, hooks: { drawAxes: [drawMarks] },
+        scales: { x: time ? { time, range: around } : { time }, y: range ? { range } : {} }, series: [{}, line], axes: [axis, { ...axis, size: 46 }] },
+      [[], []], box,
+    );
+    new ResizeObserver(() => plots[id].setSize({ width: box.clientWidth, height })).observe(box);
+  }
+  plots[id].marks = marks;
+  plots[id].setData([x, y]);
+}
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const plotted of Object.values(plots)) plotted.redraw(false, true);
+});
+
+async function showCurves() {
+  const { pleased, steps } = await read("/web/curves");
+  const of = (name) => steps.map((s) => s[name] ?? null);
+  const percent = pleased.map(([, share]) => 100 * share);
+  plot("pleased", pleased.map(([at]) => at), percent, { time: true, marks: of("time"), range: [0, 100] });
+  plot("probe_kl", of("step"), of("probe_kl"));
+  const length = now.admin ? "length" : "probe_length";
+  $("of_length").textContent = now.admin ? "Length of answers, tokens" : "Length of answers to fixed prompts, tokens";
+  plot("length", of("step"), of(length));
+  plot("dlogp", of("step"), of("dlogp"));
+}
+
+// ---- turns ----
+
+const MOST = 300; // cards, of turns that come in live
+const cards = new Map(); // number of a turn -> its card, with what it shows in `data`
+
+const said = (role, text) => el("div", { className: `said ${role}` }, text);
+
+function card(turn) {
+  const verdictOf = ({ score, votes, source, confidence }) =>
+    `${signed(score)} by ${source === "judge" ? "the judge" : "a person"} (votes ${votes.map(signed).join(" ")}, ` +
+    `${Math.round(100 * confidence)} % sure)`;
+  const versions = turn.versions.map(([version]) => version);
+  const weights = `weights ${[...new Set(versions)].join(", ")}`;
+  const outcome = turn.state === "trained" ? `trained on in step ${turn.step}` : turn.state;
+  const style = { trained: "good", dropped: "bad" }[turn.state] ?? "";
+  const late = turn.late_feedback.map((l) => el("div", { className: "verdict quiet" }, `too late: ${signed(l.score)} ${l.text}`));
+  const words = el("input", { placeholder: "what should it have said or done?", required: true, maxLength: 2000 });
+  const correct = el("form", { hidden: true }, words, el("button", {}, "Send"));
+  const rate = (score, text = "") =>
+    act("/v1/feedback", { completion_id: turn.id, score, text }).then(() => (correct.hidden = true));
+  correct.onsubmit = (event) => (event.preventDefault(), words.blur(), rate(-1, words.value));
+  const opened = el("div", { className: "tokens", hidden: true });
+  const button = (name, onclick, title = "") => el("button", { onclick, title }, name);
+  const made = el("article", { className: "turn" },
+    el("div", { className: "bar quiet" },
+      el("span", {}, new Date(1000 * turn.created).toLocaleString()),
+      el("button", { className: "link", onclick: () => filter("user", turn.user) }, turn.user),
+      el("button", { className: "link", onclick: () => filter("session", turn.session) }, turn.session),
+      el("span", {}, `${turn.prompt_tokens} + ${turn.tokens} tokens, ${weights}`),
+      el("span", { className: `badge outcome ${style}` }, outcome),
+      turn.reason ? el("span", { className: "reason" }, turn.reason) : null),
+    ...turn.request.map((m) => said(m.role, m.text)),
+    said("assistant", turn.pruned ? "(removed, by --keep_days)" : turn.answer || "(empty)"),
+    ...turn.next.map((m) => said(m.role, m.text)),
+    turn.score === null ? null : el("div", { className: `verdict ${{ 1: "good", "-1": "bad" }[turn.score] ?? ""}` },
+      `verdict ${verdictOf(turn)}`),
+    turn.no_rl ? el("div", { className: "verdict quiet" }, `its score can't be trained on: ${turn.no_rl}`) : null,
+    ...turn.hints.slice(0, 1).map((hint) => el("div", { className: "verdict" }, `hint: ${hint} (${turn.hinted_by})`)),
+    ...late,
+    el("div", { className: "bar" },
+      button("Good", () => rate(1)),
+      button("Bad", () => rate(-1)),
+      button("Correct…", () => ((correct.hidden = !correct.hidden), words.focus())),
+      button("Leave out", () => act("/web/leave_out", { session: turn.session }),
+        "This conversation's answers so far that are not trained on yet will not be trained on."),
+      button("Tokens", () => showTokens(opened, turn)),
+      correct),
+    opened);
+  made.data = JSON.stringify(turn);
+  return made;
+}
+
+/** Control characters as their escapes. */
+const visible = (text) => text.replace(/\p{Cc}/gu, (c) => JSON.stringify(c).slice(1, -1));
+
+/** Each token with its log-prob; a mark where the weights changed. */
+async function showTokens(box, turn) {
+  box.hidden = !box.hidden;
+  if (box.hidden || box.childElementCount) return;
+  try {
+    const { tokens, logprobs, versions } = await read(`/web/turns/${turn.number}`);
+    const begins = new Map(versions.map(([version, start]) => [start, version]));
+    tokens.forEach((text, at) => {
+      if (begins.has(at)) box.append(el("span", { className: "version" }, `weights ${begins.get(at)}`));
+      const token = el("span", { className: "token" }, visible(text), el("small", {}, logprobs[at].toFixed(2)));
+      token.style.background = `color-mix(in srgb, var(--bad) ${Math.min(60, -8 * logprobs[at])}%, transparent)`;
+      box.append(token);
+    });
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+const asked = () => new URLSearchParams(new FormData($("filters")));
+
+/** Put turns into the list: a card that shows the same stays, and so does one that somebody writes in or has opened. */
+function put(turns, append) {
+  for (const turn of turns) {
+    const old = cards.get(turn.number);
+    const busy = old && [...old.querySelectorAll("form, .tokens")].some((part) => !part.hidden);
+    if (old && (busy || old.data === JSON.stringify(turn))) continue;
+    const made = card(turn);
+    cards.set(turn.number, made);
+    if (old) old.replaceWith(made);
+    else if (append) $("turns").append(made);
+    else {
+      const after = [...$("turns").children].find((other) => JSON.parse(other.data).created < turn.created);
+      $("turns").insertBefore(made, after ?? null);
+      if (cards.size > MOST) {
+        cards.delete(JSON.parse($("turns").lastElementChild.data).number);
+        $("turns").lastElementChild.remove();
+      }
+    }
+  }
+}
+
+async function showTurns() {
+  const query = asked();
+  const turns = await read(`/web/turns?${query}`);
+  if (`${query}` === `${asked()}`) put(turns);
+}
+
+async function refilter() {
+  cards.clear();
+  $("turns").replaceChildren();
+  await showTurns().catch((error) => say(error.message));
+}
+function filter(name, value) {
+  $("filters").elements[name].value = value;
+  refilter();
+}
+$("filters").onchange = refilter;
+$("filters").onsubmit = (event) => event.preventDefault();
+$("filters").onreset = () => setTimeout(refilter);
+$("older").onclick = async () => {
+  const last = $("turns").lastElementChild;
+  const query = asked();
+  if (last) query.set("before", JSON.parse(last.data).created);
+  put(await read(`/web/turns?${query}`), true);
+};
+
+// ---- live ----
+
+async function live() {
+  for (;;) {
+    try {
+      for await (const event of events("/web/events")) {
+        const before = now;
+        now = event;
+        showGlance();
+        if (before?.version !== now.version) await showTurns();
+        if (!before || before.version !== now.version || before.step !== now.step) await showCurves();
+      }
+    } catch (error) {
+      console.warn(error);
+    }
+    $("why").textContent = "No connection to the program: trying again.";
+    now = null;
+    await sleep(2000);
+  }
+}
+live();

@@ -1,0 +1,136 @@
+"""The page at `/`: its files, which hold no data, and what it reads, behind the same keys as /status.
+
+A user's key sees that user's turns. The page's buttons use POST /v1/feedback, /admin/COMMAND and /web/leave_out."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from durable import journal
+from program import Program
+from server import openai_error, sees_all
+from web import turns
+from web.why import why_nothing
+
+HERE = Path(__file__).parent
+FILES = {"/": "page.html", "/web/page.js": "page.js", "/web/page.css": "page.css"}
+FILES |= {"/web/uPlot.js": "uPlot.iife.min.js", "/web/uPlot.css": "uPlot.min.css"}
+HEADERS = {
+    # Own files alone, and no script or style inside the page: a conversation's text can't run.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+EVERY = 1.0  # seconds between two looks for something new
+RECENT = 20  # newest turns that say why nothing is training
+
+
+def glance(p: Program, db: Any, user: str | None) -> dict[str, Any]:
+    """What the page shows at a glance, and what `why_nothing` is answered from. In a thread."""
+    failing = p.judge_health.failing
+    newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, RECENT, user=user))
+    now = {
+        "model": p.config.name,
+        "folder": Path(p.config.model).name or "SmolLM2-135M-Instruct",
+        "step": p.state.step,
+        "training": p.training,
+        "stepping": p.stepping.locked(),
+        "batch_size": p.config.batch_size,
+        "judge_error": p.judge_health.error if failing else "",
+        "disk_full": not journal.has_disk_space(db),
+        "turns": journal.counts(db, user),
+        "dropped": journal.drop_reasons(db, user),
+        "newest": [dict(r) for r in newest],
+        "checkpoints": journal.checkpoints(db) if user is None else [],
+        "pause_s": p.pause[1] - p.pause[0],
+        "admin": user is None,
+        # It changes with each write of another connection.
+        "version": db.execute("PRAGMA data_version").fetchone()[0],
+    }
+    return now | {"why": why_nothing(now)}
+
+
+def whose(request: Request) -> str | None:
+    """Whose turns a request may see; None: everybody's."""
+    user = request.scope["state"]["user"]
+    return None if sees_all(user) else user.name
+
+
+def routes(p: Program) -> list[Route]:
+    path = Path(p.config.out) / "journal.db"
+    reading = ThreadPoolExecutor(1, "page")  # one: what pages read takes no more than this from serving
+
+    async def in_thread(read: Callable, *args: Any, **kwargs: Any) -> Any:
+        def run() -> Any:
+            with closing(turns.connect(path)) as db:
+                return read(db, *args, **kwargs)
+
+        return await asyncio.get_running_loop().run_in_executor(reading, run)
+
+    async def events(request: Request) -> StreamingResponse:
+        user = whose(request)
+
+        async def stream() -> AsyncIterator[str]:
+            last, silent = None, 0
+            with closing(turns.connect(path)) as db:
+                while not p.state.stopping.is_set():
+                    now = await asyncio.get_running_loop().run_in_executor(reading, glance, p, db, user)
+                    silent = 0 if now != last else silent + 1
+                    if now != last:
+                        yield f"data: {json.dumps(now)}\n\n"
+                    elif silent % 15 == 0:
+                        yield ": nothing new\n\n"
+                    last = now
+                    await asyncio.sleep(EVERY)
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers=HEADERS)
+
+    async def listed(request: Request) -> Response:
+        asked, user = request.query_params, whose(request)
+        where = {name: asked.get(name) or None for name in ("user", "session", "state")}
+        where["user"] = where["user"] if user is None else user
+        try:
+            where["before"] = float(asked.get("before") or 0)
+        except ValueError:
+            return openai_error(400, "before: expected a time in seconds")
+        if where["state"] not in (None, *turns.STATES):
+            return openai_error(400, f"state: expected one of {', '.join(turns.STATES)}")
+        return JSONResponse(await in_thread(turns.listed, **where), headers=HEADERS)
+
+    async def tokens(request: Request) -> Response:
+        number, user = request.path_params["number"], whose(request)
+        found = await in_thread(turns.tokens, p.state.tokenizer, number, user)
+        return JSONResponse(found, headers=HEADERS) if found else openai_error(404, f"no turn {number} of yours")
+
+    async def curves(request: Request) -> JSONResponse:
+        user = whose(request)
+        steps = lambda db: turns.steps(path.with_name("metrics.jsonl"), user is None)  # noqa: E731
+        found = {"pleased": await in_thread(turns.pleased, user), "steps": await in_thread(steps)}
+        return JSONResponse(found, headers=HEADERS)
+
+    async def leave_out(request: Request) -> Response:
+        try:
+            session = str(json.loads(await request.body())["session"])
+        except (ValueError, KeyError, TypeError):
+            return openai_error(400, 'expected {"session": ...}')
+        count = await journal.patiently(journal.leave_out, p.db, session, whose(request))
+        return JSONResponse({"done": f"{count} answers of this conversation will not be trained on"})
+
+    return [
+        *[Route(at, lambda _, name=name: FileResponse(HERE / name, headers=HEADERS)) for at, name in FILES.items()],
+        Route("/web/events", events),
+        Route("/web/turns", listed),
+        Route("/web/turns/{number:int}", tokens),
+        Route("/web/curves", curves),
+        Route("/web/leave_out", leave_out, methods=["POST"]),
+    ]

@@ -1,0 +1,127 @@
+"""What the page reads of the journal: bounded work for each request, however many turns there are.
+
+All of it runs in a thread, on a connection that can't write."""
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from clients.sessions import last_request, words_of
+from durable import journal, pieces
+
+STATES = ("waiting", "judging", "queued", "training", "trained", "dropped")
+AT_ONCE = 30  # turns in an answer
+SCORED_AMONG = 5000  # newest turns, for the share of pleased replies
+POINTS = 100  # of a curve
+LAST_MESSAGES, LONGEST = 6, 32 << 10  # of a request that are looked at, and the letters of one
+SHOWN = 4000  # letters of a text
+TOKENS = 2000  # of an answer
+METRICS = 2 << 20  # bytes of metrics.jsonl, from its end
+COLUMNS = """number, id, session, user, created, state, step, reason, score, votes, confidence, hints, hinted_by,
+  source, no_rl, late_feedback, versions, prompt_tokens, messages, next_messages, template IS NULL AS pruned"""
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """For any thread, one at a time."""
+    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+    db.row_factory = sqlite3.Row
+    return db
+
+
+def newest(db: sqlite3.Connection, limit: int, **where: Any) -> str:
+    """The numbers of the newest turns, as a JSON list. `where`: user, session, state and before (a time), each may be
+    None. Of each state the newest ones are read from an index, then the newest of these are taken."""
+    user, session, state, before = (where.get(name) for name in ("user", "session", "state", "before"))
+    values = {"user": user, "session": session, "before": before or 1e12, "limit": limit}
+    if session:
+        from_index = "INDEXED BY by_session WHERE session = :session AND (:user IS NULL OR user = :user)"
+    else:
+        from_index = "INDEXED BY by_state WHERE 1" if user is None else "INDEXED BY by_user WHERE user = :user"
+    each = (
+        f"SELECT * FROM (SELECT number, created FROM turns {from_index} AND state = '{name}' AND created < :before "
+        "ORDER BY created DESC LIMIT :limit)"
+        for name in STATES
+        if state in (None, name)
+    )
+    found = db.execute(f"SELECT number FROM ({' UNION ALL '.join(each)}) ORDER BY created DESC LIMIT :limit", values)
+    return json.dumps([r["number"] for r in found])
+
+
+def rows(db: sqlite3.Connection, columns: str, numbers: str) -> list[sqlite3.Row]:
+    where = "number IN (SELECT value FROM json_each(?)) ORDER BY created DESC"
+    return db.execute(f"SELECT {columns} FROM turns WHERE {where}", (numbers,)).fetchall()
+
+
+def listed(db: sqlite3.Connection, **where: Any) -> list[dict[str, Any]]:
+    """The newest turns, newest first, as the page shows them."""
+    found = []
+    for row in rows(db, COLUMNS, newest(db, AT_ONCE, **where)):
+        turn = dict(row)
+        for name in ("votes", "hints", "late_feedback", "versions"):
+            turn[name] = json.loads(row[name] or "[]")
+        turn["tokens"] = sum(end - start for _, start, end in turn["versions"])
+        lists = json.loads(turn.pop("messages"))[-2:]
+        ids = [i for each in pieces_of(db, lists) for i in each]
+        sent = pieces_of(db, ids[-LAST_MESSAGES:])
+        last = len(sent) - 1 if sent and sent[-1].get("role") == "tool" else last_request(sent)
+        turn["request"] = [shown(m) for m in (sent[-1:] if last is None else sent[last : last + 1])]
+        turn["next"] = [shown(m) for m in pieces_of(db, json.loads(turn.pop("next_messages") or "[]")[-LAST_MESSAGES:])]
+        text = db.execute(f"SELECT substr(text, 1, {SHOWN}) FROM answers WHERE number = ?", (row["number"],))
+        (turn["answer"],) = text.fetchone()
+        found.append(turn)
+    return found
+
+
+def pieces_of(db: sqlite3.Connection, ids: list[int]) -> list[Any]:
+    """Of these ids, in their order; of a very long message the beginning."""
+    begins = f"'role', json_extract(data, '$.role'), 'content', substr(json_extract(data, '$.content'), 1, {SHOWN})"
+    one = f"SELECT iif(length(data) <= {LONGEST}, data, json_object({begins})) FROM pieces WHERE id = ?"
+    return [json.loads(db.execute(one, (i,)).fetchone()[0]) for i in ids]
+
+
+def shown(message: dict) -> dict[str, str]:
+    calls = [f"[calls {call['function']['name']}]" for call in message.get("tool_calls") or []]
+    return {"role": message["role"], "text": " ".join([words_of(message), *calls])[:SHOWN]}
+
+
+def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: int, user: str | None) -> dict | None:
+    """The tokens of an answer, their log-probs and weight versions; None where there is no such turn of this user."""
+    row = db.execute(
+        "SELECT versions, response_ids, logprobs FROM turns JOIN answers USING (number) "
+        "WHERE number = ?1 AND (?2 IS NULL OR user = ?2)",
+        (number, user),
+    ).fetchone()
+    if row is None:
+        return None
+    ids, logprobs = (
+        np.frombuffer(pieces.unpacked(row[name]), dtype)[:TOKENS].tolist() for name, dtype in journal.AS_BYTES.items()
+    )
+    texts = [tokenizer.decode([i]) for i in ids]
+    return {"tokens": texts, "logprobs": logprobs, "versions": json.loads(row["versions"])}
+
+
+def pleased(db: sqlite3.Connection, user: str | None) -> list[tuple[float, float, int]]:
+    """Of the newest answers, in groups of equal size in the order of their time: when, the share of pleased replies
+    among those that were pleased or not, and how many those are."""
+    found = rows(db, "created, score", newest(db, SCORED_AMONG, user=user))
+    scored = [(r["created"], r["score"] > 0) for r in reversed(found) if r["score"]]
+    size = max(1, min(10, len(scored) // 5), -(-len(scored) // POINTS))
+    groups = [scored[at : at + size] for at in range(0, len(scored), size)]
+    return [(sum(t for t, _ in g) / len(g), sum(good for _, good in g) / len(g), len(g)) for g in groups]
+
+
+def steps(path: Path, everybodys: bool) -> list[dict[str, float]]:
+    """The last steps of metrics.jsonl, thinned out; what comes from other users' turns is left out for one user."""
+    names = ("step", "time", "probe_kl", "probe_length", "pause_s")
+    names += ("reward", "length", "dlogp") if everybodys else ()
+    if not path.exists():
+        return []
+    with open(path, "rb") as f:
+        f.seek(begin := max(0, path.stat().st_size - METRICS))
+        lines = f.read().decode().splitlines()[1 if begin else 0 :]
+    kept = lines[:: -(len(lines) // (5 * POINTS) + 1)][::-1]
+    return [{name: row[name] for name in names} for row in map(json.loads, kept)]

@@ -1,0 +1,61 @@
+"""Why nothing is training, in one sentence."""
+
+from collections import Counter
+from typing import Any
+
+from durable import journal
+
+# What the beginning of a turn's reason comes to, for a person.
+CAUSES = (
+    (journal.NEUTRAL, "the next message said nothing about the answer (neutral)"),
+    (journal.ALONE, "no next message came"),
+    (journal.NO_HINT, "it was sampled in a way that can't be trained on, and there is no hint"),
+    ("side request", "it was a side request: the client's own, not a person's"),
+    ("stale", "it was stale: its weights are too many steps old"),
+    ("the judge failed", "the judge failed on it"),
+    (journal.LEFT_OUT, "it was left out by hand"),
+)
+
+
+def why_nothing(now: dict[str, Any]) -> str:
+    """What training waits for. `now`: what /web/events sends, see `page.glance`; one user's, or everybody's."""
+    turns, training, size = now["turns"], now["training"], now["batch_size"]
+    waiting, judging, queued = (turns.get(state, 0) for state in ("waiting", "judging", "queued"))
+    if now["disk_full"] or training.startswith("waits: the disk is full"):
+        return "The disk is full: nothing more can be written down, so nothing is judged or trained on."
+    if training.startswith("paused"):
+        return f"Training is {training}. {queued} judged turns wait for it."
+    if training.startswith("stopped"):
+        guard = " by the guard" if "in a row reverted" in training else ""
+        return f"Training is stopped{guard}{training.removeprefix('stopped')}"
+    if training == "off":
+        return "Training has ended: --steps of them are done."
+    if now["stepping"]:
+        return "A step is running."
+    if now["judge_error"] and judging:
+        return f"The judge is down, and {judging} turns wait for it: {now['judge_error']}"
+    if queued >= size:
+        return "The next step is about to begin."
+    if queued:
+        return f"Waiting for the batch: {queued} of {size} turns until the next step."
+    if judging:
+        return f"The judge is reading {judging} turns."
+    return why_no_evidence(waiting, now["newest"])
+
+
+def why_no_evidence(waiting: int, newest: list[dict[str, Any]]) -> str:
+    """Where nothing waits for the judge or the trainer. `newest`: turns with their state, reason and no_rl."""
+    if not newest:
+        return "Nothing has been asked yet."
+    dropped = [turn for turn in newest if turn["state"] == "dropped"]
+    open_ones = f"No next message yet: {waiting} answers wait for what the person says next."
+    if not dropped:
+        return open_ones if waiting else "All turns are trained on: the next step waits for new ones."
+    reason, count = Counter(cause(turn) for turn in dropped).most_common(1)[0]
+    became = f"Of the last {len(newest)} answers {count} can't be trained on: {reason}."
+    return f"{open_ones} {became}" if waiting else became
+
+
+def cause(turn: dict[str, Any]) -> str:
+    said = next((said for begins, said in CAUSES if turn["reason"].startswith(begins)), turn["reason"])
+    return f"{said} ({turn['no_rl']})" if turn["reason"] == journal.NO_HINT else said
