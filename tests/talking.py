@@ -1,6 +1,7 @@
 """Talk to a running program, and read its journal."""
 
 import asyncio
+import json
 import sqlite3
 import time
 from contextlib import closing
@@ -63,3 +64,11 @@ async def rated(program, question, score=1, text="", **options):
     headers = {"Authorization": f"Bearer {program.key or 'none'}"}
     httpx.post(f"{program.url}/v1/feedback", json=body, headers=headers, timeout=30).raise_for_status()
     return reply.id
+
+
+def glance(program, key="none"):
+    """What the page shows at a glance: the first event of its stream."""
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.stream("GET", f"{program.url}/web/events", headers=headers, timeout=30) as reply:
+        reply.raise_for_status()
+        return json.loads(next(line for line in reply.iter_lines() if line.startswith("data: "))[6:])

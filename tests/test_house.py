@@ -14,7 +14,7 @@ from durable import admin
 from evaluation import talk
 from tests.conftest import ROOT
 
-FOLDERS = (".", "machine", "durable", "clients", "evaluation")
+FOLDERS = (".", "machine", "web", "durable", "clients", "evaluation")
 SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).glob("*.py"))]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PURE_MATHS = ("grpo.py", "distill.py")  # a loss keeps its explicit floats

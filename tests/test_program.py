@@ -27,7 +27,7 @@ from durable import journal
 from durable.errors import UsageError
 from durable.model import model_folder
 from tests.conftest import ROOT, alive, descendants
-from tests.talking import ALICE, BOB, ask, client, rated, rows, until, user
+from tests.talking import ALICE, BOB, ask, client, glance, rated, rows, until, user
 
 # ---- capture ----
 
@@ -435,6 +435,7 @@ async def test_broken_steps_are_taken_back_and_the_judge_is_down(fresh):
     after = await ask(client(program, "k"), [user("how are you?")], **answer)
     assert program.status()["step"] == 0 and program.metrics() == []
     assert after.choices[0].message.content == before.choices[0].message.content, "serving never noticed"
+    assert glance(program, "k")["why"].startswith("Training is stopped by the guard: 3 steps in a row reverted, ")
 
     for i in range(8):
         reply = await ask(client(program, "k"), [user(f"question {i}")])
@@ -444,6 +445,10 @@ async def test_broken_steps_are_taken_back_and_the_judge_is_down(fresh):
     assert [r["state"] for r in waiting] == ["judging"] * 6 + ["dropped"] * 2
     assert "more than 6 turns wait" in waiting[-1]["reason"] and all(r["score"] is None for r in waiting)
     await until(lambda: "no verdict from the judge" in program.log())
+    admin = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
+    httpx.post(f"{program.url}/admin/resume", json={}, headers=admin).raise_for_status()
+    why = glance(program, "k")["why"]
+    assert why.startswith("The judge is down, and 6 turns wait for it: no verdict from the judge"), why
 
 
 async def test_what_teaches_nothing_takes_no_step_and_a_cold_turn_learns_from_its_hint(fresh):

@@ -22,7 +22,7 @@ import pytest
 
 from durable import journal
 from tests.conftest import ROOT, Program, alive, descendants, free_port, make_tiny_model
-from tests.talking import ask, client, query, rated, rows, until, user
+from tests.talking import ask, client, glance, query, rated, rows, until, user
 
 
 def engine_processes(program):
@@ -112,6 +112,7 @@ async def test_a_full_disk(tiny_model, small_disk):
             with pytest.raises(openai.APIStatusError, match="disk is full") as error:
                 await ask(client(program, "none"), [user("three")])
             assert error.value.status_code == 507
+            assert glance(program)["why"].startswith("The disk is full: ")
             assert httpx.get(f"{program.url}/status").status_code == 200 and program.process.poll() is None
         (small_disk / "ballast").unlink()
         for reply in (one, two):

@@ -1,0 +1,304 @@
+"""The page: in a real browser where there is one, and over HTTP; and the sentence that says why nothing is training."""
+
+import json
+import re
+import shutil
+
+import httpx
+import pytest
+from playwright.async_api import async_playwright, expect
+
+from durable import guard, journal
+from tests.conftest import ROOT
+from tests.records import GOOD, turn
+from tests.talking import ALICE, BOB, ask, client, glance, query, rated, rows, until, user
+from web import turns
+from web.why import why_nothing
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed: apt-get install chromium")
+ATTACK = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\"> too long, be brief"
+
+
+@pytest.fixture
+async def browser():
+    """Every error on the page, and everything that its policy had to stop, fails the test."""
+    async with async_playwright() as playwright:
+        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = await chromium.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(20_000)
+        wrong = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+        page.on("dialog", lambda dialog: dialog.accept())
+        yield page
+        await chromium.close()
+    assert [text for text in wrong if not re.search(r"status of (401|409)|net::ERR_", text)] == []
+
+
+def admin_key(program):
+    return (program.out / "admin_key").read_text().strip()
+
+
+def get(program, path, key="none", **options):
+    return httpx.get(program.url + path, headers={"Authorization": f"Bearer {key}"}, timeout=30, **options)
+
+
+def post(program, path, body, key="none", **headers):
+    return httpx.post(program.url + path, json=body, headers={"Authorization": f"Bearer {key}", **headers}, timeout=60)
+
+
+@needs_browser
+@pytest.mark.timeout(600)
+async def test_the_page_in_a_browser(fresh, browser):
+    """Without keys, on this machine: it fills, turns arrive live, a thumb changes a verdict, orders are obeyed."""
+    program = fresh(batch_size=2, save_every=1, lr=1e-4).wait_ready()
+    page = browser
+    await page.goto(program.url)
+    await expect(page.locator("#why")).to_have_text("Nothing has been asked yet.")
+    reply = await ask(client(program, "none"), [user("Why is the sky blue?")])
+    card = page.locator(".turn")  # it arrives live
+    await expect(card.locator(".said.user")).to_have_text("Why is the sky blue?")
+    await expect(page.locator("#why")).to_contain_text("No next message yet: 1 answers wait")
+
+    await card.get_by_role("button", name="Bad").click()
+    await expect(card.locator(".verdict").first).to_contain_text("verdict -1 by a person")
+    await expect(page.locator("#until")).to_have_text("1 of 2 turns until the next step")
+    await card.get_by_role("button", name="Good").click()
+    await expect(card.locator(".verdict").first).to_contain_text("verdict +1 by a person")
+    await card.get_by_role("button", name="Correct…").click()
+    await card.get_by_role("textbox").fill("Answer in one short sentence, please.")
+    await card.get_by_role("button", name="Send").click()
+    await expect(card).to_contain_text("hint: Answer in one short sentence, please. (own words)")
+    assert rows(program, "id = ?", reply.id)[0]["hints"] == '["Answer in one short sentence, please."]'
+
+    await page.get_by_role("button", name="Pause").click()
+    await expect(page.locator("#why")).to_contain_text("Training is paused by the admin. 1 judged turns wait for it.")
+    await rated(program, "and the sea?")
+    await expect(page.locator("#until")).to_have_text("2 of 2 turns until the next step")
+    assert program.status()["step"] == 0, "pause stops the next step"
+    await page.get_by_role("button", name="Resume").click()
+    await expect(page.locator("#step")).to_have_text("step 1")
+    await expect(page.locator(".outcome").first).to_have_text("trained on in step 1")
+    await expect(page.locator("#pleased canvas")).to_be_visible()
+    await rated(program, "only one")
+    await expect(page.locator("#why")).to_have_text("Waiting for the batch: 1 of 2 turns until the next step.")
+    await page.get_by_role("button", name="Train now").click()
+    await expect(page.locator("#step")).to_have_text("step 2")
+
+    await page.locator(".turn").first.get_by_role("button", name="Tokens").click()
+    seen = await page.locator(".turn").first.locator(".token small").all_inner_texts()
+    assert len(seen) == 12 and all(float(logprob) < 0 for logprob in seen)
+    await expect(page.locator(".turn").first.locator(".version")).to_have_text("weights 1")
+
+    await page.select_option("#checkpoint", "1")
+    await page.locator("[data-order=rollback]").click()
+    await expect(page.locator("#step")).to_have_text("step 1")
+    await expect(page.locator("#counts")).to_contain_text("undone by a rollback to step #")
+
+    talk = [user(ATTACK)]
+    talk += [(await ask(client(program, "none"), talk)).choices[0].message, user(ATTACK)]
+    await ask(client(program, "none"), talk)
+    await expect(page.get_by_text("<script>document.title").first).to_be_visible()
+    assert await page.locator(".turn script, .turn img").count() == 0 and "taken" not in await page.title()
+
+    await page.select_option("select[name=state]", "trained")
+    await expect(page.locator(".turn")).to_have_count(2)
+    await page.get_by_role("button", name="Clear").click()
+    await expect(page.locator(".turn")).to_have_count(5)
+    session = rows(program)[-1]["session"]
+    await page.get_by_role("button", name=session).first.click()
+    await expect(page.locator(".turn")).to_have_count(2)
+    await page.locator(".turn").first.get_by_role("button", name="Leave out").click()
+    await expect(page.locator(".reason")).to_have_text(["left out by hand"] * 2)
+    assert {r["reason"] for r in rows(program, "session = ?", session)} == {"left out by hand"}
+
+    orders_without_a_key(program)
+    assert program.stop() < 15 and program.process.returncode == 0, "an open page does not hold up a stop"
+
+
+def orders_without_a_key(program):
+    """Where no key is needed, orders come from our own page alone, and `forget` needs the key."""
+    same = {"Sec-Fetch-Site": "same-origin"}
+    assert post(program, "/admin/pause", {}, **same).status_code == 200
+    assert post(program, "/admin/resume", {}, **same, Origin=program.url).status_code == 200
+    for headers in (
+        {},
+        {"Sec-Fetch-Site": "none"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {**same, "Host": "evil.example"},  # DNS rebinding: the browser takes this page for the server's own
+        {**same, "Origin": "http://evil.example"},
+        {**same, "X-Forwarded-For": "1.2.3.4"},
+    ):
+        assert post(program, "/admin/pause", {}, **headers).status_code == 403, headers
+    assert post(program, "/admin/forget", {"session": "x"}, **same).status_code == 403
+    assert glance(program)["training"] == "on"
+
+
+@pytest.mark.timeout(600)
+async def test_why_nothing_is_training(fresh):
+    """Each user has a turn that came to nothing for a reason of its own, and reads that one."""
+    names = ("open", "side", "cold", "stale", "fine")
+    program = fresh(batch_size=2, max_staleness=0, key=",".join(f"{n}:k-{n}" for n in names)).wait_ready()
+    why = lambda name: glance(program, f"k-{name}")["why"]  # noqa: E731
+    answer = lambda name, **options: ask(client(program, f"k-{name}"), [user("hello")], **options)  # noqa: E731
+    rate = lambda name, reply: post(  # noqa: E731
+        program, "/v1/feedback", {"completion_id": reply.id, "score": 1}, f"k-{name}"
+    ).raise_for_status()
+    assert why("open") == "Nothing has been asked yet."
+    await answer("open")
+    assert why("open") == "No next message yet: 1 answers wait for what the person says next."
+    await answer("side", extra_headers={"X-Turn-Type": "side"})
+    assert why("side").endswith("it was a side request: the client's own, not a person's.")
+    rate("cold", await answer("cold", temperature=0))
+    assert why("cold").endswith(
+        "it was sampled in a way that can't be trained on, and there is no hint (temperature 0 is below 0.3)."
+    )
+    old = await answer("stale")
+    rate("fine", await answer("fine"))
+    assert why("fine") == "Waiting for the batch: 1 of 2 turns until the next step."
+    rate("fine", await answer("fine"))
+    await until(lambda: program.status()["step"] == 1)
+    await until(lambda: why("fine") == "All turns are trained on: the next step waits for new ones.")
+    rate("stale", old)
+    await until(lambda: why("stale").endswith("it was stale: its weights are too many steps old."))
+    assert post(program, "/admin/pause", {}, admin_key(program)).status_code == 200
+    assert why("fine") == "Training is paused by the admin. 0 judged turns wait for it."
+
+
+def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
+    """The others: judge down and stopped by the guard in tests/test_program.py, disk full in tests/trials."""
+    db = journal.open_journal(tmp_path / "j.db")
+    idle = {"training": "on", "stepping": False, "batch_size": 4, "judge_error": "", "disk_full": False}
+
+    def why(**changes):
+        newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, 20))
+        return why_nothing(idle | {"turns": journal.counts(db), "newest": [dict(r) for r in newest]} | changes)
+
+    journal.record_turn(db, turn("t1"))
+    journal.record_next(db, "t1", [user("What is a cow?")])
+    assert why() == "The judge is reading 1 turns."
+    assert why(judge_error="Connection error.") == "The judge is down, and 1 turns wait for it: Connection error."
+    journal.record_verdict(db, "t1", journal.Verdict(0, [0], 0.9, [], "", "m", "judge"))
+    assert why().endswith("the next message said nothing about the answer (neutral).")
+    journal.record_turn(db, turn("t2", created=0.0))
+    assert why().startswith("No next message yet: 1 answers wait") and "neutral" in why()
+    journal.expire(db, 1)
+    journal.record_turn(db, turn("t3", created=1.0))
+    journal.expire(db, 1)
+    assert why() == "Of the last 3 answers 2 can't be trained on: no next message came."
+    assert why(training="waits: the disk is full").startswith("The disk is full") and why(disk_full=True) == why(
+        training="waits: the disk is full"
+    )
+    journal.record_turn(db, turn("t4"))
+    journal.record_verdict(db, "t4", GOOD)
+    assert why() == "Waiting for the batch: 1 of 4 turns until the next step."
+    assert why(stepping=True) == "A step is running." and why(training="off").startswith("Training has ended")
+    said = f"stopped: {guard.IN_A_ROW} steps in a row reverted, the last one: on the probe, nll is 9.00"
+    assert why(training=said).startswith("Training is stopped by the guard: 3 steps in a row reverted")
+
+
+async def test_who_sees_and_rates_what(program):
+    """The page's files need no key; its data does, and a user's key opens that user's turns alone."""
+    for path in ("/", "/web/page.js", "/web/page.css", "/web/uPlot.js", "/web/uPlot.css"):
+        reply = httpx.get(program.url + path)
+        policy = reply.headers["content-security-policy"]
+        assert (
+            reply.status_code == 200 and "default-src 'none'; script-src 'self';" in policy and "unsafe" not in policy
+        )
+    reply = await ask(client(program), [user("a secret of alice")])
+    (mine,) = rows(program, "id = ?", reply.id)
+    number = query(program, "SELECT number FROM turns WHERE id = ?", reply.id)[0]["number"]
+    for path in ("/web/events", "/web/turns", f"/web/turns/{number}", "/web/curves"):
+        assert get(program, path).status_code == 401
+    assert post(program, "/web/leave_out", {"session": mine["session"]}).status_code == 401
+    seen = {key: get(program, "/web/turns", key) for key in (ALICE, BOB, admin_key(program))}
+    assert [reply.id in [t["id"] for t in found.json()] for found in seen.values()] == [True, False, True]
+    asked_for = get(program, "/web/turns", BOB, params={"user": "alice", "session": mine["session"]})
+    assert asked_for.json() == []
+    opened = [get(program, f"/web/turns/{number}", key) for key in (ALICE, BOB, admin_key(program))]
+    assert [o.status_code for o in opened] == [200, 404, 200]
+    assert len(opened[0].json()["tokens"]) == len(opened[0].json()["logprobs"]) == 12
+    assert glance(program, BOB)["checkpoints"] == [] and not glance(program, BOB)["admin"]
+    assert sum(glance(program, admin_key(program))["turns"].values()) >= sum(glance(program, ALICE)["turns"].values())
+
+    rating = {"completion_id": reply.id, "score": -1}
+    assert post(program, "/v1/feedback", rating, BOB).status_code == 404
+    assert post(program, "/v1/feedback", rating, admin_key(program)).status_code == 200
+    assert query(program, "SELECT score, judge FROM turns WHERE id = ?", reply.id)[0]["judge"] == "admin"
+    for key, left_out in ((BOB, 0), (ALICE, 1)):
+        done = post(program, "/web/leave_out", {"session": mine["session"]}, key).json()["done"]
+        assert done == f"{left_out} answers of this conversation will not be trained on"
+    assert rows(program, "id = ?", reply.id)[0]["reason"] == journal.LEFT_OUT
+    assert get(program, "/web/turns?state=x", ALICE).status_code == 400
+    assert get(program, "/web/turns?before=x", ALICE).status_code == 400
+
+
+@needs_browser
+async def test_the_page_asks_for_a_key(program, browser):
+    await ask(client(program), [user("only alice reads this")])
+    await browser.goto(program.url)
+    await browser.get_by_label("API key").fill(ALICE)
+    await browser.get_by_role("button", name="Continue").click()
+    await expect(browser.get_by_text("only alice reads this").first).to_be_visible()
+    await expect(browser.locator("#orders")).to_be_hidden()
+    assert await browser.evaluate("sessionStorage.getItem('key')") == ALICE
+
+
+def test_the_list_is_read_from_indexes(tmp_path):
+    """Pages of 30 turns for each filter, newest first, and no query that reads all turns or sorts them."""
+    path = tmp_path / "j.db"
+    db = journal.open_journal(path)
+    for k in range(100):
+        journal.record_turn(db, turn(f"t{k}", user=("alice", "bob")[k % 2], session=f"s{k % 4}", created=float(k)))
+    journal.drop(db, [f"t{k}" for k in range(0, 100, 3)], journal.NEUTRAL)
+    db = turns.connect(path)
+    found = []
+    while page := turns.listed(db, user="bob", before=found[-1]["created"] if found else None):
+        found += page
+    assert [t["id"] for t in found] == [f"t{k}" for k in range(99, 0, -2)]
+    assert [t["id"] for t in turns.listed(db, session="s1", state="dropped")] == [
+        f"t{k}" for k in range(99, -1, -1) if k % 4 == 1 and k % 3 == 0
+    ]
+    assert {t["state"] for t in turns.listed(db, state="dropped")} == {"dropped"}
+    assert turns.listed(db, session="s1", user="alice") == []
+    plans = []
+    db.set_trace_callback(lambda sql: plans.append(sql) if "INDEXED BY" in sql else None)
+    for where in ({}, {"user": "bob"}, {"state": "dropped"}, {"user": "bob", "state": "waiting"}):
+        turns.newest(db, 30, **where)
+    db.set_trace_callback(None)
+    for sql in plans:
+        plan = [r["detail"] for r in db.execute(f"EXPLAIN QUERY PLAN {sql}")]
+        assert not [step for step in plan if re.match(r"SCAN turns", step)]
+        assert sum("TEMP B-TREE" in step for step in plan) <= 1, plan  # of the 30 newest of each state
+
+
+def test_a_very_long_message_is_cut_in_the_journal(tmp_path):
+    db = journal.open_journal(tmp_path / "j.db")
+    sent = [
+        user("x" * 10**6),
+        {"role": "assistant", "content": "a"},
+        {"role": "tool", "content": [{"text": "y" * 10**5}]},
+    ]
+    journal.record_turn(db, turn("t1", messages=sent))
+    journal.record_turn(db, turn("t2", messages=sent[:1]))
+    second, first = turns.listed(db)
+    assert [(m["role"], len(m["text"])) for m in (*first["request"], *second["request"])] == [
+        ("tool", turns.SHOWN),
+        ("user", turns.SHOWN),
+    ]
+
+
+def test_steps_are_read_from_the_end_of_their_file(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert turns.steps(file, True) == []
+    names = ("step", "time", "probe_kl", "probe_length", "pause_s", "reward", "length", "dlogp")
+    file.write_text("".join(json.dumps(dict.fromkeys(names, k)) + "\n" for k in range(30_000)))
+    found = turns.steps(file, True)
+    assert found[-1]["step"] == 29_999 and 250 <= len(found) <= 500 and found[0]["step"] > 0
+    assert set(turns.steps(file, False)[0]) == {"step", "time", "probe_kl", "probe_length", "pause_s"}
+
+
+def test_the_page_fits_on_500_lines():
+    assert sum(len((ROOT / "web" / f"page.{kind}").read_text().splitlines()) for kind in ("html", "css", "js")) <= 500
