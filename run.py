@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 import chat_judge
 import control
 import grpo
@@ -34,7 +36,7 @@ from durable.journal import Sample, Verdict
 from machine import memory
 from program import Program
 from start import make_judge, setup
-from web import page
+from web import page, terminal
 
 LOCKED_S = 5.0  # how long a stop waits for another program that writes to the journal
 SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
@@ -185,7 +187,8 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
     with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
     shown = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items() if k != "time"}
-    print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+    with tqdm.external_write_mode():  # above the line of web/terminal.py
+        print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 
 async def save(p: Program, state: trainer.State) -> None:
@@ -231,6 +234,7 @@ async def serve(p: Program) -> bool:
     while not web.started and not tasks[0].done():
         await asyncio.sleep(0.05)
     background = {"train": lambda: train(p), "expire": lambda: expire_turns(p), "prune": lambda: prune_turns(p)}
+    background["progress"] = lambda: terminal.show_progress(p)
     background |= {f"judge {i}": lambda: judge_turns(p, judge) for i in range(8)}
     tasks += [asyncio.create_task(keep_running(p, name, work), name=name) for name, work in background.items()]
     tasks += [asyncio.create_task(event.wait(), name="end") for event in (died, stopped)]

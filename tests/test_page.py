@@ -1,18 +1,27 @@
 """The page: in a real browser where there is one, and over HTTP; and the sentence that says why nothing is training."""
 
+import asyncio
 import json
+import os
+import pty
 import re
 import shutil
+import sys
+import termios
+from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 from playwright.async_api import async_playwright, expect
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from durable import guard, journal
 from tests.conftest import ROOT
 from tests.records import GOOD, turn
 from tests.talking import ALICE, BOB, ask, client, glance, query, rated, rows, until, user
-from web import turns
+from web import learned, terminal, turns
 from web.why import why_nothing
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -244,6 +253,60 @@ async def test_the_page_asks_for_a_key(program, browser):
     await expect(browser.get_by_text("only alice reads this").first).to_be_visible()
     await expect(browser.locator("#orders")).to_be_hidden()
     assert await browser.evaluate("sessionStorage.getItem('key')") == ALICE
+
+
+async def test_what_was_learned(program):
+    """A user's corrections with their count, and the request asked again: both answers, and the complaint behind them.
+    Only who may see the turn may have that done."""
+    said = "Say it shorter, please. I want one short sentence."
+    for k in range(2):
+        talk = [user(f"question {k} of carol")]
+        reply = await ask(client(program), talk)
+        rating = {"completion_id": reply.id, "score": -1, "text": said}
+        post(program, "/v1/feedback", rating, ALICE).raise_for_status()
+    found = {r["hint"]: r for r in get(program, "/web/learned", ALICE).json()}
+    assert found["I want one short sentence."]["times"] == found["Say it shorter, please."]["times"] == 2
+    assert said not in found and get(program, "/web/learned", BOB, params={"user": "alice"}).json() == []
+    number = found["I want one short sentence."]["numbers"][0]
+    assert get(program, f"/web/learned/{number}", BOB).status_code == 404
+    before = len(rows(program))
+    again = get(program, f"/web/learned/{number}", ALICE).json()
+    assert (again["request"], again["complaint"]) == ("question 1 of carol", said)
+    assert again["first"] and again["today"] and (again["nats"] == 0.0) == (again["first"] == again["today"])
+    assert len(rows(program)) == before, "what is asked again is not recorded"
+
+
+def test_how_likely_a_complaint_is(tiny_model):
+    """The sum of the log-probs of all its tokens, as a plain forward pass has them; nothing in it can end its part."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    found = learned.logp_of(model, tokenizer, "Why?", "Because.", "Too long.\nUser reply: fine")
+    head, said = "Request: Why?\nAnswer: Because.\nUser reply:", " Too long. / User reply - fine"
+    ids = torch.tensor([tokenizer(head + said)["input_ids"]])
+    logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    assert found == pytest.approx(logps[-len(said) :].sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+async def test_a_line_in_the_terminal(tmp_path, monkeypatch, is_terminal):
+    db = journal.open_journal(tmp_path / "j.db")
+    journal.record_turn(db, turn("t1"))
+    journal.record_verdict(db, "t1", GOOD)
+    state, config = SimpleNamespace(step=7), SimpleNamespace(batch_size=4)
+    p = SimpleNamespace(db=db, state=state, config=config, last_step={"reward": -0.5}, training="on")
+    terminal_end, program_end = pty.openpty() if is_terminal else os.pipe()
+    if is_terminal:
+        termios.tcsetwinsize(program_end, (24, 100))
+    monkeypatch.setattr(sys, "stdout", os.fdopen(program_end, "w", buffering=1))
+    shown = asyncio.create_task(terminal.show_progress(p))
+    await asyncio.sleep(0.2)
+    with tqdm.external_write_mode():
+        print("step 8", flush=True)
+    shown.cancel()
+    await asyncio.wait([shown])
+    lines = os.read(terminal_end, 10_000).decode()
+    assert ("step 7 |" in lines and "| 1/4 turns, reward -0.50, training on" in lines) == is_terminal
+    assert "step 8" in lines if is_terminal else lines == "step 8\n"
 
 
 def test_the_list_is_read_from_indexes(tmp_path):

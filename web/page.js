@@ -282,6 +282,44 @@ $("older").onclick = async () => {
   put(await read(`/web/turns?${query}`), true);
 };
 
+// ---- what was learned ----
+
+async function showRules() {
+  const rules = await read(`/web/learned?user=${encodeURIComponent($("filters").elements.user.value)}`);
+  const each = rules.map((rule) => {
+    const replays = el("div");
+    const again = el("button", { onclick: () => askAgain(rule, replays, again) }, "Ask again");
+    return el("div", { className: "rule" },
+      el("div", { className: "bar" }, el("b", {}, `${rule.times} ×`), el("span", {}, rule.hint),
+        el("span", { className: "quiet" }, rule.user), again),
+      replays);
+  });
+  $("rules").replaceChildren(...(each.length ? each : ["Nothing yet: nobody has said what is wrong with an answer."]));
+}
+$("learned").ontoggle = () => $("learned").open && showRules().catch((error) => say(error.message));
+
+async function askAgain(rule, box, button) {
+  button.disabled = true;
+  box.replaceChildren();
+  try {
+    for (const number of rule.numbers) {
+      const { request, complaint, first, today, nats } = await read(`/web/learned/${number}`);
+      const times = Math.exp(Math.abs(nats));
+      const many = times > 1000 ? "more than 1,000" : times.toFixed(1);
+      const found = `“${complaint}” is ${many} times ${nats < 0 ? "less" : "more"} likely after today's answer`;
+      box.append(
+        said("user", request),
+        el("div", { className: "quiet" }, "first weights"), said("assistant", first || "(empty)"),
+        el("div", { className: "quiet" }, `today, step ${now?.step}`), said("assistant", today || "(empty)"),
+        el("div", { className: `verdict ${nats < 0 ? "good" : "bad"}` }, found),
+      );
+    }
+  } catch (error) {
+    say(error.message);
+  }
+  button.disabled = false;
+}
+
 // ---- live ----
 
 async function live() {

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from durable import journal
 from program import Program
 from server import openai_error, sees_all
-from web import turns
+from web import learned, turns
 from web.why import why_nothing
 
 HERE = Path(__file__).parent
@@ -133,4 +133,27 @@ def routes(p: Program) -> list[Route]:
         Route("/web/turns/{number:int}", tokens),
         Route("/web/curves", curves),
         Route("/web/leave_out", leave_out, methods=["POST"]),
+        *learned_routes(p, in_thread),
     ]
+
+
+def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
+    one_at_a_time = asyncio.Lock()
+
+    async def rules(request: Request) -> JSONResponse:
+        user = whose(request)
+        asked_for = request.query_params.get("user") or None
+        return JSONResponse(await in_thread(learned.rules, asked_for if user is None else user), headers=HEADERS)
+
+    async def replay(request: Request) -> Response:
+        number = request.path_params["number"]
+        async with one_at_a_time:
+            found = await in_thread(learned.complaint_about, number, whose(request))
+            if found is None:
+                return openai_error(404, f"no turn {number} of yours with a complaint")
+            try:
+                return JSONResponse(await learned.replay(p, *found), headers=HEADERS)
+            except ValueError as e:
+                return openai_error(400, str(e))
+
+    return [Route("/web/learned", rules), Route("/web/learned/{number:int}", replay)]

@@ -1,0 +1,100 @@
+"""What was learned: a user's corrections, and their own requests asked again, of the first weights and of today's.
+
+The first weights read the complaint behind both answers. A model that does untold what it was told makes it less
+likely.
+"""
+
+import asyncio
+import json
+import sqlite3
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import grpo
+import reward
+import swap
+from clients.sessions import letters, request_of, without_thinking, words_of
+from durable import journal
+from program import Program
+from web import turns
+
+LIKELIEST = 10  # rules that are listed
+EXAMPLES = 3  # turns of each
+MAX_TOKENS = 128  # of an answer that is asked for again
+LONGEST_PROMPT = 8192  # tokens
+CHARS = 4000  # of what the judge reads of a turn
+
+
+def rules(db: sqlite3.Connection, user: str | None) -> list[dict[str, Any]]:
+    """What was said most often, of the newest answers: whose rule, how often it was said, the newest turns with it."""
+    numbers = turns.newest(db, turns.SCORED_AMONG, user=user)
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in turns.rows(db, "number, user, score, hints, template IS NULL AS pruned", numbers):
+        hints = json.loads(row["hints"] or "[]") if row["score"] == -1 and not row["pruned"] else []
+        for hint in hints[1:] or hints:  # of a complaint in several sentences, these; see reward.own_words
+            new = {"user": row["user"], "hint": hint, "times": 0, "numbers": []}
+            rule = found.setdefault((row["user"], letters(hint)), new)
+            rule["times"] += 1
+            rule["numbers"] = [*rule["numbers"], row["number"]][:EXAMPLES]
+    return sorted(found.values(), key=lambda rule: -rule["times"])[:LIKELIEST]
+
+
+def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tuple[journal.Turn, str] | None:
+    """A turn and what the person said against it; None where there is none of this user."""
+    row = db.execute(
+        "SELECT id, hints, source FROM turns WHERE number = ?1 AND (?2 IS NULL OR user = ?2) AND score = -1 "
+        "AND hints != '[]' AND template NOT NULL",
+        (number, user),
+    ).fetchone()
+    if row is None:
+        return None
+    turn, following = journal.load_turn(db, row["id"])
+    by_message = row["source"] == "judge" and following and following[-1].get("role") == "user"
+    return turn, words_of(following[-1]) if by_message else json.loads(row["hints"])[0]
+
+
+async def replay(p: Program, turn: journal.Turn, complaint: str) -> dict[str, Any]:
+    """Both answers, greedy, and how much likelier the complaint is after today's: in nats, negative where less."""
+    if len(turn.prompt_ids) > LONGEST_PROMPT:
+        raise ValueError(f"its prompt has {len(turn.prompt_ids)} tokens, more than {LONGEST_PROMPT}")
+
+    async def answer(name: str) -> str:
+        options = {"model": name, "prompt": turn.prompt_ids, "max_tokens": MAX_TOKENS, "temperature": 0}
+        reply = await p.own_client.completions.create(**options, extra_body={"return_token_ids": True})
+        return p.state.tokenizer.decode(reply.choices[0].token_ids, skip_special_tokens=True)
+
+    def on_judge(f: Any, *args: Any) -> asyncio.Future:
+        return asyncio.get_running_loop().run_in_executor(p.judging, f, *args)
+
+    today = await answer(p.config.name)
+    if p.config.lora_rank:
+        first = await answer(p.config.name + swap.FIRST_WEIGHTS)
+    else:
+        first = await on_judge(first_answer, p.state, turn.prompt_ids)
+    request, start = request_of(turn.messages), p.state.start
+    logps = [await on_judge(logp_of, start, p.state.tokenizer, request, text, complaint) for text in (first, today)]
+    return {"request": request, "complaint": complaint, "first": first, "today": today, "nats": logps[1] - logps[0]}
+
+
+@torch.no_grad()
+def first_answer(state: Any, prompt_ids: list[int]) -> str:
+    prompt = torch.tensor([prompt_ids], device=state.start.device)
+    stops = [lambda *_: torch.tensor([state.stopping.is_set()], device=prompt.device)]
+    options = {"max_new_tokens": MAX_TOKENS, "do_sample": False, "stopping_criteria": stops}
+    ids = state.start.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    return state.tokenizer.decode(ids[0, len(prompt_ids) :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def logp_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, answer: str, complaint: str
+) -> float:
+    """The log-prob of the person's words, all of them, where the judge reads them."""
+    reply = [{"role": "user", "content": complaint}]
+    text = reward.evidence(request, without_thinking(answer), reply, CHARS)
+    before, label, said = text.rpartition("\nUser reply:")  # `said` is one line: it can't hold the label
+    prompt = tokenizer(before + label)["input_ids"]
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    return grpo.response_logps(model, grpo.alone(prompt, ids, model.device)).sum().item()

@@ -1,0 +1,27 @@
+"""A line in the terminal that says what the next step waits for."""
+
+import asyncio
+import sys
+
+from tqdm import tqdm
+
+from durable import journal
+from program import Program
+
+
+async def show_progress(p: Program) -> None:
+    """Where stdout is a terminal. Elsewhere there are the lines of the steps alone."""
+    if not sys.stdout.isatty():
+        return
+    form = "{desc} |{bar:20}| {n_fmt}/{total_fmt} turns{postfix}"
+    try:
+        with tqdm(total=p.config.batch_size, bar_format=form, file=sys.stdout, leave=False, dynamic_ncols=True) as line:
+            while True:
+                line.n = min(journal.counts(p.db).get("queued", 0), p.config.batch_size)
+                reward = f"reward {p.last_step['reward']:+.2f}, " if p.last_step else ""
+                line.set_description_str(f"step {p.state.step}", refresh=False)
+                line.set_postfix_str(f"{reward}training {p.training.split(':')[0]}", refresh=False)
+                line.refresh()
+                await asyncio.sleep(1)
+    except OSError:  # the terminal was closed: SIGHUP is on its way
+        return
