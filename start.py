@@ -98,6 +98,7 @@ def summary(config: Config, plan: Plan, engine_args: Namespace, key: str) -> str
         f"judge     {config.judge_url or 'the model itself'}, {plan.judge_style} style\n"
         f"parsers   tool calls {engine_args.tool_call_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
         f"address   {url}  model {config.name!r}  key {key}\n"
+        f"page      {url.removesuffix('v1')}\n"
         f"out       {Path(config.out).resolve()}\n"
         f"OpenClaw  in ~/.openclaw/openclaw.json (others: python -m clients.paste --help):\n"
         f"{paste.openclaw(url, config.name, key, config.max_model_len)}"

@@ -166,7 +166,8 @@ async def test_why_nothing_is_training(fresh):
     )
     old = await answer("stale")
     rate("fine", await answer("fine"))
-    assert why("fine") == "Waiting for the batch: 1 of 2 turns until the next step."
+    assert why("fine") == "Waiting for the batch: 1 of yours, and a step takes 2."
+    assert glance(program, admin_key(program))["why"] == "Waiting for the batch: 1 of 2 turns until the next step."
     rate("fine", await answer("fine"))
     await until(lambda: program.status()["step"] == 1)
     await until(lambda: why("fine") == "All turns are trained on: the next step waits for new ones.")
@@ -179,7 +180,7 @@ async def test_why_nothing_is_training(fresh):
 def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
     """The others: judge down and stopped by the guard in tests/test_program.py, disk full in tests/trials."""
     db = journal.open_journal(tmp_path / "j.db")
-    idle = {"training": "on", "stepping": False, "batch_size": 4, "judge_error": "", "disk_full": False}
+    idle = {"training": "on", "stepping": False, "batch_size": 4, "judge_error": "", "disk_full": False, "admin": True}
 
     def why(**changes):
         newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, 20))
@@ -240,6 +241,8 @@ async def test_who_sees_and_rates_what(program):
         done = post(program, "/web/leave_out", {"session": mine["session"]}, key).json()["done"]
         assert done == f"{left_out} answers of this conversation will not be trained on"
     assert rows(program, "id = ?", reply.id)[0]["reason"] == journal.LEFT_OUT
+    for number in ("0", "x", "9" * 18, "9" * 5000):
+        assert get(program, f"/web/turns/{number}", ALICE).status_code == 404
     assert get(program, "/web/turns?state=x", ALICE).status_code == 400
     assert get(program, "/web/turns?before=x", ALICE).status_code == 400
 
@@ -335,6 +338,20 @@ def test_the_list_is_read_from_indexes(tmp_path):
         plan = [r["detail"] for r in db.execute(f"EXPLAIN QUERY PLAN {sql}")]
         assert not [step for step in plan if re.match(r"SCAN turns", step)]
         assert sum("TEMP B-TREE" in step for step in plan) <= 1, plan  # of the 30 newest of each state
+
+
+def test_the_share_of_pleased_replies(tmp_path):
+    """Of the last ten that were pleased or not, in the order of time; neutral ones and others' do not count."""
+    db = journal.open_journal(tmp_path / "j.db")
+    assert turns.pleased(db, None) == {"window": 10, "shares": []}
+    for k, score in enumerate([-1] * 10 + [0] * 5 + [1] * 10):
+        journal.record_turn(db, turn(f"t{k}", created=float(k)))
+        journal.record_verdict(db, f"t{k}", journal.Verdict(score, [score], 1.0, [], "", "m", "judge"))
+    journal.record_turn(db, turn("other", user="bob"))
+    found = turns.pleased(db, "alice")["shares"]
+    assert [at for at, _ in found] == [float(k) for k in [*range(10), *range(15, 25)]]
+    assert [share for _, share in found[9:]] == [k / 10 for k in range(11)]
+    assert turns.pleased(db, "bob")["shares"] == []
 
 
 def test_a_very_long_message_is_cut_in_the_journal(tmp_path):

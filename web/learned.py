@@ -23,7 +23,7 @@ from web import turns
 LIKELIEST = 10  # rules that are listed
 EXAMPLES = 3  # turns of each
 MAX_TOKENS = 128  # of an answer that is asked for again
-LONGEST_PROMPT = 8192  # tokens
+LONGEST_PROMPT = 4096  # tokens, of a request that is asked again
 CHARS = 4000  # of what the judge reads of a turn
 
 
@@ -31,22 +31,25 @@ def rules(db: sqlite3.Connection, user: str | None) -> list[dict[str, Any]]:
     """What was said most often, of the newest answers: whose rule, how often it was said, the newest turns with it."""
     numbers = turns.newest(db, turns.SCORED_AMONG, user=user)
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in turns.rows(db, "number, user, score, hints, template IS NULL AS pruned", numbers):
-        hints = json.loads(row["hints"] or "[]") if row["score"] == -1 and not row["pruned"] else []
-        for hint in hints[1:] or hints:  # of a complaint in several sentences, these; see reward.own_words
+    for row in turns.rows(db, "number, user, score, hints, hinted_by, prompt_tokens", numbers):
+        hints = json.loads(row["hints"] or "[]") if row["score"] == -1 else []
+        # Own words: a complaint and its parts, of which the smallest count. A judge's: several wordings of one rule.
+        smallest = [hint for hint in hints if not any(part != hint and part in hint for part in hints)]
+        for hint in smallest if row["hinted_by"] == "own words" else hints[:1]:
             new = {"user": row["user"], "hint": hint, "times": 0, "numbers": []}
             rule = found.setdefault((row["user"], letters(hint)), new)
             rule["times"] += 1
-            rule["numbers"] = [*rule["numbers"], row["number"]][:EXAMPLES]
+            if row["prompt_tokens"] <= LONGEST_PROMPT:
+                rule["numbers"] = [*rule["numbers"], row["number"]][:EXAMPLES]
     return sorted(found.values(), key=lambda rule: -rule["times"])[:LIKELIEST]
 
 
 def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tuple[journal.Turn, str] | None:
-    """A turn and what the person said against it; None where there is none of this user."""
+    """A turn and what the person said against it; None where there is none of this user, or its prompt is long."""
     row = db.execute(
         "SELECT id, hints, source FROM turns WHERE number = ?1 AND (?2 IS NULL OR user = ?2) AND score = -1 "
-        "AND hints != '[]' AND template NOT NULL",
-        (number, user),
+        "AND hints != '[]' AND template NOT NULL AND prompt_tokens <= ?3",
+        (number, user, LONGEST_PROMPT),
     ).fetchone()
     if row is None:
         return None
@@ -57,8 +60,6 @@ def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tu
 
 async def replay(p: Program, turn: journal.Turn, complaint: str) -> dict[str, Any]:
     """Both answers, greedy, and how much likelier the complaint is after today's: in nats, negative where less."""
-    if len(turn.prompt_ids) > LONGEST_PROMPT:
-        raise ValueError(f"its prompt has {len(turn.prompt_ids)} tokens, more than {LONGEST_PROMPT}")
 
     async def answer(name: str) -> str:
         options = {"model": name, "prompt": turn.prompt_ids, "max_tokens": MAX_TOKENS, "temperature": 0}

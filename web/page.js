@@ -85,7 +85,8 @@ function showGlance() {
   $("swap").textContent = now.pause_s ? `the last swap paused streams for ${now.pause_s.toFixed(2)} s` : "";
   $("batch").max = size;
   $("batch").value = Math.min(queued, size);
-  $("until").textContent = `${Math.min(queued, size)} of ${size} turns until the next step`;
+  const [filled, mine] = [Math.min(queued, size), "of your turns wait, and a step takes"];
+  $("until").textContent = now.admin ? `${filled} of ${size} turns until the next step` : `${queued} ${mine} ${size}`;
   $("why").textContent = now.why;
   $("orders").hidden = !now.admin;
   const steps = [...new Set([...now.checkpoints, 0])].sort((a, b) => b - a);
@@ -137,7 +138,8 @@ function plot(id, x, y, { time = false, marks = [], range } = {}) {
     const line = { stroke: color("--accent"), width: 2, points: { size: 5 }, label: "" };
     plots[id] = new uPlot(
       { width: box.clientWidth, height, legend: { show: false }, hooks: { drawAxes: [drawMarks] },
-        scales: { x: time ? { time, range: around } : { time }, y: range ? { range } : {} }, series: [{}, line], axes: [axis, { ...axis, size: 46 }] },
+        scales: { x: time ? { time, range: around } : { time }, y: range ? { range } : {} },
+        series: [{}, line], axes: [{ ...axis, size: time ? 46 : 26 }, { ...axis, size: 46 }] },
       [[], []], box,
     );
     new ResizeObserver(() => plots[id].setSize({ width: box.clientWidth, height })).observe(box);
@@ -152,8 +154,9 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 async function showCurves() {
   const { pleased, steps } = await read("/web/curves");
   const of = (name) => steps.map((s) => s[name] ?? null);
-  const percent = pleased.map(([, share]) => 100 * share);
-  plot("pleased", pleased.map(([at]) => at), percent, { time: true, marks: of("time"), range: [0, 100] });
+  $("of_pleased").textContent = `Pleased among the last ${pleased.window} replies, %; each line a step`;
+  const [times, percent] = [pleased.shares.map(([at]) => at), pleased.shares.map(([, share]) => 100 * share)];
+  plot("pleased", times, percent, { time: true, marks: of("time"), range: [0, 100] });
   plot("probe_kl", of("step"), of("probe_kl"));
   const length = now.admin ? "length" : "probe_length";
   $("of_length").textContent = now.admin ? "Length of answers, tokens" : "Length of answers to fixed prompts, tokens";
@@ -161,8 +164,17 @@ async function showCurves() {
   plot("dlogp", of("step"), of("dlogp"));
 }
 
+let due = null;
+function curvesSoon(ms) {
+  due ??= setTimeout(async () => {
+    if (now) await showCurves().catch((error) => say(error.message));
+    due = null;
+  }, ms);
+}
+
 // ---- turns ----
 
+const AT_ONCE = 30; // turns in an answer of the server
 const MOST = 300; // cards, of turns that come in live
 const cards = new Map(); // number of a turn -> its card, with what it shows in `data`
 
@@ -236,12 +248,13 @@ async function showTokens(box, turn) {
 
 const asked = () => new URLSearchParams(new FormData($("filters")));
 
+const isBusy = (old) => [...old.querySelectorAll("form, .tokens")].some((part) => !part.hidden);
+
 /** Put turns into the list: a card that shows the same stays, and so does one that somebody writes in or has opened. */
 function put(turns, append) {
   for (const turn of turns) {
     const old = cards.get(turn.number);
-    const busy = old && [...old.querySelectorAll("form, .tokens")].some((part) => !part.hidden);
-    if (old && (busy || old.data === JSON.stringify(turn))) continue;
+    if (old && (isBusy(old) || old.data === JSON.stringify(turn))) continue;
     const made = card(turn);
     cards.set(turn.number, made);
     if (old) old.replaceWith(made);
@@ -260,7 +273,15 @@ function put(turns, append) {
 async function showTurns() {
   const query = asked();
   const turns = await read(`/web/turns?${query}`);
-  if (`${query}` === `${asked()}`) put(turns);
+  if (`${query}` !== `${asked()}`) return;
+  put(turns);
+  const oldest = turns.length < AT_ONCE ? 0 : turns.at(-1).created;
+  const found = new Set(turns.map((turn) => turn.number));
+  for (const [number, old] of cards) {
+    if (found.has(number) || JSON.parse(old.data).created < oldest || isBusy(old)) continue;
+    old.remove(); // forgotten, or no longer in the state that is asked for
+    cards.delete(number);
+  }
 }
 
 async function refilter() {
@@ -329,13 +350,13 @@ async function live() {
         const before = now;
         now = event;
         showGlance();
-        if (before?.version !== now.version) await showTurns();
-        if (!before || before.version !== now.version || before.step !== now.step) await showCurves();
+        await showTurns();
+        curvesSoon(before ? 5000 : 0);
       }
+      $("why").textContent = "The program has stopped: trying again.";
     } catch (error) {
-      console.warn(error);
+      $("why").textContent = `No connection to the program, trying again: ${error.message}`;
     }
-    $("why").textContent = "No connection to the program: trying again.";
     now = null;
     await sleep(2000);
   }

@@ -4,12 +4,15 @@ A user's key sees that user's turns. The page's buttons use POST /v1/feedback, /
 
 import asyncio
 import json
+import re
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import openai
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -35,8 +38,8 @@ EVERY = 1.0  # seconds between two looks for something new
 RECENT = 20  # newest turns that say why nothing is training
 
 
-def glance(p: Program, db: Any, user: str | None) -> dict[str, Any]:
-    """What the page shows at a glance, and what `why_nothing` is answered from. In a thread."""
+def glance(db: sqlite3.Connection, p: Program, user: str | None, version: int) -> dict[str, Any]:
+    """What the page shows at a glance, and what `why_nothing` is answered from. `version`: of the journal."""
     failing = p.judge_health.failing
     newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, RECENT, user=user))
     now = {
@@ -54,8 +57,7 @@ def glance(p: Program, db: Any, user: str | None) -> dict[str, Any]:
         "checkpoints": journal.checkpoints(db) if user is None else [],
         "pause_s": p.pause[1] - p.pause[0],
         "admin": user is None,
-        # It changes with each write of another connection.
-        "version": db.execute("PRAGMA data_version").fetchone()[0],
+        "version": version,
     }
     return now | {"why": why_nothing(now)}
 
@@ -66,6 +68,12 @@ def whose(request: Request) -> str | None:
     return None if sees_all(user) else user.name
 
 
+def number_of(request: Request) -> int:
+    """The turn that is named in the path; 0, which no turn has, for what is no number of SQLite's."""
+    text = request.path_params["number"]
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
+
+
 def routes(p: Program) -> list[Route]:
     path = Path(p.config.out) / "journal.db"
     reading = ThreadPoolExecutor(1, "page")  # one: what pages read takes no more than this from serving
@@ -73,6 +81,7 @@ def routes(p: Program) -> list[Route]:
     async def in_thread(read: Callable, *args: Any, **kwargs: Any) -> Any:
         def run() -> Any:
             with closing(turns.connect(path)) as db:
+                db.execute("BEGIN")  # one view of all tables: `forget` may run beside it
                 return read(db, *args, **kwargs)
 
         return await asyncio.get_running_loop().run_in_executor(reading, run)
@@ -82,16 +91,15 @@ def routes(p: Program) -> list[Route]:
 
         async def stream() -> AsyncIterator[str]:
             last, silent = None, 0
-            with closing(turns.connect(path)) as db:
-                while not p.state.stopping.is_set():
-                    now = await asyncio.get_running_loop().run_in_executor(reading, glance, p, db, user)
-                    silent = 0 if now != last else silent + 1
-                    if now != last:
-                        yield f"data: {json.dumps(now)}\n\n"
-                    elif silent % 15 == 0:
-                        yield ": nothing new\n\n"
-                    last = now
-                    await asyncio.sleep(EVERY)
+            while not p.state.stopping.is_set():
+                now = await in_thread(glance, p, user, p.db.total_changes)
+                silent = silent + 1 if now == last else 0
+                if now != last:
+                    yield f"data: {json.dumps(now)}\n\n"
+                elif silent % 15 == 0:  # a client that hung up is noticed by this
+                    yield ": nothing new\n\n"
+                last = now
+                await asyncio.sleep(EVERY)
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers=HEADERS)
 
@@ -108,8 +116,8 @@ def routes(p: Program) -> list[Route]:
         return JSONResponse(await in_thread(turns.listed, **where), headers=HEADERS)
 
     async def tokens(request: Request) -> Response:
-        number, user = request.path_params["number"], whose(request)
-        found = await in_thread(turns.tokens, p.state.tokenizer, number, user)
+        number = number_of(request)
+        found = await in_thread(turns.tokens, p.state.tokenizer, number, whose(request))
         return JSONResponse(found, headers=HEADERS) if found else openai_error(404, f"no turn {number} of yours")
 
     async def curves(request: Request) -> JSONResponse:
@@ -130,7 +138,7 @@ def routes(p: Program) -> list[Route]:
         *[Route(at, lambda _, name=name: FileResponse(HERE / name, headers=HEADERS)) for at, name in FILES.items()],
         Route("/web/events", events),
         Route("/web/turns", listed),
-        Route("/web/turns/{number:int}", tokens),
+        Route("/web/turns/{number}", tokens),
         Route("/web/curves", curves),
         Route("/web/leave_out", leave_out, methods=["POST"]),
         *learned_routes(p, in_thread),
@@ -146,14 +154,14 @@ def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
         return JSONResponse(await in_thread(learned.rules, asked_for if user is None else user), headers=HEADERS)
 
     async def replay(request: Request) -> Response:
-        number = request.path_params["number"]
+        number = number_of(request)
         async with one_at_a_time:
-            found = await in_thread(learned.complaint_about, number, whose(request))
-            if found is None:
-                return openai_error(404, f"no turn {number} of yours with a complaint")
             try:
+                found = await in_thread(learned.complaint_about, number, whose(request))
+                if found is None:
+                    return openai_error(404, f"no turn {number} of yours with a complaint")
                 return JSONResponse(await learned.replay(p, *found), headers=HEADERS)
-            except ValueError as e:
-                return openai_error(400, str(e))
+            except (KeyError, openai.APIError) as e:
+                return openai_error(400, f"it can't be asked again: {e}")
 
-    return [Route("/web/learned", rules), Route("/web/learned/{number:int}", replay)]
+    return [Route("/web/learned", rules), Route("/web/learned/{number}", replay)]

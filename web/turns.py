@@ -16,7 +16,7 @@ from durable import journal, pieces
 STATES = ("waiting", "judging", "queued", "training", "trained", "dropped")
 AT_ONCE = 30  # turns in an answer
 SCORED_AMONG = 5000  # newest turns, for the share of pleased replies
-POINTS = 100  # of a curve
+POINTS, WINDOW = 100, 10  # of a curve; the fewest replies that a share is of
 LAST_MESSAGES, LONGEST = 6, 32 << 10  # of a request that are looked at, and the letters of one
 SHOWN = 4000  # letters of a text
 TOKENS = 2000  # of an answer
@@ -104,14 +104,16 @@ def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: i
     return {"tokens": texts, "logprobs": logprobs, "versions": json.loads(row["versions"])}
 
 
-def pleased(db: sqlite3.Connection, user: str | None) -> list[tuple[float, float, int]]:
-    """Of the newest answers, in groups of equal size in the order of their time: when, the share of pleased replies
-    among those that were pleased or not, and how many those are."""
+def pleased(db: sqlite3.Connection, user: str | None) -> dict[str, Any]:
+    """Of the newest answers, in the order of their time: when, and the share of pleased replies among the last `window`
+    of those that were pleased or not."""
     found = rows(db, "created, score", newest(db, SCORED_AMONG, user=user))
     scored = [(r["created"], r["score"] > 0) for r in reversed(found) if r["score"]]
-    size = max(1, min(10, len(scored) // 5), -(-len(scored) // POINTS))
-    groups = [scored[at : at + size] for at in range(0, len(scored), size)]
-    return [(sum(t for t, _ in g) / len(g), sum(good for _, good in g) / len(g), len(g)) for g in groups]
+    apart = -(-len(scored) // POINTS) or 1
+    window = max(WINDOW, apart)
+    lasts = {n: scored[max(0, n - window) : n] for n in range(len(scored), 0, -apart)}
+    shares = [(last[-1][0], sum(good for _, good in last) / len(last)) for last in reversed(lasts.values())]
+    return {"window": window, "shares": shares}
 
 
 def steps(path: Path, everybodys: bool) -> list[dict[str, float]]:

@@ -37,7 +37,8 @@ def why_nothing(now: dict[str, Any]) -> str:
     if queued >= size:
         return "The next step is about to begin."
     if queued:
-        return f"Waiting for the batch: {queued} of {size} turns until the next step."
+        of_all = f"{queued} of {size} turns until the next step"
+        return f"Waiting for the batch: {of_all if now['admin'] else f'{queued} of yours, and a step takes {size}'}."
     if judging:
         return f"The judge is reading {judging} turns."
     return why_no_evidence(waiting, now["newest"])

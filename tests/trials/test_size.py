@@ -13,8 +13,8 @@ from tests.talking import user
 SIZES = (10, 100_000, 1_000_000)
 
 
-def fill(path, count):
-    """Turns as they are after weeks, by one statement: nearly all are trained on or dropped."""
+def fill(path, count, **more):
+    """Turns as they are after weeks, by one statement: nearly all are trained on or dropped. `more`: other columns."""
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("PRAGMA synchronous=OFF")
     have = db.execute("SELECT MAX(number) FROM turns").fetchone()[0]
@@ -24,7 +24,10 @@ def fill(path, count):
     columns = {name: value if value == "k" else f":{name}" for name, value in row.items()}
     columns |= {"id": "'t' || k", "session": "'s' || (k / 20)", "user": "'user ' || (k % 5)"}
     columns |= {name: "hex(randomblob(32))" for name in ("answer", "history")}
-    columns |= {"state": "iif(k % 3, 'dropped', 'trained')", "reason": "'stale: more than ' || (k % 7) || ' steps old'"}
+    columns |= {
+        "state": "iif(k % 3, 'dropped', 'trained')",
+        "reason": "'stale: more than ' || (k % 7) || ' steps old'",
+    } | more
     source = f"WITH RECURSIVE n(k) AS (SELECT {have + 1} UNION ALL SELECT k + 1 FROM n WHERE k < {count})"
     db.execute("BEGIN")
     db.execute(f"INSERT INTO turns ({', '.join(columns)}) {source} SELECT {', '.join(columns.values())} FROM n", row)
