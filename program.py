@@ -196,8 +196,8 @@ class Program:
         else:
             queue.put_nowait(turn_id)
 
-    def status(self, user: str | None) -> dict[str, Any]:
-        """What GET /status shows: this user's turns, or everybody's."""
+    def training_of(self, user: str | None) -> dict[str, Any]:
+        """How far the weights that answer this user are, or everybody's."""
         steps = self.steps()
         mine = {self.owner_of(user): self.step_of(self.owner_of(user))} if user else steps
         paused = self.paused.get(user) if user and self.training == "on" else None
@@ -207,9 +207,12 @@ class Program:
             "training": paused or self.training,
             "batch_size": self.config.batch_size,
             "pause": self.pause,
-            "turns": journal.counts(self.db, user),
-            "dropped": journal.drop_reasons(self.db, user),
         }
+
+    def status(self, user: str | None) -> dict[str, Any]:
+        """What GET /status shows: this user's turns, or everybody's."""
+        turns = {"turns": journal.counts(self.db, user), "dropped": journal.drop_reasons(self.db, user)}
+        return self.training_of(user) | turns
 
     async def wait_for_disk_space(self) -> None:
         """Training writes down what it does: it waits while there is no space for that."""

@@ -13,6 +13,7 @@ import pickle
 import signal
 import tempfile
 import time
+import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
@@ -383,6 +384,18 @@ def first_weights_request(name: str) -> Any:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name + FIRST_WEIGHTS, 1, "none")
+
+
+async def greedy(engine: Any, owner: str, ids: list[int], most: int, first_weights: bool = False) -> list[int]:
+    """The likeliest answer to a prompt, at most `most` tokens, by the owner's newest weights. `first_weights`: by those
+    instead, where there are adapters."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(max_tokens=most, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
+    prompt, name = salted({"prompt_token_ids": ids}, ""), f"greedy-{uuid.uuid4().hex}"
+    (output,) = [o async for o in generate(engine, owner, prompt, params, name, lora_request=first_weights)]
+    return list(output.outputs[0].token_ids)
 
 
 # ---- in each request ----

@@ -61,17 +61,18 @@ def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tu
 async def replay(p: Program, turn: journal.Turn, complaint: str) -> dict[str, Any]:
     """Both answers, greedy, and how much likelier the complaint is after today's: in nats, negative where less."""
 
-    async def answer(name: str) -> str:
-        options = {"model": name, "prompt": turn.prompt_ids, "max_tokens": MAX_TOKENS, "temperature": 0}
-        reply = await p.own_client.completions.create(**options, extra_body={"return_token_ids": True})
-        return p.state.tokenizer.decode(reply.choices[0].token_ids, skip_special_tokens=True)
+    async def answer(first_weights: bool) -> str:
+        owner = p.owner_of(turn.user)
+        ids = await swap.greedy(p.engine, owner, turn.prompt_ids, MAX_TOKENS, first_weights)
+        return p.state.tokenizer.decode(ids, skip_special_tokens=True)
 
     def on_judge(f: Any, *args: Any) -> asyncio.Future:
         return asyncio.get_running_loop().run_in_executor(p.judging, f, *args)
 
-    today = await answer(p.config.name)
+    await p.bring(turn.user)
+    today = await answer(False)
     if p.config.lora_rank:
-        first = await answer(p.config.name + swap.FIRST_WEIGHTS)
+        first = await answer(True)
     else:
         first = await on_judge(first_answer, p.state, turn.prompt_ids)
     request, start = request_of(turn.messages), p.state.start

@@ -12,7 +12,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import openai
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -38,27 +37,25 @@ EVERY = 1.0  # seconds between two looks for something new
 RECENT = 20  # newest turns that say why nothing is training
 
 
-def glance(db: sqlite3.Connection, p: Program, user: str | None, version: int) -> dict[str, Any]:
-    """What the page shows at a glance, and what `why_nothing` is answered from. `version`: of the journal."""
+def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows at a glance, and what `why_nothing` is answered from. `training`: `Program.training_of`, and
+    the journal's version."""
     failing = p.judge_health.failing
     newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, RECENT, user=user))
     now = {
         "model": p.config.name,
         "folder": Path(p.config.model).name or "SmolLM2-135M-Instruct",
-        "step": p.state.step,
-        "training": p.training,
         "stepping": p.stepping.locked(),
-        "batch_size": p.config.batch_size,
         "judge_error": p.judge_health.error if failing else "",
         "disk_full": not journal.has_disk_space(db),
         "turns": journal.counts(db, user),
         "dropped": journal.drop_reasons(db, user),
         "newest": [dict(r) for r in newest],
-        "checkpoints": journal.checkpoints(db) if user is None else [],
+        "checkpoints": journal.checkpoints(db, "") if user is None else [],
         "pause_s": p.pause[1] - p.pause[0],
         "admin": user is None,
-        "version": version,
     }
+    now |= training
     return now | {"why": why_nothing(now)}
 
 
@@ -92,7 +89,8 @@ def routes(p: Program) -> list[Route]:
         async def stream() -> AsyncIterator[str]:
             last, silent = None, 0
             while not p.state.stopping.is_set():
-                now = await in_thread(glance, p, user, p.db.total_changes)
+                training = p.training_of(user) | {"version": p.db.total_changes}
+                now = await in_thread(glance, p, user, training)
                 silent = silent + 1 if now == last else 0
                 if now != last:
                     yield f"data: {json.dumps(now)}\n\n"
@@ -122,7 +120,8 @@ def routes(p: Program) -> list[Route]:
 
     async def curves(request: Request) -> JSONResponse:
         user = whose(request)
-        steps = lambda db: turns.steps(path.with_name("metrics.jsonl"), user is None)  # noqa: E731
+        owner = p.owner_of(user) if user else ""
+        steps = lambda db: turns.steps(path.with_name("metrics.jsonl"), user is None, owner)  # noqa: E731
         found = {"pleased": await in_thread(turns.pleased, user), "steps": await in_thread(steps)}
         return JSONResponse(found, headers=HEADERS)
 
@@ -161,7 +160,7 @@ def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
                 if found is None:
                     return openai_error(404, f"no turn {number} of yours with a complaint")
                 return JSONResponse(await learned.replay(p, *found), headers=HEADERS)
-            except (KeyError, openai.APIError) as e:
+            except (KeyError, ValueError) as e:
                 return openai_error(400, f"it can't be asked again: {e}")
 
     return [Route("/web/learned", rules), Route("/web/learned/{number}", replay)]

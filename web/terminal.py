@@ -19,7 +19,7 @@ async def show_progress(p: Program) -> None:
             while True:
                 line.n = min(journal.counts(p.db).get("queued", 0), p.config.batch_size)
                 reward = f"reward {p.last_step['reward']:+.2f}, " if p.last_step else ""
-                line.set_description_str(f"step {p.state.step}", refresh=False)
+                line.set_description_str(f"step {sum(p.steps().values())}", refresh=False)
                 line.set_postfix_str(f"{reward}training {p.training.split(':')[0]}", refresh=False)
                 line.refresh()
                 await asyncio.sleep(1)

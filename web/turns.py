@@ -116,14 +116,16 @@ def pleased(db: sqlite3.Connection, user: str | None) -> dict[str, Any]:
     return {"window": window, "shares": shares}
 
 
-def steps(path: Path, everybodys: bool) -> list[dict[str, float]]:
-    """The last steps of metrics.jsonl, thinned out; what comes from other users' turns is left out for one user."""
+def steps(path: Path, everybodys: bool, owner: str) -> list[dict[str, float]]:
+    """The last steps of metrics.jsonl, thinned out; what comes from other users' turns is left out for one user.
+    `owner`: the user who sees the steps of their own adapter; "" where there is none."""
     names = ("step", "time", "probe_kl", "probe_length", "pause_s")
-    names += ("reward", "length", "dlogp") if everybodys else ()
+    names += ("reward", "length", "dlogp") if everybodys or owner else ()
     if not path.exists():
         return []
     with open(path, "rb") as f:
         f.seek(begin := max(0, path.stat().st_size - METRICS))
         lines = f.read().decode().splitlines()[1 if begin else 0 :]
-    kept = lines[:: -(len(lines) // (5 * POINTS) + 1)][::-1]
-    return [{name: row[name] for name in names} for row in map(json.loads, kept)]
+    rows = [row for row in map(json.loads, lines) if not owner or row.get("owner") == owner]
+    kept = rows[:: -(len(rows) // (5 * POINTS) + 1)][::-1]
+    return [{name: row[name] for name in names} for row in kept]
