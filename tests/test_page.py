@@ -96,8 +96,9 @@ async def test_the_page_in_a_browser(fresh, browser):
     await expect(page.locator("#step")).to_have_text("step 2")
 
     await page.locator(".turn").first.get_by_role("button", name="Tokens").click()
-    seen = await page.locator(".turn").first.locator(".token small").all_inner_texts()
-    assert len(seen) == 12 and all(float(logprob) < 0 for logprob in seen)
+    seen = page.locator(".turn").first.locator(".token small")
+    await expect(seen).to_have_count(12)
+    assert all(float(logprob) < 0 for logprob in await seen.all_inner_texts())
     await expect(page.locator(".turn").first.locator(".version")).to_have_text("weights 1")
 
     await page.select_option("#checkpoint", "1")
@@ -295,8 +296,8 @@ async def test_a_line_in_the_terminal(tmp_path, monkeypatch, is_terminal):
     db = journal.open_journal(tmp_path / "j.db")
     journal.record_turn(db, turn("t1"))
     journal.record_verdict(db, "t1", GOOD)
-    state, config = SimpleNamespace(step=7), SimpleNamespace(batch_size=4)
-    p = SimpleNamespace(db=db, state=state, config=config, last_step={"reward": -0.5}, training="on")
+    config = SimpleNamespace(batch_size=4)
+    p = SimpleNamespace(db=db, steps=lambda: {"": 7}, config=config, last_step={"reward": -0.5}, training="on")
     terminal_end, program_end = pty.openpty() if is_terminal else os.pipe()
     if is_terminal:
         termios.tcsetwinsize(program_end, (24, 100))
@@ -372,12 +373,12 @@ def test_a_very_long_message_is_cut_in_the_journal(tmp_path):
 
 def test_steps_are_read_from_the_end_of_their_file(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    assert turns.steps(file, True) == []
+    assert turns.steps(file, True, "") == []
     names = ("step", "time", "probe_kl", "probe_length", "pause_s", "reward", "length", "dlogp")
     file.write_text("".join(json.dumps(dict.fromkeys(names, k)) + "\n" for k in range(30_000)))
-    found = turns.steps(file, True)
+    found = turns.steps(file, True, "")
     assert found[-1]["step"] == 29_999 and 250 <= len(found) <= 500 and found[0]["step"] > 0
-    assert set(turns.steps(file, False)[0]) == {"step", "time", "probe_kl", "probe_length", "pause_s"}
+    assert set(turns.steps(file, False, "")[0]) == {"step", "time", "probe_kl", "probe_length", "pause_s"}
 
 
 def test_the_page_fits_on_500_lines():
