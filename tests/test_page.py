@@ -303,7 +303,7 @@ async def test_a_line_in_the_terminal(tmp_path, monkeypatch, is_terminal):
         termios.tcsetwinsize(program_end, (24, 100))
     monkeypatch.setattr(sys, "stdout", os.fdopen(program_end, "w", buffering=1))
     shown = asyncio.create_task(terminal.show_progress(p))
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(2.5)  # it has written the line by then, at the second time with all its parts
     with tqdm.external_write_mode():
         print("step 8", flush=True)
     shown.cancel()
