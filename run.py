@@ -21,7 +21,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 import chat_judge
-import control
 import grpo
 import reward
 import server
@@ -36,7 +35,7 @@ from durable.journal import Sample, Verdict
 from machine import memory
 from program import Program
 from start import make_judge, setup
-from web import page, terminal
+from web import control, page, terminal
 
 LOCKED_S = 5.0  # how long a stop waits for another program that writes to the journal
 SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
