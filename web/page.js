@@ -327,12 +327,13 @@ async function askAgain(rule, box, button) {
       const { request, complaint, first, today, nats } = await read(`/web/learned/${number}`);
       const times = Math.exp(Math.abs(nats));
       const many = times > 1000 ? "more than 1,000" : times.toFixed(1);
+      const words = (text) => `${text.split(/\s+/).filter(Boolean).length} words`;
       const found = `“${complaint}” is ${many} times ${nats < 0 ? "less" : "more"} likely after today's answer`;
       box.append(
         said("user", request),
-        el("div", { className: "quiet" }, "first weights"), said("assistant", first || "(empty)"),
-        el("div", { className: "quiet" }, `today, step ${now?.step}`), said("assistant", today || "(empty)"),
-        el("div", { className: `verdict ${nats < 0 ? "good" : "bad"}` }, found),
+        el("div", { className: "quiet" }, `first weights, ${words(first)}`), said("assistant", first || "(empty)"),
+        el("div", { className: "quiet" }, `step ${now?.step}, ${words(today)}`), said("assistant", today || "(empty)"),
+        el("div", { className: "verdict quiet" }, found),
       );
     }
   } catch (error) {
