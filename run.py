@@ -297,7 +297,8 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
         await asyncio.wait_for(journal.patiently(journal.leave_step, p.db), LOCKED_S)
     except TimeoutError:
         why = "another program has the journal open for writing, the next start repeats the steps since the last one"
-        print(f"no checkpoint: {why}", file=sys.stderr)
+        for state in (p.state, *p.users.values()):
+            print(f"no checkpoint of step {state.step}: {why}", file=sys.stderr)
         await shutdown
         return
     for state in (p.state, *p.users.values()):
