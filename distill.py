@@ -76,26 +76,24 @@ def shift(hinted: Tensor, plain: Tensor) -> Tensor:
 
 @torch.no_grad()
 def teach(
-    teacher: torch.nn.Module, row: dict[str, Tensor], ids: Tensor, hinted: dict[int, list[list[int]]], plain: Tensor
+    head: Tensor, row: dict[str, Tensor], ids: Tensor, hinted: dict[int, list[Tensor]], plain: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The teacher's log-probs of `ids` (N, K) at each of a row's N places (N, K), and the hint mask (N,): 1.0 in the
     answers of `hinted`, 0.0 elsewhere.
 
-    `hinted`: sample in the row -> a prompt for each candidate hint. `plain` (N, K): the teacher's log-probs without a
-    hint. Of several candidates, the one that changes the teacher's prediction most is used: "Redo it in one sentence."
-    changes it much more than "That is too long." does, and is what the person wants.
+    `head` (V, D): the teacher's. `hinted`: sample in the row -> the teacher's hidden states (T, D) in its answer, for
+    each candidate hint. `plain` (N, K): the teacher's log-probs without a hint. Of several candidates, the one that
+    changes the teacher's prediction most is used: "Redo it in one sentence." changes it much more than "That is too
+    long." does, and is what the person wants.
     """
-    head, device = teacher.get_output_embeddings().weight, ids.device
-    logps, hint_mask = torch.zeros(ids.shape, device=device), torch.zeros(len(ids), device=device)
-    for sample, prompts in hinted.items():
+    logps, hint_mask = torch.zeros(ids.shape, device=ids.device), torch.zeros(len(ids), device=ids.device)
+    for sample, candidates in hinted.items():
         here = row["sample"] == sample  # (N,), true at T places
-        answer, temperature = row["target"][here].tolist(), row["temperature"][here]  # T ids, (T,)
         hint_mask[here] = 1.0
         most = -math.inf
-        for prompt in prompts:
-            hidden = grpo.response_hidden(teacher, grpo.alone(prompt, answer, device))  # (T, D)
-            found = grpo.token_logps(hidden, head, ids[here], temperature)  # (T, K)
-            change = shift(found, plain[here]).sum().item() if len(prompts) > 1 else 0.0
+        for hidden in candidates:
+            found = grpo.token_logps(hidden, head, ids[here], row["temperature"][here])  # (T, K)
+            change = shift(found, plain[here]).sum().item() if len(candidates) > 1 else 0.0
             if change > most:
                 most, logps[here] = change, found
     return logps, hint_mask

@@ -5,6 +5,7 @@ answer was given; pi is the policy now, at the turn's own temperature; rho = exp
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,31 @@ def pack_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
     return [members for _, members in rows]
 
 
+def grow_trees(samples: Sequence[list[int]], limit: int, tree: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Which samples share a tree: (its tokens, [(sample, how many of its tokens the sample before it has too)]).
+
+    In the order of their ids each sample branches off the one before. One that goes on from the end of a tree without
+    branches joins it. Another joins where the tree stays within `tree` tokens and either fits a packed row of `limit`
+    or is no dearer than its samples alone: in it, attention is computed over all pairs of tokens.
+    """
+    trees, squares, before = [], 0, []
+    for i in sorted(range(len(samples)), key=samples.__getitem__):
+        shared, length = common(before, samples[i]), len(samples[i])
+        grown, squares = (trees[-1][0] if trees else 0) + length - shared, squares + length**2
+        if shared and (grown == length or (grown <= tree and (grown <= limit or grown**2 <= squares))):
+            trees[-1] = (grown, [*trees[-1][1], (i, shared)])
+        else:
+            trees.append((length, [(i, 0)]))
+            squares = length**2
+        before = samples[i]
+    return trees
+
+
+def common(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def collate(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
@@ -38,21 +64,27 @@ def collate(
     temperatures: Sequence[float],
     limit: int,
     device: str | torch.device = "cpu",
+    tree: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """Packed rows of B samples, without padding: positions start again at 0 with each sample.
+    """Packed rows of B samples, without padding. What samples of a tree begin with is there once, and the depth of a
+    token in its tree is its position: it goes back where a branch begins, to 0 where a tree does.
 
     Yields dicts: ids, positions (1, L); at (N,) where in the row each response token is predicted; and per response
     token target, old_logp, adv, temperature, sample (N,).
     """
-    for members in pack_rows([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], limit):
+    samples = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    trees = grow_trees(samples, limit, tree)
+    for row in pack_rows([length for length, _ in trees], limit):
         ids, positions, at, target, old_logp, adv, temperature, sample = [], [], [], [], [], [], [], []
-        for i in members:
-            start, P, T = len(ids), len(prompts[i]), len(responses[i])
+        path: list[int] = []  # where in the row the sample's tokens are
+        for i, shared in [member for k in row for member in trees[k][1]]:
+            P, T = len(prompts[i]), len(responses[i])
             if not P or not T or len(old_logps[i]) != T:
                 raise ValueError(f"sample {i}: {P} prompt ids, {T} response ids, {len(old_logps[i])} log-probs")
-            ids += [*prompts[i], *responses[i]]
-            positions += range(P + T)
-            at += range(start + P - 1, start + P + T - 1)  # the token before predicts this one
+            path = [*path[:shared], *range(len(ids), len(ids) + P + T - shared)]
+            ids += samples[i][shared:]
+            positions += range(shared, P + T)
+            at += path[P - 1 : P + T - 1]  # the token before predicts this one
             target += responses[i]
             old_logp += old_logps[i]
             adv += [advs[i]] * T
@@ -65,24 +97,63 @@ def collate(
         }
 
 
+def unscored(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    limit: int,
+    device: str | torch.device,
+    tree: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """Rows at temperature 1, for reading log-probs only."""
+    n, zeros = len(prompts), [[0.0] * len(r) for r in responses]
+    return collate(prompts, responses, zeros, [0.0] * n, [1.0] * n, limit, device, tree)
+
+
 def alone(prompt: Sequence[int], response: Sequence[int], device: str | torch.device) -> dict[str, Tensor]:
     """A row of one sample at temperature 1, for reading log-probs only."""
-    return next(
-        collate([prompt], [response], [[0.0] * len(response)], [0.0], [1.0], len(prompt) + len(response), device)
-    )
+    return next(unscored([prompt], [response], 1, device))
 
 
 # ---- token log-probs ----
 
 
 def response_hidden(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
-    """The last hidden states from which a row's response tokens are predicted. (N, D)
+    """The last hidden states from which a row's response tokens are predicted. (N, D)"""
+    mask = tree_mask(row["positions"][0], model.dtype)
+    out = model.model(input_ids=row["ids"], position_ids=row["positions"], attention_mask=mask, use_cache=False)
+    return out.last_hidden_state[0, row["at"]]
 
-    Samples in a row don't attend to each other: without an attention mask, transformers finds their bounds where
-    positions start again at 0.
+
+def tree_mask(depth: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the attention, so that a token sees those that lead to it only: 0 for them, -inf for others.
+
+    depth (L,) -> (1, 1, L, L). Each token sees what comes before it; but where a branch (or another tree, at depth 0)
+    begins at depth d, that and all after it see no earlier token of depth d or more. None for a chain: the model does
+    that faster. Not a bool mask: torch would convert it in each layer, and keep each for the backward pass.
     """
-    hidden = model.model(input_ids=row["ids"], position_ids=row["positions"], use_cache=False).last_hidden_state
-    return hidden[0, row["at"]]
+    starts = (depth.diff() != 1).nonzero()[:, 0] + 1
+    if not len(starts):
+        return None
+    mask = torch.full((len(depth), len(depth)), -torch.inf, dtype=dtype, device=depth.device).triu_(1)
+    for start in starts.tolist():
+        mask[start:, :start].masked_fill_(depth[:start] >= depth[start], -torch.inf)
+    return mask[None, None]
+
+
+@torch.no_grad()
+def read(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    limit: int,
+    tree: int,
+) -> list[Tensor]:
+    """For each sample the hidden states from which its response tokens are predicted: (T, D)."""
+    found = {}
+    for row in unscored(prompts, responses, limit, model.device, tree):
+        hidden = response_hidden(model, row)
+        found |= {i: hidden[row["sample"] == i] for i in row["sample"].unique().tolist()}
+    return [found[i] for i in range(len(prompts))]
 
 
 CHUNK = 256  # places whose logits exist at a time

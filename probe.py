@@ -103,7 +103,8 @@ def measure(model: PreTrainedModel, ids: list[int], prompts: list[list[int]], fi
 
 @torch.no_grad()
 def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
-    """Two halves of a text, read packed into a row and alone, against the model's own logits: may samples share a row?
+    """Two halves of a text, and a branch off the first one, read packed into a row and alone, against the model's own
+    logits: may samples share a row, and what they begin with?
 
     Models with a recurrent state, a convolution or chunked attention don't see where a sample begins in a row.
     UsageError where our log-probs are not the model's own: some scale or cap their logits, which `grpo.token_logps`
@@ -112,21 +113,21 @@ def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
     if not hasattr(model, "model") or model.get_output_embeddings() is None:
         raise UsageError(f"{type(model).__name__} has no `model` with a head on it: it can't be trained here")
     most = 1e-3 if model.dtype == torch.float32 else 0.2  # what rounding does
-    halves = [ids[: len(ids) // 2], ids[len(ids) // 2 :]]
+    half = len(ids) // 2
+    texts = [ids[:half], ids[half:], ids[: half // 2] + ids[half:]]
     own, alone = [], []
-    for half in halves:
-        own.append(text_logps(model, half).gather(1, torch.tensor(half[1:], device=model.device)[:, None])[:, 0].cpu())
-        alone.append(token_logps(model, half))
+    for text in texts:
+        own.append(text_logps(model, text).gather(1, torch.tensor(text[1:], device=model.device)[:, None])[:, 0].cpu())
+        alone.append(token_logps(model, text))
     gap = (torch.cat(own) - torch.cat(alone)).abs().max().item()
     if gap > most:
         raise UsageError(
             f"{type(model).__name__} can't be trained here: its logits are more than the product of hidden state and "
             f"head (scaled, capped or shifted: log-probs differ by {gap:.2g})"
         )
-    prompts, answers = [half[:1] for half in halves], [half[1:] for half in halves]
-    zeros = [[0.0] * len(answer) for answer in answers]
-    row = next(grpo.collate(prompts, answers, zeros, [0.0, 0.0], [1.0, 1.0], len(ids), model.device))
-    packed = grpo.response_logps(model, row).cpu()  # (N,), the longer half first
+    most_tokens = 2 * len(ids)  # all of it in one row
+    row = next(grpo.unscored([t[:1] for t in texts], [t[1:] for t in texts], most_tokens, model.device, most_tokens))
+    packed = grpo.response_logps(model, row).cpu()  # (N,)
     order = row["sample"].unique_consecutive().tolist()
     packs = (packed - torch.cat([alone[i] for i in order])).abs().max().item() <= most
     if not packs:

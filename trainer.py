@@ -74,14 +74,16 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     turns = [lesson.turn for lesson in lessons]
     n, sums = sum(len(t.response_ids) for t in turns), Counter[str]()
     per_token = torch.tensor([1 / len(turns) / len(t.response_ids) for t in turns], device=state.policy.device)  # (B,)
+    limit, tree = row_limits(config, state)
     for row in grpo.collate(
         [t.prompt_ids for t in turns],
         [t.response_ids for t in turns],
         [[math.nan] * len(t.logprobs) if t.no_rl else t.logprobs for t in turns],
         [lesson.adv for lesson in lessons],
         [1.0 if t.no_rl else t.temperature for t in turns],
-        config.row_tokens if state.packs else 1,
+        limit,
         state.policy.device,
+        tree,
     ):
         if state.stopping.is_set():
             raise Stopped
@@ -91,8 +93,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
             state.policy.gradient_checkpointing_enable({"use_reentrant": False})
         elif not long and state.policy.is_gradient_checkpointing:
             state.policy.gradient_checkpointing_disable()
-        hinted = {i: lessons[i].hinted for i in row["sample"].unique().tolist() if lessons[i].hinted}
-        loss, found = row_loss(config, state, row, hinted)
+        loss, found = row_loss(config, state, row, lessons)
         # The mean over answers of the mean over an answer's tokens: in a mean over all tokens long answers would count
         # for more. A gradient through logits / T is 1 / T as large: without this factor a cold turn would dominate.
         (loss * per_token[row["sample"]] * row["temperature"]).sum().backward()
@@ -118,12 +119,22 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     }
 
 
-def row_loss(
-    config: Config, state: State, row: dict[str, Tensor], hinted: dict[int, list[list[int]]]
-) -> tuple[Tensor, dict[str, float]]:
-    """L = w_rl L_rl + w_opd L_opd + kl L_kl per response token (N,), and sums over those tokens for the metrics.
+def row_limits(config: Config, state: State) -> tuple[int, int]:
+    """Most tokens of a packed row, and of a tree with branches. Memory is planned for a sample as long as the tree. Its
+    mask replaces the model's own, which may have a window."""
+    if not state.packs:
+        return 1, 0
+    shape = state.policy.config.get_text_config()
+    windows = [getattr(shape, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    tree = min(config.max_train_tokens, config.max_model_len, *filter(None, windows))
+    return min(config.row_tokens, tree), tree
 
-    `hinted`: sample in the row -> prompts with a hint."""
+
+def row_loss(
+    config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
+) -> tuple[Tensor, dict[str, float]]:
+    """L = w_rl L_rl + w_opd L_opd + kl L_kl per response token (N,), and sums over those tokens for the metrics."""
+    hinted = any(lessons[i].hinted for i in row["sample"].unique().tolist())
     clip, temperature = (config.clip_low, config.clip_high), row["temperature"]
     head, start_head = (m.get_output_embeddings().weight for m in (state.policy, state.start))  # (V, D)
     hidden, ids = grpo.response_hidden(state.policy, row), row["target"][:, None]  # (N, D), (N, 1)
@@ -144,15 +155,14 @@ def row_loss(
         "clipped": ((log_ratio.exp() < 1 - clip[0]) | (log_ratio.exp() > 1 + clip[1])).sum().item(),
     }
     if config.kl or hinted:
-        with torch.no_grad():
-            start_hidden = grpo.response_hidden(state.start, row)  # (N, D)
+        start_hidden, candidates = read(config, state, row, lessons)  # (N, D), for each sample and hint (T, D)
     if hinted:
         student = logps[:, 1:].detach()  # (N, K)
-        model, plain = state.policy, student
+        teacher_head, plain = head, student
         if config.teacher == "start":
             with torch.no_grad():
-                model, plain = state.start, grpo.token_logps(start_hidden, start_head, ids[:, 1:], temperature)
-        teacher, hint_mask = distill.teach(model, row, ids[:, 1:], hinted, plain)  # (N, K), (N,)
+                teacher_head, plain = start_head, grpo.token_logps(start_hidden, start_head, ids[:, 1:], temperature)
+        teacher, hint_mask = distill.teach(teacher_head, row, ids[:, 1:], candidates, plain)  # (N, K), (N,)
         if config.opd_k:
             opd = distill.top_k_loss(logps[:, 1:], student, teacher, config.opd_clip, *clip)  # (N,)
         else:  # the paper's first form: an advantage for the sampled token
@@ -166,6 +176,29 @@ def row_loss(
         loss = loss + config.kl * kl
         found["kl"] = kl.detach().sum().item()
     return loss, found | {"loss": loss.sum().item()}
+
+
+def read(
+    config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
+) -> tuple[Tensor, dict[int, list[Tensor]]]:
+    """The passes without a gradient: the start's hidden states in the row (N, D), and by sample the teacher's in its
+    answer with each hint (T, D). A turn and its hinted prompts share all up to the hint, so they are one tree."""
+    members = row["sample"].unique_consecutive().tolist()
+    plain = [(i, lessons[i].turn.prompt_ids) for i in members]
+    hinted = [(i, prompt) for i in members for prompt in lessons[i].hinted]
+
+    def hidden(model: PreTrainedModel, asked: list[tuple[int, list[int]]]) -> list[Tensor]:
+        answers = [lessons[i].turn.response_ids for i, _ in asked]
+        return grpo.read(model, [prompt for _, prompt in asked], answers, *row_limits(config, state))
+
+    if config.teacher == "start":
+        found = hidden(state.start, plain + hinted)
+    else:
+        found = hidden(state.start, plain) + hidden(state.policy, hinted)
+    taught: dict[int, list[Tensor]] = {}
+    for (i, _), states in zip(hinted, found[len(plain) :], strict=True):
+        taught.setdefault(i, []).append(states)
+    return torch.cat(found[: len(plain)]), taught
 
 
 def accumulate_grads(state: State) -> None:

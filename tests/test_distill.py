@@ -96,7 +96,8 @@ def taught_row(model, k):
 def test_ids_and_teacher_are_what_separate_passes_say(model, k):
     row, ids, prompts, responses, temperatures, draw = taught_row(model, k)
     hinted = {0: [draw(12)], 2: [draw(30)]}
-    teacher, taught = distill.teach(model, row, ids, hinted, torch.zeros(ids.shape))
+    states = {i: grpo.read(model, hinted[i], [responses[i]], 1000, 0) for i in hinted}
+    teacher, taught = distill.teach(model.get_output_embeddings().weight, row, ids, states, torch.zeros(ids.shape))
     assert teacher.shape == ids.shape and taught.shape == (33,)
     for i in range(3):
         here = row["sample"] == i
@@ -132,7 +133,8 @@ def test_of_several_hints_the_one_is_taken_that_moves_the_teacher_furthest(model
     assert abs(moved[2]) < 1e-4 and len(set(moved)) == 4
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
         best = max(order, key=moved.__getitem__)
-        teacher, taught = distill.teach(model, row, ids, {2: [candidates[i] for i in order]}, plain)
+        states = {2: grpo.read(model, [candidates[i] for i in order], [responses[2]] * 4, 1000, 1000)}
+        teacher, taught = distill.teach(model.get_output_embeddings().weight, row, ids, states, plain)
         torch.testing.assert_close(teacher[here], logps[best], atol=1e-4, rtol=1e-4)
         assert torch.equal(taught, here.float())
 

@@ -25,8 +25,20 @@ SIZE = {
     "eos_token_id": 2,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_local_experts": 4}
-SHARES = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "olmo2", "smollm3", "glm4", "qwen3_moe", "phi3"]
-MIXES = ["lfm2", "qwen3_next", "gpt_oss"]
+SHARES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma3_text",
+    "olmo2",
+    "smollm3",
+    "glm4",
+    "qwen3_moe",
+    "phi3",
+    "gpt_oss",
+]
+MIXES = ["lfm2", "qwen3_next"]
 REFUSED = ["granite", "cohere", "gemma2"]
 
 

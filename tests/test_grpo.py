@@ -141,10 +141,11 @@ def response_logps(model, row, chunk):
     return grpo.token_logps(hidden, head, row["target"][:, None], row["temperature"], chunk).squeeze(-1)
 
 
-def loss_and_gradients(model, samples, limit, chunk=256):
+def loss_and_gradients(model, samples, limit, chunk=256, tree=0, apart=False):
     model = copy.deepcopy(model)
     n, total = sum(map(len, samples[1])), 0.0
-    for row in grpo.collate(*samples, limit):
+    batches = [[[x] for x in sample] for sample in zip(*samples, strict=True)] if apart else [samples]
+    for row in [row for batch in batches for row in grpo.collate(*batch, limit, tree=tree)]:
         logp = response_logps(model, row, chunk)
         loss = grpo.ppo_clip_loss(logp, row["old_logp"], row["adv"], LOW, HIGH, DUAL).sum() / n
         loss.backward()
@@ -173,6 +174,88 @@ def test_loss_is_invariant_to_rows_order_and_chunks(model):
         assert loss == pytest.approx(whole, abs=1e-5)
         for name, g in gradients.items():
             torch.testing.assert_close(other[name], g, atol=1e-5, rtol=1e-3)
+
+
+# ---- trees ----
+
+
+def drawn(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return lambda n: torch.randint(0, 256, (n,), generator=g).tolist()
+
+
+def chain(draw, turns=3):
+    """The turns of a conversation: each prompt is the last one with its answer and what was said to it."""
+    prompts, responses = [draw(7)], [draw(5)]
+    for _ in range(turns - 1):
+        prompts.append(prompts[-1] + responses[-1] + draw(4))
+        responses.append(draw(5))
+    return prompts, responses
+
+
+def fork(draw):
+    """The same, but the second prompt has the first answer without its beginning, as where thinking is left out."""
+    prompts, responses = chain(draw, 2)
+    return [prompts[0], prompts[0] + responses[0][2:] + draw(4)], responses
+
+
+def group(draw):
+    """Answers to the same prompt: two begin alike, two are the same."""
+    answer = draw(6)
+    return [draw(9)] * 4, [answer, answer[:2] + draw(5), draw(3), answer]
+
+
+def unrelated(draw):
+    return [[1, *draw(5)], [2, *draw(17)], [3, *draw(3)]], [draw(9), draw(3), draw(8)]
+
+
+def everything(draw):
+    """All of these, in no order: trees in a row with others, branches off branches."""
+    parts = [kind(draw) for kind in (chain, fork, group, unrelated)]
+    together = [x for prompts, responses in parts for x in zip(prompts, responses, strict=True)]
+    return [p for p, _ in together[::2] + together[1::2]], [r for _, r in together[::2] + together[1::2]]
+
+
+def learned(prompts, responses, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    old = [(torch.randn(len(r), generator=g) * 0.3 - 5.5).tolist() for r in responses]
+    numbers = torch.rand(2, len(prompts), generator=g) + 0.3
+    return prompts, responses, old, (numbers[0] - 0.8).tolist(), numbers[1].tolist()
+
+
+@pytest.mark.parametrize("limit", [1, 40, 1000])
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [(chain, 30), (fork, 24), (group, 9 + 6 + 5 + 3), (unrelated, 48), (everything, 125)]
+)
+def test_a_tree_gives_the_loss_and_gradient_of_separate_rows(model, kind, tokens, limit):
+    samples = learned(*kind(drawn()))
+    apart, gradients = loss_and_gradients(model, samples, 1, apart=True)
+    loss, other = loss_and_gradients(model, samples, limit, tree=1000)
+    assert loss == pytest.approx(apart, abs=1e-5)
+    for name, g in gradients.items():
+        torch.testing.assert_close(other[name], g, atol=1e-5, rtol=1e-3)
+    if limit == 1000:  # all in a row
+        assert sum(row["ids"].numel() for row in grpo.collate(*samples, limit, tree=1000)) == tokens
+
+
+def test_a_tree_is_grown_where_it_is_cheaper_and_has_room():
+    """Its tokens squared are at most the sum of its samples' squares, unless it fits a packed row."""
+    lengths = lambda samples, limit, tree: [n for n, _ in grpo.grow_trees(samples, limit, tree)]  # noqa: E731
+    prompt, other = list(range(100)), [[*range(200, 240)], [*range(300, 340)], [*range(400, 440)]]
+    assert lengths([prompt + o for o in other], 1, 1000) == [220]
+    assert lengths([prompt + o for o in other], 1, 200) == [180, 140]  # no room for the third
+    little = [[0, 1, *o] for o in other]
+    assert lengths(little, 1, 1000) == [42] * 3 and lengths(little, 82, 1000) == [82, 42]
+    assert lengths([prompt, prompt + other[0], prompt + other[0] + other[1]], 1, 0) == [180]  # a chain
+    assert lengths([prompt + other[0], prompt + other[1]], 1000, 0) == [140] * 2  # no branches where none are allowed
+
+
+def test_a_pass_that_reads_gives_what_each_sample_alone_gives(model):
+    prompts, responses = everything(drawn())
+    for found, p, r in zip(grpo.read(model, prompts, responses, 40, 1000), prompts, responses, strict=True):
+        with torch.no_grad():
+            alone = grpo.response_hidden(model, grpo.alone(p, r, "cpu"))
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
 
 
 def test_a_long_row_makes_its_activations_anew_and_gets_the_same_gradient(model):
