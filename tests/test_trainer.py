@@ -223,12 +223,13 @@ def test_a_models_fingerprint_is_its_contents(tmp_path):
 LONG_ROW = """
 import re, sys, torch, grpo
 from transformers import LlamaConfig, LlamaForCausalLM
-folder, tokens = sys.argv[1], int(sys.argv[2])
+folder, tokens, branches = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).train()
 for p in model.parameters():
     p.grad = torch.zeros_like(p)
 model.gradient_checkpointing_enable({"use_reentrant": False})
-row = next(grpo.collate([[1] * (tokens - 600)], [[2] * 600], [[0.0] * 600], [1.0], [1.0], 256))
+answers = [[2 + i] * (600 // branches) for i in range(branches)]
+row = next(grpo.unscored([[1] * (tokens - 600)] * branches, answers, 256, "cpu", tokens))
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 2**20  # GiB
 before = peak()  # (ru_maxrss would be that of the process we were forked from)
 grpo.response_logps(model, row).sum().backward()
@@ -236,32 +237,72 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("layers", "tokens"), [(2, 4000), (4, 6000)])
-def test_what_a_long_row_needs_is_planned(tmp_path, layers, tokens):
+@pytest.mark.parametrize(("layers", "tokens", "branches"), [(4, 6000, 1), (2, 4000, 3)])
+def test_what_a_long_row_needs_is_planned(tmp_path, layers, tokens, branches):
     dims = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     LlamaConfig(vocab_size=50_000, num_hidden_layers=layers, **dims).save_pretrained(tmp_path)
-    command = [sys.executable, "-c", LONG_ROW, tmp_path, str(tokens)]
+    command = [sys.executable, "-c", LONG_ROW, tmp_path, str(tokens), str(branches)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     shape, setting = LlamaConfig.from_pretrained(tmp_path), memory.Setting("cpu", 4, 0, tokens, 256)
     measured, planned = float(done.stdout), memory.needs(shape, setting)[0]["row"]
     assert measured < planned < 2 * measured, (measured, planned)
 
 
-def test_each_answer_counts_the_same_however_long_it_is(tiny_model, monkeypatch):
-    """The batch's gradient is the mean of what each answer alone would give, in one row or in two."""
-    state = load(tiny_model, lr=1e-5)
-    lengths, found = (40, 5), []
-    turns = [
-        turn(f"t{n}", response_ids=list(range(10, 10 + n)), logprobs=[-5.8] * n, versions=[(0, 0, n)]) for n in lengths
-    ]
-    lessons = [trainer.Lesson(t, adv, []) for t, adv in zip(turns, (1.0, -0.5), strict=True)]
-    clip = torch.nn.utils.clip_grad_norm_
+def kept_gradients(monkeypatch):
+    """The gradient of each step from here on, as it comes to be clipped."""
+    found, clip = [], torch.nn.utils.clip_grad_norm_
 
     def keep(masters, norm):
         found.append(torch.cat([m.grad.flatten() for m in masters]))
         return clip(masters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    return found
+
+
+@pytest.mark.parametrize("teacher", ["start", "policy"])
+def test_a_conversation_with_hints_gives_the_same_step_as_its_turns_alone(tiny_model, monkeypatch, teacher):
+    """Turns in one tree, and what only reads in another: fewer tokens, the same gradient and metrics."""
+    state, found, tokens, prompt, lessons = load(tiny_model, lr=1e-5), kept_gradients(monkeypatch), [], [], []
+    for k in range(4):
+        prompt, answer = [*prompt, *range(20 * k, 20 * k + 15)], list(range(100 + k, 110 + k))
+        hinted = [[*prompt[:-3], 200 + h, *prompt[-3:]] for h in range(k)]
+        values = {"prompt_ids": prompt, "response_ids": answer, "logprobs": [-5.8] * 10, "versions": [(0, 0, 10)]}
+        lessons.append(trainer.Lesson(turn(f"t{k}", **values), 1.0, hinted))
+        prompt = prompt + answer
+    for model in (state.policy, state.start):
+        model.model.register_forward_pre_hook(
+            lambda _, __, said: tokens.append(said["input_ids"].numel()), with_kwargs=True
+        )
+    config, metrics, seen = Config(row_tokens=60, teacher=teacher), [], []
+    assert state.packs
+    for state.packs in (True, False):
+        trainer.restore(state)
+        metrics.append(trainer.update(config, state, lessons))
+        seen.append(sum(tokens) - sum(seen))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-5) and metrics[0]["teacher_gap"] > 0
+    assert seen[0] < 0.6 * seen[1]
+
+
+def test_what_is_shared_has_room_in_the_memory_and_in_the_models_window(tiny_model):
+    state = load(tiny_model)
+    config = Config(row_tokens=256, max_train_tokens=4096, max_model_len=2048)
+    assert trainer.row_limits(config, state) == (256, 2048)
+    state.policy.config.sliding_window = 128  # the mask of a tree would replace the window's
+    assert trainer.row_limits(config, state) == (128, 128)
+    state.packs = False
+    assert trainer.row_limits(config, state) == (1, 0)
+
+
+def test_each_answer_counts_the_same_however_long_it_is(tiny_model, monkeypatch):
+    """The batch's gradient is the mean of what each answer alone would give, in one row or in two."""
+    state = load(tiny_model, lr=1e-5)
+    lengths, found = (40, 5), kept_gradients(monkeypatch)
+    turns = [
+        turn(f"t{n}", response_ids=list(range(10, 10 + n)), logprobs=[-5.8] * n, versions=[(0, 0, n)]) for n in lengths
+    ]
+    lessons = [trainer.Lesson(t, adv, []) for t, adv in zip(turns, (1.0, -0.5), strict=True)]
     for config in (Config(row_tokens=256), Config(row_tokens=1)):
         for batch in ([lessons[0]], [lessons[1]], lessons):
             trainer.restore(state)
