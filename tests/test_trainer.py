@@ -237,9 +237,10 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("layers", "tokens", "branches"), [(4, 6000, 1), (2, 4000, 3)])
-def test_what_a_long_row_needs_is_planned(tmp_path, layers, tokens, branches):
-    dims = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+@pytest.mark.parametrize(("heads", "layers", "tokens", "branches"), [(9, 2, 4000, 1), (9, 4, 6000, 1), (3, 2, 8000, 3)])
+def test_what_a_long_row_needs_is_planned(tmp_path, heads, layers, tokens, branches):
+    dims = {"hidden_size": 64 * heads, "intermediate_size": 170 * heads, "num_attention_heads": heads}
+    dims["num_key_value_heads"] = heads // 3
     LlamaConfig(vocab_size=50_000, num_hidden_layers=layers, **dims).save_pretrained(tmp_path)
     command = [sys.executable, "-c", LONG_ROW, tmp_path, str(tokens), str(branches)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
