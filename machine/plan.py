@@ -1,0 +1,136 @@
+"""The plan of the machine: device, cores, memory, and the faster dtype. Decided at the start, and printed."""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, PretrainedConfig
+
+from config import Config
+from durable.errors import UsageError
+from machine import memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    device: str  # cpu or cuda
+    dtype: torch.dtype  # of the trainer's arithmetic
+    gflops: dict[torch.dtype, float]  # as measured; empty on a GPU
+    engine_cores: list[int]
+    trainer_cores: list[int]
+    engine: float  # GiB: KV cache on a CPU, all of the engine on a GPU
+    needed: memory.Sizes  # GiB on the device
+    host: memory.Sizes  # and on the host of a GPU
+    free: float  # GiB on the device
+    row_tokens: int  # of a packed row
+    judge_style: str  # head or chat
+
+    def __str__(self) -> str:
+        gflops = ", ".join(f"{str(dtype)[6:]} {value:.0f}" for dtype, value in self.gflops.items())
+        host = f"\nhost      {memory.itemised(self.host)}" if self.host else ""
+        return (
+            f"device    {self.device}; training in {self.dtype}{f', measured GFLOP/s: {gflops}' if gflops else ''}\n"
+            f"cores     {self.engine_cores} engine, {self.trainer_cores} trainer\n"
+            f"memory    {memory.itemised(self.needed)}; free {self.free:.1f}{host}"
+        )
+
+
+def make_plan(config: Config, folder: Path) -> Plan:
+    """The plan for the model in `folder`: engine and trainer must not compete for the same core.
+
+    UsageError where there is too little memory, with what would fit."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    cores = sorted(os.sched_getaffinity(0))
+    n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))
+    shape, longest = AutoConfig.from_pretrained(folder), min(config.max_train_tokens, config.max_model_len)
+    row_tokens = config.row_tokens or (256 if device == "cpu" else memory.free_row_tokens(shape, longest))
+    # bf16 where the processor is quicker with it, as every GPU is
+    gflops = {} if device == "cuda" else measure_gflops(folder, cores[n:] or cores, row_tokens)
+    dtype = max(gflops, key=gflops.get) if gflops else torch.bfloat16
+    host_free = psutil.virtual_memory().available / 2**30  # with the page cache, which is given up when asked for
+    free = torch.cuda.mem_get_info()[0] / 2**30 if device == "cuda" else host_free
+    setting = memory.Setting(device, dtype.itemsize, config.lora_rank, longest, row_tokens, config.adapters)
+    needed, host = with_cache(shape, setting, free, config.engine_memory)
+    if sum(needed.values()) > free or sum(host.values()) > host_free:
+        where = f"{free:.1f} free on {device}" + (f", {host_free:.1f} on the host" if host else "")
+        needs = " and ".join(memory.itemised(sizes) for sizes in (needed, host) if sizes)
+        raise UsageError(f"{needs} needed, {where}: {what_fits(shape, setting, config.engine_memory, free, host_free)}")
+    small = not config.judge_url and 2 * needed["policy"] / dtype.itemsize < 1  # GiB of weights in bf16
+    return Plan(
+        device=device,
+        dtype=dtype,
+        gflops=gflops,
+        engine_cores=cores[:n],
+        trainer_cores=cores[n:] or cores,
+        engine=needed["KV cache"] + (needed["engine"] if device == "cuda" else 0),
+        needed=needed,
+        host=host,
+        free=free,
+        row_tokens=row_tokens,
+        judge_style=config.judge_style if config.judge_style != "auto" else "head" if small else "chat",
+    )
+
+
+def with_cache(
+    shape: PretrainedConfig, setting: memory.Setting, free: float, engine_memory: float
+) -> tuple[memory.Sizes, memory.Sizes]:
+    """`memory.needs`, and of what is left the KV cache: a quarter on a CPU, at most 4 GiB; on a GPU nearly all."""
+    device, host = memory.needs(shape, setting)
+    left = free - sum(device.values())
+    if setting.device == "cpu":
+        cache = engine_memory or min(4.0, max(0.5, left / 4))
+    else:
+        cache = max(1.0, engine_memory - device["engine"] if engine_memory else left - 0.1 * free)
+    return device | {"KV cache": cache}, host
+
+
+def what_fits(
+    shape: PretrainedConfig, setting: memory.Setting, engine_memory: float, free: float, host_free: float
+) -> str:
+    """Options under which the model fits, for a message."""
+    for rank in (0, 32) if not setting.lora_rank else (setting.lora_rank,):
+        for tokens in [n for n in (setting.tokens, 8192, 4096, 2048, 1024) if n <= setting.tokens]:
+            row_tokens = min(setting.row_tokens, memory.free_row_tokens(shape, tokens))
+            other = replace(setting, lora_rank=rank, tokens=tokens, row_tokens=row_tokens)
+            device, host = with_cache(shape, other, free, engine_memory)
+            if sum(device.values()) <= free and sum(host.values()) <= host_free:
+                options = [f"--lora_rank={rank}"] if rank != setting.lora_rank else []
+                options += [f"--max_train_tokens={tokens}"] if tokens != setting.tokens else []
+                given = setting.row_tokens > memory.free_row_tokens(shape, setting.tokens)  # by an option
+                options += [f"--row_tokens={row_tokens}"] if given else []
+                return f"{' '.join(options)} needs {sum(device.values()):.1f} GiB"
+    return "a smaller --model is needed"
+
+
+def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dtype, float]:
+    """GFLOP/s of bf16 and fp32 on the trainer's cores, for the forward and backward pass of one of the model's MLP
+    products. Which of the two is faster, and by how much, differs from processor to processor (0.5x to 4x)."""
+    c = AutoConfig.from_pretrained(folder).get_text_config()
+    wide = memory.layer_numbers(c) // 10 - c.hidden_size
+
+    def once(dtype: torch.dtype) -> float:
+        x = torch.randn(tokens, c.hidden_size, dtype=dtype, requires_grad=True)  # (L, D)
+        w = torch.randn(wide, c.hidden_size, dtype=dtype, requires_grad=True)  # (I, D)
+        seconds = []
+        for _ in range(7):
+            began = time.perf_counter()
+            F.linear(x, w).backward(torch.ones(tokens, wide, dtype=dtype))
+            seconds.append(time.perf_counter() - began)
+        return 6 * tokens * wide * c.hidden_size / min(seconds) / 1e9
+
+    # A thread of its own, as the trainer's will be: core binding and the OpenMP team belong to a thread.
+    with ThreadPoolExecutor(1, "measure", bind_thread, (cores,)) as thread:
+        return {dtype: thread.submit(once, dtype).result() for dtype in (torch.bfloat16, torch.float32)}
+
+
+def bind_thread(cores: list[int]) -> None:
+    """Keep this thread, and the OpenMP team it will start, on its cores and at a lower priority than serving."""
+    os.sched_setaffinity(0, cores)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+    torch.set_num_threads(len(cores))
