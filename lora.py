@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from durable.errors import UsageError
 
 PREFIX = "base_model.model."  # of the names in peft's files
 SCALE = 2  # of the product B A, alpha / rank in peft's terms
@@ -52,8 +55,11 @@ def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """An adapter's tensors by their names in peft's files, as `write` left them."""
-    return load_file(folder / "adapter_model.safetensors")
+    """An adapter's tensors by their names in peft's files, as `write` left them. UsageError where it is damaged."""
+    try:
+        return load_file(folder / "adapter_model.safetensors")
+    except SafetensorError as e:
+        raise UsageError(f"{folder} is damaged: {e}; the admin can roll back to an earlier checkpoint") from e
 
 
 def peft_name(name: str) -> str:

@@ -69,14 +69,16 @@ class Program:
     def state_in_memory(self, owner: str) -> trainer.State | None:
         return self.users.get(owner) if owner else self.state
 
-    async def state_of(self, owner: str) -> trainer.State:
-        """The state of an owner's weights, read from the disk or new where it is not in memory. Hold `stepping`.
+    async def state_of(self, owner: str, step: int | None = None) -> trainer.State:
+        """The state of an owner's weights. Where it is not in memory, it is new, or read from their current checkpoint
+        or that of `step`. Hold `stepping`.
 
         UsageError where the checkpoint is damaged."""
         if owner:
             state = self.users.pop(owner, None)
             if state is None:
-                folder = checkpoint.folder_of(Path(self.config.out), owner, journal.saved_step(self.db, owner))
+                step = journal.saved_step(self.db, owner) if step is None else step
+                folder = checkpoint.folder_of(Path(self.config.out), owner, step)
                 state = await self.on_trainer(trainer.of_user, self.config, self.state, owner, folder)
             self.users[owner] = state
         return self.state_in_memory(owner)
@@ -91,25 +93,34 @@ class Program:
         return journal.owners(self.db) | in_memory if self.config.adapters == "user" else {"": self.state.step}
 
     async def bring(self, user: str) -> None:
-        """Before an answer: have the user's adapter in the engine, from the disk if they were away."""
+        """Have the user's adapter in the engine, from the disk if they were away. Await nothing between this and the
+        answer: others may have it put away again.
+
+        UsageError where the checkpoint is damaged."""
         owner = self.owner_of(user)
+        while True:  # who asked last is last in `newest`
+            idle = [other for other in swap.newest if other not in ("", owner) and other not in self.users]
+            if len(idle) < memory.USERS:
+                break
+            await swap.put_away(self.engine, idle[0])
         while owner not in swap.newest:
+            adapter = None
             if step := journal.saved_step(self.db, owner):
                 folder = checkpoint.folder_of(Path(self.config.out), owner, step)
-                weights = await asyncio.to_thread(lora.read, folder)
+                try:
+                    weights = await asyncio.to_thread(lora.read, folder)
+                except FileNotFoundError:
+                    if step != journal.saved_step(self.db, owner):
+                        continue  # undone or forgotten meanwhile
+                    raise
                 adapter = await swap.add_adapter(self.engine, weights, step)
-            else:
-                adapter = None
             # Meanwhile a newer one may have been pushed, or this one undone or forgotten.
             if owner not in swap.newest and step == journal.saved_step(self.db, owner):
                 await swap.make_newest(self.engine, owner, adapter)
             elif adapter:
                 await swap.remove_unused(self.engine, adapter)
         if owner:
-            swap.newest[owner] = swap.newest.pop(owner)  # the last asked last
-            away = [other for other in swap.newest if other and other not in self.users]
-            for other in away[: -memory.USERS]:
-                await swap.put_away(self.engine, other)
+            swap.newest[owner] = swap.newest.pop(owner)
 
     async def forget_adapter(self, owner: str) -> None:
         """Train and answer this user from the first weights again. Hold `stepping`."""
@@ -127,6 +138,28 @@ class Program:
         if swap.served_step(self.engine, state.owner) != state.step:
             weights = await self.on_trainer(trainer.served_weights, state.policy)
             await swap.give_back(self.engine, weights, state.step, state.owner)
+
+    async def save(self, state: trainer.State) -> None:
+        """A checkpoint, if there is something new. Where it can't be written, the next step tries again."""
+        out, owner, step = Path(self.config.out), state.owner, state.step
+        if step == journal.saved_step(self.db, owner):
+            return
+        size = trainer.saved_bytes(state) + journal.RESERVE
+        try:
+            folder = checkpoint.folder_of(out, owner, step)
+            await self.on_trainer(checkpoint.write, folder, size, lambda folder: trainer.save(state, folder))
+        except checkpoint.CheckpointError as e:
+            print(f"no checkpoint of step {step}: {e}", file=sys.stderr)
+            return
+        await journal.patiently(journal.add_checkpoint, self.db, owner, step, self.config.keep)
+        await self.on_trainer(checkpoint.remove_others, out, journal.listed(self.db))
+
+    async def save_absent(self) -> None:
+        """The states of users who were trained longest ago leave the memory when there are too many."""
+        for owner, state in list(self.users.items())[: -memory.USERS]:
+            await self.save(state)
+            if state.step == journal.saved_step(self.db, owner):
+                del self.users[owner]
 
     def new_trainer_thread(self) -> None:
         """After a lack of memory, oneDNN can't make new kernels in the same thread ("could not create a primitive"), so
@@ -151,8 +184,12 @@ class Program:
                 self.to_train.put_nowait(turn_id)
         if not owner:
             self.paused.clear()
-            self.training = "on"
-            self.resumed.set()
+            self.try_again()
+
+    def try_again(self) -> None:
+        """Training goes on, but for users whose own is paused."""
+        self.training = "on"
+        self.resumed.set()
 
     def stop_training(self, error: str, seconds: float | None = None, owner: str = "") -> None:
         """After a failed step, with a new try after some seconds; None: not before somebody resumes it."""
@@ -163,7 +200,7 @@ class Program:
         print(f"training {whose}stopped, serving continues with step {step}: {error} ({again})", file=sys.stderr)
         if seconds is not None:
             stopped = self.training
-            asyncio.get_running_loop().call_later(seconds, lambda: self.training == stopped and self.resume_training())
+            asyncio.get_running_loop().call_later(seconds, lambda: self.training == stopped and self.try_again())
 
     @property
     def origins(self) -> list[str]:

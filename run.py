@@ -29,10 +29,9 @@ import trainer
 from batch import next_batch, prepare_lessons
 from clients import sessions
 from config import Config, parse
-from durable import checkpoint, guard, journal, upkeep
+from durable import guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
-from machine import memory
 from program import Program
 from start import make_judge, setup
 from web import control, page, terminal
@@ -100,6 +99,8 @@ async def train(p: Program) -> None:
         ids, owner = [sample.turn.id for sample in batch], p.owner_of(batch[0].turn.user)
         await p.resumed.wait()
         async with p.stepping:
+            if owner in p.paused:
+                continue
             try:
                 state = await p.state_of(owner)
             except UsageError as e:  # their checkpoint is damaged
@@ -130,7 +131,7 @@ async def train(p: Program) -> None:
                 for turn_id in ids:
                     p.to_train.put_nowait(turn_id)
                 p.stop_training(error, None if isinstance(e, swap.PushError) else min(3600, 5 * 2 ** failed[owner]))
-            await save_absent(p)
+            await p.save_absent()
     p.training = "off"
 
 
@@ -165,7 +166,7 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
     seconds = {"train_s": trained - started, "push_s": time.monotonic() - trained}
     report(p, state, batch, metrics | {f"probe_{k}": v for k, v in probed.items()} | {"push_gap": gap} | seconds)
     if state.step - journal.saved_step(p.db, state.owner) >= config.save_every:
-        await save(p, state)
+        await p.save(state)
 
 
 def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[str, float]) -> None:
@@ -182,36 +183,12 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
         "waiting": p.to_train.qsize(),
         "time": time.time(),
     }
-    p.last_step = row
+    p.last_step = {name: value for name, value in row.items() if name != "owner"}
     with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
     shown = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items() if k != "time"}
     with tqdm.external_write_mode():  # above the line of web/terminal.py
         print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-
-
-async def save(p: Program, state: trainer.State) -> None:
-    """A checkpoint, if there is something new. Where it can't be written, the next step tries again."""
-    out, owner, step = Path(p.config.out), state.owner, state.step
-    if step == journal.saved_step(p.db, owner):
-        return
-    size = trainer.saved_bytes(state) + journal.RESERVE
-    try:
-        folder = checkpoint.folder_of(out, owner, step)
-        await p.on_trainer(checkpoint.write, folder, size, lambda folder: trainer.save(state, folder))
-    except checkpoint.CheckpointError as e:
-        print(f"no checkpoint of step {step}: {e}", file=sys.stderr)
-        return
-    await journal.patiently(journal.add_checkpoint, p.db, owner, step, p.config.keep)
-    await p.on_trainer(checkpoint.remove_others, out, journal.listed(p.db))
-
-
-async def save_absent(p: Program) -> None:
-    """The states of users who were trained longest ago leave the memory when there are too many."""
-    for owner, state in list(p.users.items())[: -memory.USERS]:
-        await save(p, state)
-        if state.step == journal.saved_step(p.db, owner):
-            del p.users[owner]
 
 
 # ---- the program ----
@@ -301,8 +278,9 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
             print(f"no checkpoint of step {state.step}: {why}", file=sys.stderr)
         await shutdown
         return
-    for state in (p.state, *p.users.values()):
-        await save(p, state)
+    async with p.stepping:  # an admin's order is finished first
+        for state in (p.state, *p.users.values()):
+            await p.save(state)
     await shutdown
 
 

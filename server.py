@@ -278,8 +278,8 @@ class Recorder:
         if request is not None and request.path != CHAT and not request.messages:
             request = None  # see note_rendered
         sampling_params.seed = swap.usable_seed(self._engine, sampling_params.seed)
-        await self._hooks.bring(caller.get())
         if request is None:
+            await self._hooks.bring(caller.get())
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
                     yield output
@@ -329,6 +329,7 @@ class Recorder:
             await journal.patiently(journal.record_turn, self._db, turn, why_not)
             written.add(index)
 
+        await self._hooks.bring(caller.get())
         try:
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:

@@ -35,8 +35,12 @@ async def setup(config: Config) -> Program:
     await journal.patiently(upkeep.bind_model, db, start, fingerprint(start), config.adapters)
     await journal.patiently(journal.recover, db)
     checkpoint.remove_others(out, journal.listed(db))
+    paused = {}
     for owner, step in (steps := journal.owners(db)).items():
-        check_rank(checkpoint.folder_of(out, owner, step), config.lora_rank)
+        if why_not := check_rank(checkpoint.folder_of(out, owner, step), config.lora_rank):
+            if not owner:
+                raise UsageError(why_not)
+            paused[owner] = f"stopped: {why_not}"  # others can still be served
     checkpoint.trim_metrics(out / "metrics.jsonl", steps)
     saved = checkpoint.folder_of(out, "", steps.get("", 0))
     folder = start if config.lora_rank or not saved else saved  # what the engine begins with
@@ -68,7 +72,19 @@ async def setup(config: Config) -> Program:
             swap.stop_engine(engine)
         raise
     return Program(
-        config, lock, db, listener, api_keys, url, engine_args, engine, state, plan.trainer_cores, *threads, fitting
+        config,
+        lock,
+        db,
+        listener,
+        api_keys,
+        url,
+        engine_args,
+        engine,
+        state,
+        plan.trainer_cores,
+        *threads,
+        fitting,
+        paused=paused,
     )
 
 

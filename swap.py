@@ -355,7 +355,7 @@ def generate(engine: Any, owner: str, *args: Any, lora_request: Any = None, **kw
     Relied on: `lora_request` is what stands in vLLM's list under the model's name in the request, and only the first
     weights are in that list."""
     if engine.vllm_config.lora_config:
-        return adapted(engine, None if lora_request else newest.get(owner), *args, **kwargs)
+        return adapted(engine, None if lora_request else newest[owner], *args, **kwargs)
     return engine.generate(*args, **kwargs)
 
 

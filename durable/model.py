@@ -123,12 +123,18 @@ def tool_parser_of(folder: Path) -> str:
 ADAPTER = "adapter_config.json"  # peft's, in the checkpoints of LoRA training
 
 
-def check_rank(checkpoint: Path, rank: int) -> None:
-    """UsageError where a checkpoint was trained with another --lora_rank."""
+def check_rank(checkpoint: Path, rank: int) -> str | None:
+    """Why an adapter's checkpoint can't be read, if so. UsageError where it was trained with another --lora_rank."""
     file = checkpoint / ADAPTER
-    saved = json.loads(file.read_text())["r"] if file.exists() else 0
+    if rank and not file.exists() and not (checkpoint / "config.json").exists():
+        return f"{checkpoint} is damaged: it has no {ADAPTER}"
+    try:
+        saved = json.loads(file.read_text())["r"] if file.exists() else 0
+    except (ValueError, KeyError) as e:
+        return f"{file} is damaged: {e!r}"
     if saved != rank:
         raise UsageError(f"{checkpoint} was trained with --lora_rank={saved}, not {rank}: give that, or another --out")
+    return None
 
 
 def export(checkpoint: Path, folder: Path) -> None:

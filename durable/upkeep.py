@@ -95,6 +95,9 @@ def check_owner(db: sqlite3.Connection, user: str) -> str:
     """The owner of the weights that a command is about. UsageError where --user is missing, or makes no sense."""
     if bool(user) != bool(owner_of(db, "anybody")):
         raise UsageError("give --user: each has weights of their own" if not user else "--user: all share one model")
+    talked = db.execute("SELECT 1 FROM counters WHERE user = ?", (user,)).fetchone()
+    if user and not talked and not checkpoints(db, user):
+        raise UsageError(f"--user={user}: nobody of that name has talked here")
     return user
 
 
@@ -316,6 +319,7 @@ def remove_adapter(db: sqlite3.Connection, owner: str) -> None:
     with transaction(db):
         db.execute("DELETE FROM checkpoints WHERE owner = ?", (owner,))
     checkpoint.remove_others(out, journal.listed(db))
+    checkpoint.forget_metrics(out / "metrics.jsonl", owner)
 
 
 STILL_READ = (

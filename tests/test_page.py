@@ -185,7 +185,12 @@ def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
 
     def why(**changes):
         newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, 20))
-        return why_nothing(idle | {"turns": journal.counts(db), "newest": [dict(r) for r in newest]} | changes)
+        seen = {"turns": journal.counts(db), "newest": [dict(r) for r in newest], "together": 0}
+        return why_nothing(idle | seen | changes)
+
+    users = {"turns": {"queued": 8}, "together": 1}
+    assert why(**users) == "Waiting for the batch: 1 of 4 turns until the next step."
+    assert "paused or stopped for alice; 8 judged turns wait" in why(**users, paused={"alice": "paused by the admin"})
 
     journal.record_turn(db, turn("t1"))
     journal.record_next(db, "t1", [user("What is a cow?")])

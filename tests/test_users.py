@@ -121,9 +121,12 @@ class Talker:
             await until(lambda goal=goal: self.status()["step"] == goal)
 
 
+def admin(program):
+    return {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
+
+
 def order(program, command, **body):
-    headers = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
-    return httpx.post(f"{program.url}/admin/{command}", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{program.url}/admin/{command}", json=body, headers=admin(program), timeout=60)
 
 
 def started(fresh, names=PEOPLE, **options):
@@ -146,6 +149,8 @@ async def test_nobody_meets_what_another_taught(fresh):
     assert (alice.logp(), [file.read_bytes() for file in saved]) == alices
     assert [who.status()["step"] for who in (alice, bob, carol)] == [2, 1, 0]
     assert [(m["owner"], m["step"]) for m in program.metrics()] == [("alice", 1), ("alice", 2), ("bob", 1)]
+    figures = httpx.get(f"{program.url}/metrics", headers=admin(program), timeout=60)
+    assert figures.status_code == 200 and "openclaw_rl_step 3.0" in figures.text
     assert {r["user"] for r in rows(program, "state = 'trained'")} == {"alice", "bob"}
 
     # Pause and resume
@@ -160,6 +165,7 @@ async def test_nobody_meets_what_another_taught(fresh):
     # Rollback and forget
     bobs = bob.logp()
     assert "give --user" in order(program, "rollback", step=0).text
+    assert "nobody of that name" in order(program, "rollback", step=0, user="alicia").text
     order(program, "rollback", step=2, user="alice").raise_for_status()
     assert (alice.logp(), alice.status()["step"], bob.logp()) == (alices[0], 2, bobs)
     await alice.learn()
@@ -167,6 +173,7 @@ async def test_nobody_meets_what_another_taught(fresh):
     assert "nothing of them is left in weights" in said
     assert alice.logp() == first and alice.status()["step"] == 0 and bob.logp() == bobs
     assert [folder.name for folder in (program.out / "checkpoints").iterdir()] == ["of-bob"]
+    assert {m["owner"] for m in program.metrics()} == {"bob"}
     await alice.learn()
     assert alice.logp() != first and bob.logp() == bobs
 
@@ -218,9 +225,29 @@ async def test_who_was_away_gets_their_adapter_back(fresh):
     await people[0].learn()
     assert people[0].status()["step"] == 2 and people[0].logp() != logps[0] and people[1].logp() == logps[1]
     program.stop()
+
+    # Damaged files are their owner's trouble alone, and a rollback mends it.
+    (whole,) = checkpoint.home(program.out, "user1").glob("*/adapter_model.safetensors")
+    whole.write_bytes(whole.read_bytes()[:-1000])
+    (config,) = checkpoint.home(program.out, "user2").glob("*/adapter_config.json")
+    config.unlink()
+    (state,) = checkpoint.home(program.out, "user3").glob("*/trainer.pt")
+    state.write_bytes(state.read_bytes()[:-1000])
     program = started(fresh, names)
     again = [Talker(program, name) for name in names]
-    assert [who.logp() for who in again[1:]] == logps[1:]
+    assert [who.logp() for who in again[3:]] == logps[3:]
+    with pytest.raises(httpx.HTTPStatusError) as error:
+        again[1].ask()
+    assert "damaged" in error.value.response.text
+    assert "damaged" in again[2].status()["training"] and again[4].status()["training"] == "on"
+    again[3].complain()
+    await until(lambda: "damaged" in again[3].status()["training"])
+    await again[4].learn()
+    for k in (1, 3):
+        order(program, "rollback", step=0, user=f"user{k}").raise_for_status()
+        order(program, "resume", user=f"user{k}").raise_for_status()
+        assert again[k].logp() == first
+        await again[k].learn()
 
 
 def test_a_key_file_is_read_anew(fresh):

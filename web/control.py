@@ -31,7 +31,8 @@ async def roll_back(p: Program, user: str, step: int) -> str:
     async with p.stepping:
         owner = upkeep.check_owner(p.db, user)
         upkeep.check_step(p.db, owner, step)
-        state, out = await p.state_of(owner), Path(p.config.out)
+        was_away = p.state_in_memory(owner) is None
+        state, out = await p.state_of(owner, step), Path(p.config.out)
         folder = checkpoint.folder_of(out, owner, step)
         try:
             _, baselines = await p.on_trainer(trainer.load_checkpoint, state, folder)
@@ -42,10 +43,14 @@ async def roll_back(p: Program, user: str, step: int) -> str:
             undone = await journal.patiently(upkeep.rollback, p.db, owner, step)
         except Exception:
             await p.undo(state)
+            if was_away:  # their current weights are still those on the disk
+                del p.users[owner]
+                await swap.put_away(p.engine, owner)
             raise
         await p.on_trainer(trainer.commit, state, step, baselines, probed)
         checkpoint.remove_others(out, journal.listed(p.db))
         checkpoint.trim_metrics(out / "metrics.jsonl", p.steps())
+        await p.save_absent()
     return f"step {step} is the current one; {undone} turns that came after it are dropped"
 
 
@@ -69,10 +74,10 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
         return await roll_back(p, user, body["step"])
     if command == "forget":
         async with p.stepping:
-            if owner := p.owner_of(user):
-                await p.forget_adapter(owner)
             journal_file = Path(p.config.out) / "journal.db"
             said = await asyncio.to_thread(upkeep.forget_in, journal_file, body.get("session", ""), user)
+            if owner := p.owner_of(user):
+                await p.forget_adapter(owner)
         for from_tool in (False, True):
             p.state.baselines.pop(grpo.baseline_key(user, from_tool), None)
         return said
@@ -80,8 +85,9 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
 
 
 def may_order(request: Request) -> bool:
-    """The admin may, and where no key is needed our own page. Only a browser can set that header, and sets it for what
-    a page sends to the server that it came from. (Nobody else's page, also by DNS rebinding: `why_not_keyless`.)"""
+    """The admin may, and where no key is needed our own page: a browser sets that header for what a page sends to the
+    server that it came from, and no page from elsewhere can. (Also not by DNS rebinding: `why_not_keyless`.) Another
+    program on this machine can, as it can talk and rate without a key."""
     user, site = request.scope["state"]["user"], request.headers.get("sec-fetch-site")
     own_page = user is ANYBODY and site == "same-origin" and request.path_params["command"] != "forget"
     return user is OURS or own_page

@@ -89,6 +89,7 @@ function showGlance() {
   $("until").textContent = now.admin ? `${filled} of ${size} turns until the next step` : `${queued} ${mine} ${size}`;
   $("why").textContent = now.why;
   $("orders").hidden = !now.admin;
+  for (const part of document.querySelectorAll("[data-shared]")) part.hidden = Boolean(now.steps); // a step has an owner
   const steps = [...new Set([...now.checkpoints, 0])].sort((a, b) => b - a);
   if ($("checkpoint").dataset.steps !== steps.join()) {
     $("checkpoint").replaceChildren(...steps.map((s) => el("option", { value: s }, s ? `step ${s}` : "the start")));

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from durable import journal
@@ -51,12 +51,26 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
         "turns": journal.counts(db, user),
         "dropped": journal.drop_reasons(db, user),
         "newest": [dict(r) for r in newest],
+        "together": together(db, p, user),
         "checkpoints": journal.checkpoints(db, "") if user is None else [],
         "pause_s": p.pause[1] - p.pause[0],
         "admin": user is None,
     }
     now |= training
     return now | {"why": why_nothing(now)}
+
+
+def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
+    """The most judged turns that one batch could be of: a batch changes the weights of one owner."""
+    if user is not None or p.config.adapters == "shared":
+        return journal.counts(db, user).get("queued", 0)
+    queued = db.execute("SELECT user, n FROM counters WHERE state = 'queued'").fetchall()
+    return max((r["n"] for r in queued if r["user"] not in p.paused), default=0)
+
+
+def answer(found: Any) -> Response:
+    """As ASCII: half a surrogate pair, which a client's cut text may end in, has no UTF-8."""
+    return Response(json.dumps(found), media_type="application/json", headers=HEADERS)
 
 
 def whose(request: Request) -> str | None:
@@ -111,19 +125,21 @@ def routes(p: Program) -> list[Route]:
             return openai_error(400, "before: expected a time in seconds")
         if where["state"] not in (None, *turns.STATES):
             return openai_error(400, f"state: expected one of {', '.join(turns.STATES)}")
-        return JSONResponse(await in_thread(turns.listed, **where), headers=HEADERS)
+        return answer(await in_thread(turns.listed, **where))
 
     async def tokens(request: Request) -> Response:
         number = number_of(request)
         found = await in_thread(turns.tokens, p.state.tokenizer, number, whose(request))
-        return JSONResponse(found, headers=HEADERS) if found else openai_error(404, f"no turn {number} of yours")
+        return answer(found) if found else openai_error(404, f"no turn {number} of yours")
 
-    async def curves(request: Request) -> JSONResponse:
+    async def curves(request: Request) -> Response:
         user = whose(request)
         owner = p.owner_of(user) if user else ""
+        if user is None and p.config.adapters == "user":
+            return answer({"pleased": await in_thread(turns.pleased, user), "steps": []})  # many curves in one
         steps = lambda db: turns.steps(path.with_name("metrics.jsonl"), user is None, owner)  # noqa: E731
         found = {"pleased": await in_thread(turns.pleased, user), "steps": await in_thread(steps)}
-        return JSONResponse(found, headers=HEADERS)
+        return answer(found)
 
     async def leave_out(request: Request) -> Response:
         try:
@@ -131,7 +147,7 @@ def routes(p: Program) -> list[Route]:
         except (ValueError, KeyError, TypeError):
             return openai_error(400, 'expected {"session": ...}')
         count = await journal.patiently(journal.leave_out, p.db, session, whose(request))
-        return JSONResponse({"done": f"{count} answers of this conversation will not be trained on"})
+        return answer({"done": f"{count} answers of this conversation will not be trained on"})
 
     return [
         *[Route(at, lambda _, name=name: FileResponse(HERE / name, headers=HEADERS)) for at, name in FILES.items()],
@@ -147,10 +163,10 @@ def routes(p: Program) -> list[Route]:
 def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
     one_at_a_time = asyncio.Lock()
 
-    async def rules(request: Request) -> JSONResponse:
+    async def rules(request: Request) -> Response:
         user = whose(request)
         asked_for = request.query_params.get("user") or None
-        return JSONResponse(await in_thread(learned.rules, asked_for if user is None else user), headers=HEADERS)
+        return answer(await in_thread(learned.rules, asked_for if user is None else user))
 
     async def replay(request: Request) -> Response:
         number = number_of(request)
@@ -159,7 +175,7 @@ def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
                 found = await in_thread(learned.complaint_about, number, whose(request))
                 if found is None:
                     return openai_error(404, f"no turn {number} of yours with a complaint")
-                return JSONResponse(await learned.replay(p, *found), headers=HEADERS)
+                return answer(await learned.replay(p, *found))
             except (KeyError, ValueError) as e:
                 return openai_error(400, f"it can't be asked again: {e}")
 

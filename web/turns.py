@@ -29,6 +29,7 @@ def connect(path: Path) -> sqlite3.Connection:
     """For any thread, one at a time."""
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
     db.row_factory = sqlite3.Row
+    db.text_factory = lambda text: text.decode(errors="replace")  # substr may cut a surrogate pair
     return db
 
 
@@ -71,7 +72,7 @@ def listed(db: sqlite3.Connection, **where: Any) -> list[dict[str, Any]]:
         turn["request"] = [shown(m) for m in (sent[-1:] if last is None else sent[last : last + 1])]
         turn["next"] = [shown(m) for m in pieces_of(db, json.loads(turn.pop("next_messages") or "[]")[-LAST_MESSAGES:])]
         text = db.execute(f"SELECT substr(text, 1, {SHOWN}) FROM answers WHERE number = ?", (row["number"],))
-        (turn["answer"],) = text.fetchone()
+        (turn["answer"],) = text.fetchone() or ("",)  # `forget` removes it first
         found.append(turn)
     return found
 

@@ -34,10 +34,12 @@ def why_nothing(now: dict[str, Any]) -> str:
         return "A step is running."
     if now["judge_error"] and judging:
         return f"The judge is down, and {judging} turns wait for it: {now['judge_error']}"
-    if queued >= size:
+    if now["together"] >= size:
         return "The next step is about to begin."
+    if paused := now.get("paused"):
+        return f"Training is paused or stopped for {', '.join(paused)}; {queued} judged turns wait."
     if queued:
-        of_all = f"{queued} of {size} turns until the next step"
+        of_all = f"{now['together']} of {size} turns until the next step"
         return f"Waiting for the batch: {of_all if now['admin'] else f'{queued} of yours, and a step takes {size}'}."
     if judging:
         return f"The judge is reading {judging} turns."
