@@ -27,8 +27,6 @@ def reject_reason(sample: Sample, chosen: list[Sample], step: int, config: Any) 
     answers that max_tokens cut off.
     """
     turn = sample.turn
-    if any(version > step for version, _, _ in turn.versions):
-        return "by weights that were undone"
     if step - min(version for version, _, _ in turn.versions) > config.max_staleness:
         return f"stale: more than {config.max_staleness} steps old"
     if len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
