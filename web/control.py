@@ -78,7 +78,7 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
             said = await asyncio.to_thread(upkeep.forget_in, journal_file, body.get("session", ""), user)
             if owner := p.owner_of(user):
                 await p.forget_adapter(owner)
-                # An answer by the adapter may have been written down since; those that still run will not be trained on.
+                # An answer by the adapter may have been written down since. Those that still run are not trained on.
                 await journal.patiently(upkeep.rollback, p.db, owner, 0)
         for from_tool in (False, True):
             p.state.baselines.pop(grpo.baseline_key(user, from_tool), None)
