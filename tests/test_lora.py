@@ -140,15 +140,17 @@ async def test_an_answer_ends_on_the_adapter_it_began_with_and_old_ones_leave(se
         got = torch.tensor([at[i].logprob for at, i in zip(answer.logprobs, answer.token_ids, strict=True)])
         return (got - expected).abs().mean() < BOUND
 
-    answers, policies = [], []
+    answers = []
+    policies = [
+        load(served.state.start.name_or_path).policy for _ in range(3)
+    ]  # now, or the first answer ends too soon
     for step in (1, 2, 3):
         before = logps(served.state)
         change(served.state, step)
         assert (logps(served.state) - before).abs().mean() > 0.2
         gap, _ = await push(served, step, logps(served.state))
         assert gap < BOUND
-        policies.append(load(served.state.start.name_or_path).policy)
-        policies[-1].load_state_dict(served.state.policy.state_dict())
+        policies[step - 1].load_state_dict(served.state.policy.state_dict())
         answers.append(asyncio.create_task(generate(f"run-{step}")))
         await asyncio.sleep(0.1)
     assert not any(a.done() for a in answers) and len(await loaded(served)) == 3, "they overlap"

@@ -185,7 +185,11 @@ def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
 
     def why(**changes):
         newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, 20))
-        seen = {"turns": journal.counts(db), "newest": [dict(r) for r in newest], "together": 0}
+        seen = {
+            "turns": journal.counts(db),
+            "newest": [dict(r) for r in newest],
+            "together": journal.counts(db).get("queued", 0),
+        }
         return why_nothing(idle | seen | changes)
 
     users = {"turns": {"queued": 8}, "together": 1}
