@@ -152,7 +152,17 @@ async def test_the_judges_own_requests_are_not_recorded(program):
     assert not rows(program, "messages LIKE '%You grade%' OR user = ''")
 
 
-async def test_explicit_feedback(program):
+@pytest.fixture
+def untrained(program):
+    """The shared program, while it trains on nothing: otherwise a turn that is rated may fill a batch at once."""
+    admin = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
+    httpx.post(f"{program.url}/admin/pause", headers=admin, timeout=60).raise_for_status()
+    yield program
+    httpx.post(f"{program.url}/admin/resume", headers=admin, timeout=60).raise_for_status()
+
+
+async def test_explicit_feedback(untrained):
+    program = untrained
     c, headers = client(program), {"Authorization": f"Bearer {ALICE}"}
     async with httpx.AsyncClient(base_url=program.url, headers=headers) as http:
         reply = await ask(c, [user("rate me")])

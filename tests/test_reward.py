@@ -469,6 +469,7 @@ def test_a_stop_interrupts_the_reading_of_the_replies(tiny_model, tmp_path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.timeout(900)  # the features of 400 replies, where they are not kept from an earlier start
 def test_the_real_head_on_replies_that_it_never_saw(tmp_path, monkeypatch) -> None:
     """Fitted on a third of its set here, to save a minute: `python -m evaluation.judge_accuracy` measures the whole."""
     folder = model_folder("")
