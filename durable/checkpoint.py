@@ -50,16 +50,16 @@ def remove_others(out: Path, listed: list[tuple[str, int]]) -> None:
 
 def trim_metrics(metrics: Path, steps: dict[str, int]) -> None:
     """Remove the rows of steps after these, by owner, which are undone, and a last line that was cut off."""
-    if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-        rows = [(line, json.loads(line)) for line in lines]
-        with replacing(metrics) as part:
-            part.write_text("".join(line for line, r in rows if r["step"] <= steps.get(r.get("owner", ""), 0)))
+    keep_metrics(metrics, lambda row: row["step"] <= steps.get(row.get("owner", ""), 0))
 
 
 def forget_metrics(metrics: Path, owner: str) -> None:
-    """Remove the rows of an owner's steps."""
+    """Remove the rows of an owner's steps, and a last line that was cut off."""
+    keep_metrics(metrics, lambda row: row.get("owner") != owner)
+
+
+def keep_metrics(metrics: Path, keep: Callable[[dict], bool]) -> None:
     if metrics.exists():
-        lines = metrics.read_text().splitlines(True)
+        lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
         with replacing(metrics) as part:
-            part.write_text("".join(line for line in lines if json.loads(line).get("owner") != owner))
+            part.write_text("".join(line for line in lines if keep(json.loads(line))))

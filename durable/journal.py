@@ -247,12 +247,10 @@ def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict],
     """The conversation continued from this turn: with what it is judged by, in place of what was recorded before.
 
     False where that comes too late: a person rated it, it is in training or trained, or dropped for good."""
-    marks = ", ".join("?" * len(REVIVED))
     with transaction(db):
         done = db.execute(
             "UPDATE turns SET state = 'judging', reason = NULL, confirmed = ? WHERE id = ? AND "
-            "source IS NOT 'feedback' AND template NOT NULL AND "
-            f"(state IN ('waiting', 'judging', 'queued') OR state = 'dropped' AND reason IN ({marks}))",
+            f"source IS NOT 'feedback' AND template NOT NULL AND {UNSETTLED}",
             (confirmed, turn_id, *REVIVED),
         ).rowcount
         if done:
@@ -293,6 +291,10 @@ UNREADABLE = "its row is damaged"
 NOTHING = "nothing to learn from"
 NO_HINT = NOTHING + ": there is no hint, and the score can't be trained on"
 REVIVED = (NEUTRAL, ALONE, LAST, NO_HINT)  # by a person's rating
+# A turn that is not in training, trained on or dropped for good; REVIVED are its parameters.
+UNSETTLED = (
+    f"(state IN ('waiting', 'judging', 'queued') OR state = 'dropped' AND reason IN ({', '.join('?' * len(REVIVED))}))"
+)
 
 
 def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, following: list[dict] | None = None) -> bool:
@@ -376,10 +378,8 @@ def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
 
 def leave_out(db: sqlite3.Connection, session: str, user: str | None) -> int:
     """Drop the turns of a conversation that are not trained on yet, of one user or whoever's it is; how many."""
-    marks = ", ".join("?" * len(REVIVED))
     return db.execute(
-        "UPDATE turns SET state = 'dropped', reason = ? WHERE session = ? AND (? IS NULL OR user = ?) AND "
-        f"(state IN ('waiting', 'judging', 'queued') OR state = 'dropped' AND reason IN ({marks}))",
+        f"UPDATE turns SET state = 'dropped', reason = ? WHERE session = ? AND (? IS NULL OR user = ?) AND {UNSETTLED}",
         (LEFT_OUT, session, user, user, *REVIVED),
     ).rowcount
 

@@ -166,6 +166,10 @@ def about(subject: str, answer: str) -> bool:
     return not words or any(word in answer.lower() for word in words)
 
 
+def is_long(answer: str) -> bool:
+    return len(answer.split()) >= 80
+
+
 def sentences(text: str) -> int:
     """How many sentences end in it."""
     return len(re.findall(r"[.!?](?=\s|$)", text))
@@ -199,7 +203,7 @@ PEOPLE = {
     "long": Person(
         wants="at least 80 words",
         asks=explanation,
-        likes=lambda answer: len(answer.split()) >= 80,
+        likes=is_long,
         complaints=(
             "That is too short. Explain it in more detail, at length.",
             "No, much too short. I wanted a long and thorough explanation.",
@@ -234,7 +238,7 @@ PEOPLE = {
     "ta": Person(
         wants="at least 80 words",
         asks=marking,
-        likes=lambda answer: len(answer.split()) >= 80,
+        likes=is_long,
         complaints=(
             "This is way too short! I wanted every step explained in detail.",
             "No, much too short. Redo it as a long, detailed explanation.",
