@@ -1,4 +1,4 @@
-"""From judged turns to a batch: which of them are trained on, and what each of them teaches."""
+"""From judged turns to a batch: which turns are trained on together, and what each one teaches."""
 
 import asyncio
 
@@ -9,16 +9,16 @@ from durable import guard, journal
 from durable.journal import Sample
 from program import Program
 
-TRAIN_NOW = ""  # in the queue: do not wait for a full batch
+TRAIN_NOW = ""  # in the queue: don't wait for a full batch
 
 
 async def next_batch(p: Program) -> list[Sample]:
-    """Wait for a full batch. Newest turns first: under overload the oldest grow stale. Turns that are unfit are dropped
-    with their reason, once there is disk space to write that down."""
-    batches: dict[str, list[Sample]] = {}  # by owner: a step changes the weights of one
-    later: list[str] = []  # turns of users who have their share of the batch, while others' turns wait
+    """Wait for a full batch, newest turns first: under overload the oldest get stale. Turns that can't be trained on
+    are dropped with the reason, when there is disk space to record it."""
+    batches: dict[str, list[Sample]] = {}  # by owner of the weights: a step trains one owner's
+    later: list[str] = []  # turns of users who already have their share of the batch, while others wait
     while True:
-        await asyncio.sleep(0)  # a long queue of unfit turns must not hold up serving
+        await asyncio.sleep(0)  # a long queue of turns to drop must not block serving
         nobody_else = bool(later) and p.to_train.empty()
         turn_id = later.pop(0) if nobody_else else await p.to_train.get()
         await p.wait_for_disk_space()
@@ -33,7 +33,7 @@ async def next_batch(p: Program) -> list[Sample]:
             continue
         try:
             sample = journal.load_sample(p.db, turn_id)
-        except KeyError:  # damaged, or forgotten by another program this moment
+        except KeyError:  # its row is damaged, or was deleted by `forget` just now
             await journal.patiently(journal.drop, p.db, [turn_id], journal.UNREADABLE)
             continue
         owner = p.owner_of(sample.turn.user)
@@ -61,10 +61,10 @@ async def next_batch(p: Program) -> list[Sample]:
 async def prepare_lessons(
     p: Program, state: trainer.State, batch: list[Sample]
 ) -> tuple[list[Sample], list[trainer.Lesson]]:
-    """The samples of a batch that teach something, and what; the others are dropped."""
+    """The samples of a batch that teach something, each with its lesson. The others are dropped."""
     keys = [grpo.baseline_key(s.turn.user, s.from_tool) for s in batch]
     prompts = [tuple(s.turn.prompt_ids) for s in batch]
-    # What was not sampled from the plain policy has no advantage: it can only learn from its hint.
+    # An answer that was not sampled from the plain policy gets no advantage: it can only learn from its hint.
     scores = [0 if s.turn.no_rl or not p.config.w_rl else s.verdict.score for s in batch]
     advs = grpo.advantages(scores, keys, prompts, state.baselines, p.config.baseline)
     kept, lessons = [], []
@@ -80,7 +80,7 @@ async def prepare_lessons(
 
 
 async def hinted_prompts(p: Program, sample: Sample) -> list[list[int]]:
-    """A prompt for each candidate hint that fits; [] where none can be used, with the reason in the turn's row."""
+    """A prompt for each candidate hint that fits. [] if none can be used; the reason goes into the turn's row."""
     turn, longest = sample.turn, p.config.max_train_tokens - len(sample.turn.response_ids)
     try:
         prompts = await distill.hinted_prompts(

@@ -4,18 +4,15 @@ The score is read off the log-probs of the three labels where the endpoint gives
 votes. Bad answers also get a rule as a hint.
 """
 
-import asyncio
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import openai
-
-from reward import MAX_HINT, MIN_HINT, VOTES, JudgeError, Scored, evidence
+from clients.endpoint import Endpoint
+from reward import MAX_HINT, MIN_HINT, VOTES, Scored, evidence
 
 CHAT_CHARS = 2000  # of the next state that the judge reads; a quarter of it for request and answer each
 CANDIDATES = 3  # different hints that the trainer gets
@@ -95,11 +92,6 @@ def majority(votes: list[int]) -> int:
     return ranked[0][0]
 
 
-def endpoint(url: str) -> openai.AsyncOpenAI:
-    """A client of a judge elsewhere; its key is read from JUDGE_API_KEY."""
-    return openai.AsyncOpenAI(base_url=url, api_key=os.environ.get("JUDGE_API_KEY", "none"))
-
-
 def read_labels(choice: Any) -> dict[str, float] | None:
     """The log-prob of each label as the first token of a reply; None where the endpoint gives no log-probs, or where
     the reply begins with something else (a judge that thinks first)."""
@@ -116,37 +108,20 @@ def read_labels(choice: Any) -> dict[str, float] | None:
     return {label: math.log(max(p, 1e-6)) for label, p in mass.items()}
 
 
-# ---- the endpoint ----
-
-BAD_REQUEST = (openai.BadRequestError, openai.UnprocessableEntityError)
-# What endpoints refuse of a request, in the order in which it is tried, and what they are sent instead.
-INSTEAD: dict[str, Callable[[Any], dict]] = {
-    "max_tokens": lambda tokens: {"max_completion_tokens": tokens},
-    "temperature": lambda _: {},
-    "n": lambda _: {},
-}
+# ---- the judge ----
 
 
 @dataclass
-class ChatJudge:
+class ChatJudge(Endpoint):
     """A judge behind an OpenAI-compatible endpoint, and which of its features work."""
 
-    client: openai.AsyncOpenAI
-    model: str
     votes: int = 3  # where the endpoint gives no log-probs, and for hints
     max_tokens: int = 1024  # of a reply: a judge may think first
-    timeout_s: float = 60
-    retries: int = 2
-    backoff_s: float = 1
     # Request fields, the best first: those that the endpoint refuses are taken out.
     score_fields: list[dict] = field(default_factory=lambda: [STRUCTURED | LOGPROBS, STRUCTURED, LOGPROBS, {}])
     hint_fields: list[dict] = field(default_factory=lambda: [HINT_PATTERN, {}])
-    refused: frozenset[str] = frozenset()  # of INSTEAD
     biases: dict[str, dict[str, float]] = field(default_factory=dict)  # role of the next state -> label -> log-prob
     hinted_by = "judge"
-
-    def __post_init__(self) -> None:
-        self.client = self.client.with_options(max_retries=0)  # ours also cover nonsense and slowness
 
     async def score(self, request: str, answer: str, next_messages: list[dict]) -> Scored:
         """JudgeError where there is no verdict to be had.
@@ -188,28 +163,6 @@ class ChatJudge:
         reply = await self.send(messages=messages, temperature=1, max_tokens=1, extra_body=fields)
         return read_labels(reply.choices[0])
 
-    async def send(self, **request: Any) -> Any:
-        """One request, without the fields that this endpoint refuses: it is found out once what they are.
-
-        A "bad request" usually names the field. Where it doesn't, all are tried, once the extra ones are gone."""
-        refused = list(self.refused)
-        while True:
-            fields = {k: v for k, v in request.items() if k not in refused}
-            fields |= {k: v for name in refused if name in request for k, v in INSTEAD[name](request[name]).items()}
-            try:
-                reply = await self.client.chat.completions.create(model=self.model, **fields)
-            except BAD_REQUEST as e:
-                left = [name for name in INSTEAD if name in fields]
-                named = [name for name in left if re.search(rf"\b{name}\b", e.response.text)]
-                if not (named or left and not request["extra_body"]):
-                    raise
-                refused.append((named or left)[0])
-                continue
-            if new := set(refused) - self.refused:
-                print(f"judge: the endpoint refuses {', '.join(sorted(new))}; asked without from here on", flush=True)
-                self.refused |= new
-            return reply
-
     async def bias(self, role: str, fields: dict) -> dict[str, float]:
         """The mean log-prob of each label where request, answer and next state say nothing."""
         blanks = [judge_messages("N/A", "N/A", [{"role": role, "content": blank}]) for blank in BLANKS]
@@ -239,37 +192,6 @@ class ChatJudge:
                 raise ValueError(f"the judge said nothing within {self.max_tokens} tokens")
             said += [parse(choice.message.content) for choice in reply.choices]
         return said[: self.votes]
-
-    async def with_retries(self, ask: Callable[[dict], Awaitable[Any]], all_fields: list[dict]) -> Any:
-        """What `ask(fields)` returns, after `retries` more tries where it fails or is slow; JudgeError where all fail.
-
-        A "bad request" is tried again with the next of `all_fields`: perhaps the endpoint refuses a field that it
-        doesn't know. Where that helps, it isn't sent the refused fields again.
-        """
-        failures = refused = 0
-        while True:
-            try:
-                async with asyncio.timeout(self.timeout_s):  # all of it, where the client's own timeout is per read
-                    result = await ask(all_fields[refused])
-                del all_fields[:refused]
-                return result
-            except (openai.APIError, TimeoutError, ValueError, AttributeError, TypeError, LookupError) as error:
-                # the last three: JSON of another form than that of a reply, which the client lets through
-                bad_request = isinstance(error, BAD_REQUEST)
-                if bad_request and refused + 1 < len(all_fields):
-                    refused += 1
-                    continue
-                failures += 1
-                status = error.status_code if isinstance(error, openai.APIStatusError) else 0
-                if status in (400, 401, 403, 404, 422, 429):
-                    failures = self.retries + 1  # asking again at once won't help
-                if failures > self.retries:
-                    of_turn = bad_request or not isinstance(error, openai.APIError | TimeoutError)
-                    header = error.response.headers.get("retry-after", "") if status else ""
-                    wait = float(header) if re.fullmatch(r"\d{1,6}(\.\d+)?", header) else 0.0
-                    message = f"no verdict from the judge: {type(error).__name__}: {str(error)[:300]}"
-                    raise JudgeError(message, of_turn, wait) from error
-                await asyncio.sleep(self.backoff_s * 2 ** (failures - 1))
 
 
 # ---- hints ----

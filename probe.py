@@ -1,7 +1,6 @@
-"""The probe: how weights do on fixed texts, and whether our arithmetic is this model's.
+"""The probe: fixed texts that show whether the model still works after a step, before its weights are served.
 
-After each step it shows whether the model still works, before anybody is served; after each push, engine and trainer
-are compared on it.
+After each push, engine and trainer are compared on it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import grpo
 from durable import guard
-from durable.errors import UsageError
 
 TEXT = (
     "The tide comes in twice a day because the moon pulls the sea towards it. On the far side of the earth the water "
@@ -96,40 +94,3 @@ def measure(model: PreTrainedModel, ids: list[int], prompts: list[list[int]], fi
         "repeated": sum(map(grpo.repetition, said)) / len(said),
         "length": sum(map(len, said)) / len(said),
     }
-
-
-# ---- is the arithmetic of grpo.py this model's? ----
-
-
-@torch.no_grad()
-def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
-    """Two halves of a text, and a branch off the first one, read packed into a row and alone, against the model's own
-    logits: may samples share a row, and what they begin with?
-
-    Models with a recurrent state, a convolution or chunked attention don't see where a sample begins in a row.
-    UsageError where our log-probs are not the model's own: some scale or cap their logits, which `grpo.token_logps`
-    doesn't know.
-    """
-    if not hasattr(model, "model") or model.get_output_embeddings() is None:
-        raise UsageError(f"{type(model).__name__} has no `model` with a head on it: it can't be trained here")
-    most = 1e-3 if model.dtype == torch.float32 else 0.2  # what rounding does
-    half = len(ids) // 2
-    texts = [ids[:half], ids[half:], ids[: half // 2] + ids[half:]]
-    own, alone = [], []
-    for text in texts:
-        own.append(text_logps(model, text).gather(1, torch.tensor(text[1:], device=model.device)[:, None])[:, 0].cpu())
-        alone.append(token_logps(model, text))
-    gap = (torch.cat(own) - torch.cat(alone)).abs().max().item()
-    if gap > most:
-        raise UsageError(
-            f"{type(model).__name__} can't be trained here: its logits are more than the product of hidden state and "
-            f"head (scaled, capped or shifted: log-probs differ by {gap:.2g})"
-        )
-    most_tokens = 2 * len(ids)  # all of it in one row
-    row = next(grpo.unscored([t[:1] for t in texts], [t[1:] for t in texts], most_tokens, model.device, most_tokens))
-    packed = grpo.response_logps(model, row).cpu()  # (N,)
-    order = row["sample"].unique_consecutive().tolist()
-    packs = (packed - torch.cat([alone[i] for i in order])).abs().max().item() <= most
-    if not packs:
-        print(f"rows      of one sample each: {type(model).__name__} would mix samples that share a row", flush=True)
-    return packs

@@ -1,7 +1,6 @@
-"""What the parts of the running program share: the options, the journal, the engine, the queues between them."""
+"""What the parts of the running program share: options, journal, engine, training states and queues."""
 
 import asyncio
-import secrets
 import socket
 import sqlite3
 import sys
@@ -20,6 +19,7 @@ import reward
 import swap
 import trainer
 from clients.connections import trusting
+from clients.endpoint import Health
 from clients.keys import Keys
 from config import Config
 from durable import checkpoint, journal
@@ -30,7 +30,7 @@ from machine.plan import bind_thread
 
 @dataclass
 class Program:
-    """What the parts of the running program share."""
+    """One per process; server.py knows it as `Hooks`."""
 
     config: Config
     lock: TextIO  # on config.out
@@ -40,107 +40,103 @@ class Program:
     url: str  # of this server
     engine_args: Any
     engine: Any
-    state: trainer.State  # of the weights that all share; with --adapters=user the state that each user's begins as
+    states: dict[str, trainer.State]  # by owner of the weights, see `owner_of`; the last trained is last
     trainer_cores: list[int]
     trainer: ThreadPoolExecutor  # one thread
     judging: ThreadPoolExecutor  # one thread
     fitting: "Future[reward.Head] | None"  # of a small model's judge
-    own_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # of our own requests: not recorded
-    to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns that have a next message
+    to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns with a next message
     to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.LifoQueue)  # ids of judged turns, newest first
-    judge_health: reward.Health = field(default_factory=reward.Health)
-    users: dict[str, trainer.State] = field(default_factory=dict)  # of their own adapters, the last trained last
-    paused: dict[str, str] = field(default_factory=dict)  # users whose adapter is not trained, and why
-    training: str = "on"  # or why it waits or stopped
-    resumed: asyncio.Event = field(default_factory=asyncio.Event)  # unset: no step begins
+    judge_health: Health = field(default_factory=Health)
+    paused: dict[str, str] = field(default_factory=dict)  # user -> why their adapter is not trained
+    training: str = "on"  # or why it waits or has stopped
+    resumed: asyncio.Event = field(default_factory=asyncio.Event)  # while it is unset, no step begins
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
-    died: asyncio.Event = field(default_factory=asyncio.Event)  # the engine: nothing can be served any more
-    last_step: dict[str, float] = field(default_factory=dict)  # its metrics
+    died: asyncio.Event = field(default_factory=asyncio.Event)  # set when the engine has died
+    last_step: dict[str, float] = field(default_factory=dict)  # metrics of the last step
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
 
     def __post_init__(self) -> None:
-        swap.served = self.state.step
         self.resumed.set()
 
+    @property
+    def state(self) -> trainer.State:
+        """The shared weights. With --adapters=user: the first weights, which each user's own begin as."""
+        return self.states[""]
+
     def owner_of(self, user: str) -> str:
-        """Whose weights answer this user: "" for those that all share. An owner has a state, steps and checkpoints."""
+        """Whose weights answer this user; "" for the shared ones. An owner has a state, steps and checkpoints."""
         return user if self.config.adapters == "user" else ""
 
-    def state_in_memory(self, owner: str) -> trainer.State | None:
-        return self.users.get(owner) if owner else self.state
-
     async def state_of(self, owner: str, step: int | None = None) -> trainer.State:
-        """The state of an owner's weights. Where it is not in memory, it is new, or read from their current checkpoint
-        or that of `step`. Hold `stepping`.
+        """The state of an owner's weights. If it is not in memory, it is new, or read from their current checkpoint or
+        that of `step`. Hold `stepping`.
 
-        UsageError where the checkpoint is damaged."""
-        if owner:
-            state = self.users.pop(owner, None)
-            if state is None:
-                step = journal.saved_step(self.db, owner) if step is None else step
-                folder = checkpoint.folder_of(Path(self.config.out), owner, step)
-                state = await self.on_trainer(trainer.of_user, self.config, self.state, owner, folder)
-            self.users[owner] = state
-        return self.state_in_memory(owner)
+        UsageError if the checkpoint is damaged."""
+        if owner not in self.states:
+            step = journal.saved_step(self.db, owner) if step is None else step
+            folder = checkpoint.folder_of(Path(self.config.out), owner, step)
+            self.states[owner] = await self.on_trainer(trainer.of_user, self.config, self.state, owner, folder)
+        self.states[owner] = self.states.pop(owner)  # the last trained is last
+        return self.states[owner]
 
     def step_of(self, owner: str) -> int:
-        state = self.state_in_memory(owner)
-        return state.step if state else journal.saved_step(self.db, owner)
+        return self.states[owner].step if owner in self.states else journal.saved_step(self.db, owner)
 
     def steps(self) -> dict[str, int]:
         """By owner."""
-        in_memory = {state.owner: state.step for state in self.users.values()}
-        return journal.owners(self.db) | in_memory if self.config.adapters == "user" else {"": self.state.step}
+        if self.config.adapters == "shared":
+            return {"": self.state.step}
+        return journal.owners(self.db) | {owner: state.step for owner, state in self.states.items() if owner}
 
-    async def bring(self, user: str) -> None:
-        """Have the user's adapter in the engine, from the disk if they were away. Await nothing between this and the
-        answer: others may have it put away again.
+    async def load_adapter(self, user: str) -> None:
+        """Load the user's adapter into the engine, unless it is there. Other users' idle adapters are evicted if there
+        are too many. Don't await anything between this and the answer: another request may evict it again.
 
-        UsageError where the checkpoint is damaged."""
+        UsageError if the checkpoint is damaged."""
         owner = self.owner_of(user)
-        while True:  # who asked last is last in `newest`
-            idle = [other for other in swap.newest if other not in ("", owner) and other not in self.users]
+        while True:  # `newest` is in the order of requests, the last one last
+            idle = [other for other in swap.newest if other not in (owner, *self.states)]
             if len(idle) < memory.USERS:
                 break
-            await swap.put_away(self.engine, idle[0])
+            await swap.evict(self.engine, idle[0])
         while owner not in swap.newest:
-            adapter = None
+            version = swap.Version(0)
             if step := journal.saved_step(self.db, owner):
                 folder = checkpoint.folder_of(Path(self.config.out), owner, step)
                 try:
                     weights = await asyncio.to_thread(lora.read, folder)
                 except FileNotFoundError:
                     if step != journal.saved_step(self.db, owner):
-                        continue  # undone or forgotten meanwhile
+                        continue  # reverted or forgotten meanwhile
                     raise
-                adapter = await swap.add_adapter(self.engine, weights, step)
-            # Meanwhile a newer one may have been pushed, or this one undone or forgotten.
+                version = await swap.add_adapter(self.engine, weights, step)
+            # Meanwhile a newer one may have been pushed, or this one reverted or forgotten.
             if owner not in swap.newest and step == journal.saved_step(self.db, owner):
-                await swap.make_newest(self.engine, owner, adapter)
-            elif adapter:
-                await swap.remove_unused(self.engine, adapter)
-        if owner:
-            swap.newest[owner] = swap.newest.pop(owner)
+                await swap.make_newest(self.engine, owner, version)
+            else:
+                await swap.remove_unused(self.engine, version)
+        swap.newest[owner] = swap.newest.pop(owner)
 
     async def forget_adapter(self, owner: str) -> None:
         """Train and answer this user from the first weights again. Hold `stepping`."""
-        self.users.pop(owner, None)
+        self.states.pop(owner, None)
         self.paused.pop(owner, None)
-        await swap.make_newest(self.engine, owner, None)
+        await swap.make_newest(self.engine, owner, swap.Version(0))
 
     def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
         """Run f(*args) on the trainer's thread, while serving and judging continue."""
         return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
 
     async def undo(self, state: trainer.State) -> None:
-        """After a step that failed: the trainer, and the engine if it has new weights, return to the last snapshot."""
+        """After a failed step: the trainer, and the engine if it got new weights, return to the last snapshot."""
         await self.on_trainer(trainer.restore, state)
-        if swap.served_step(self.engine, state.owner) != state.step:
+        if swap.served_step(state.owner) != state.step:
             weights = await self.on_trainer(trainer.served_weights, state.policy)
             await swap.give_back(self.engine, weights, state.step, state.owner)
 
     async def save(self, state: trainer.State) -> None:
-        """A checkpoint, if there is something new. Where it can't be written, the next step tries again."""
+        """Write a checkpoint if there is something new. If that fails, the next step tries again."""
         out, owner, step = Path(self.config.out), state.owner, state.step
         if step == journal.saved_step(self.db, owner):
             return
@@ -155,22 +151,22 @@ class Program:
         await self.on_trainer(checkpoint.remove_others, out, journal.listed(self.db))
 
     async def save_absent(self) -> None:
-        """The states of users who were trained longest ago leave the memory when there are too many."""
-        for owner, state in list(self.users.items())[: -memory.USERS]:
-            await self.save(state)
-            if state.step == journal.saved_step(self.db, owner):
-                del self.users[owner]
+        """If too many users' states are in memory, those trained longest ago are saved and removed."""
+        for owner in [owner for owner in self.states if owner][: -memory.USERS]:
+            await self.save(self.states[owner])
+            if self.states[owner].step == journal.saved_step(self.db, owner):
+                del self.states[owner]
 
     def new_trainer_thread(self) -> None:
-        """After a lack of memory, oneDNN can't make new kernels in the same thread ("could not create a primitive"), so
-        use a new one. MemoryError while memory is still short: Python would wait for ever for a thread that can't
-        start."""
+        """After running out of memory, oneDNN can't make kernels in the same thread ("could not create a primitive").
+
+        MemoryError while memory is still short: Python would wait forever for a thread that can't start."""
         bytearray(64 << 20)
         self.trainer.shutdown(wait=False)
         self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.trainer_cores,))
 
     def pause_training(self, why: str, owner: str = "") -> None:
-        """No step of this owner's weights begins from here on; one that runs is finished. "": of anybody's."""
+        """Begin no more steps for this owner ("": for anybody). A step that is running is finished."""
         if owner:
             self.paused[owner] = why
         else:
@@ -178,21 +174,21 @@ class Program:
             self.resumed.clear()
 
     def resume_training(self, owner: str = "") -> None:
-        """ "": of everybody's weights."""
+        """ "": for everybody."""
         if self.paused.pop(owner, None) if owner else self.paused:
-            for turn_id in journal.in_state(self.db, "queued"):  # `next_batch` left them out
+            for turn_id in journal.in_state(self.db, "queued"):  # `next_batch` skipped them
                 self.to_train.put_nowait(turn_id)
         if not owner:
             self.paused.clear()
             self.try_again()
 
     def try_again(self) -> None:
-        """Training goes on, but for users whose own is paused."""
+        """Continue training, except for users who are paused."""
         self.training = "on"
         self.resumed.set()
 
     def stop_training(self, error: str, seconds: float | None = None, owner: str = "") -> None:
-        """After a failed step, with a new try after some seconds; None: not before somebody resumes it."""
+        """Stop after failed steps, and try again after some seconds; None: when the admin resumes it."""
         again = "resume it by python -m durable.admin resume" if seconds is None else f"next try in {seconds:.0f} s"
         self.pause_training(f"stopped: {error} ({again})", owner)
         whose = f"of {owner} " if owner else ""
@@ -210,19 +206,19 @@ class Program:
     def own_client(self) -> AsyncOpenAI:
         """A client of this server, for the judge and the hinted prompts. Ignores proxies of the environment."""
         http = openai.DefaultAsyncHttpxClient(trust_env=False, verify=trusting(self.config.ssl_certfile))
-        return AsyncOpenAI(base_url=self.url, api_key=self.own_key, http_client=http)
+        return AsyncOpenAI(base_url=self.url, api_key=self.keys.own, http_client=http)
 
     async def on_next(self, turn_id: str) -> None:
         """The server calls this when a conversation continued from a turn."""
         await self.enqueue(self.to_judge, turn_id)
 
     async def on_confirmed(self, turn_id: str) -> None:
-        """The server calls this when it is certain what a turn is judged by."""
+        """The server calls this when a turn's next message is final."""
         if journal.is_queued(self.db, turn_id):
             self.to_train.put_nowait(turn_id)
 
     async def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
-        """The server calls this when a user rates a turn. ValueError where that comes too late."""
+        """Called when a user rates a turn. ValueError if that comes too late."""
         if await journal.patiently(journal.record_verdict, self.db, turn_id, verdict):
             await self.enqueue(self.to_train, turn_id)
 
@@ -234,7 +230,7 @@ class Program:
             queue.put_nowait(turn_id)
 
     def training_of(self, user: str | None) -> dict[str, Any]:
-        """How far the weights that answer this user are, or everybody's."""
+        """The training state of the weights that answer this user; None: of everybody's."""
         steps = self.steps()
         mine = {self.owner_of(user): self.step_of(self.owner_of(user))} if user else steps
         paused = self.paused.get(user) if user and self.training == "on" else None
@@ -247,12 +243,12 @@ class Program:
         }
 
     def status(self, user: str | None) -> dict[str, Any]:
-        """What GET /status shows: this user's turns, or everybody's."""
+        """The body of GET /status: this user's turns; None: everybody's."""
         turns = {"turns": journal.counts(self.db, user), "dropped": journal.drop_reasons(self.db, user)}
         return self.training_of(user) | turns
 
     async def wait_for_disk_space(self) -> None:
-        """Training writes down what it does: it waits while there is no space for that."""
+        """Training needs disk space for its records, so wait until there is some."""
         full = "waits: the disk is full"
         while not journal.has_disk_space(self.db):
             if self.training == "on":

@@ -10,14 +10,10 @@ How often it is right: python -m evaluation.judge_accuracy
 import asyncio
 import hashlib
 import json
-import math
 import re
-import sys
 import threading
-import time
-from collections import Counter
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +26,6 @@ from durable.atomic import replacing
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 HEAD_CHARS = 400  # of the next state that the head reads
 MIN_HINT, MAX_HINT = 11, 300  # characters, of a hint
-TRIES = 3  # of a turn that the judge refuses
 MAX_PARTS = 5  # of a complaint that are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
 QUESTION = "Is the feedback positive, negative or neutral?"  # what a small model reads before the next message
@@ -50,52 +45,6 @@ LONG = r"\b(too (short|brief)|(?<!too )(?<!how )long(er)?|detail\w*|at length|ev
 PLAIN = r"\b(no|not|without|don't) (\w+ ){0,3}(list|bullet|bold|table)|\bplain (text|sentences|paragraph)"
 LISTS = r"\b(as|in|with|(?<!don't )use|make|give) (\w+ ){0,2}(list|bullet|bold|table)"
 OPPOSITES = [(SHORT, LONG), (LONG, SHORT), (PLAIN, LISTS), (LISTS, PLAIN)]
-
-
-class JudgeError(RuntimeError):
-    """The judge gave no verdict: a failure is never a score of 0. `of_turn`: it lies in what was asked, so asking again
-    will hardly help; otherwise in the endpoint, which may want to be left alone for `retry_after` seconds."""
-
-    def __init__(self, message: str, of_turn: bool = False, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.of_turn, self.retry_after = of_turn, retry_after
-
-
-@dataclass
-class Health:
-    """Growing pauses while a judge gives no verdict at all, with at most one log line a minute. A turn is given up only
-    if it fails several times and no other turn does."""
-
-    until: float = 0.0  # of the pause, time.monotonic()
-    seconds: float = 1.0  # of the last pause
-    logged: float = -math.inf
-    tries: Counter[str] = field(default_factory=Counter)  # turn id -> failures that lay in what was asked
-    failures: int = 0
-    error: str = ""  # the last one
-    failing: set[str] = field(default_factory=set)  # turns without a verdict since the last one that got one
-
-    async def wait(self) -> None:
-        while (left := self.until - time.monotonic()) > 0:
-            await asyncio.sleep(left)
-
-    def failed(self, turn_id: str, error: JudgeError) -> bool:
-        """Is this turn to be given up? Only where no other turn fails: a judge that refuses all is at fault itself."""
-        now = time.monotonic()
-        self.failures, self.error = self.failures + 1, str(error)
-        self.failing.add(turn_id)
-        self.tries[turn_id] += error.of_turn
-        if now >= self.until and not (error.of_turn and len(self.failing) == 1):  # of several at a time one counts
-            self.seconds = min(300.0, 2 * self.seconds)
-            self.until = now + max(self.seconds, min(error.retry_after, 3600.0))
-        if now - self.logged >= 60:
-            self.logged = now
-            print(f"judge: {error}; next try in {max(0.0, self.until - now):.0f} s", file=sys.stderr, flush=True)
-        return self.tries[turn_id] >= TRIES and self.failing == {turn_id}
-
-    def worked(self, turn_id: str) -> None:
-        self.seconds = 1.0
-        self.failing.clear()
-        self.tries.pop(turn_id, None)
 
 
 # ---- what a judge reads of a turn ----

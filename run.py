@@ -2,8 +2,8 @@
 
     python run.py --out=mine        every option: python run.py --help
 
-Read `train` first: it is the loop. `judge_turns` feeds it, and `server.py` records the turns. `start.py` sets all of it
-up, `serve` runs it, `stop` ends it.
+Read `train` and `step` first: they are the training loop. `judge_turns` feeds it, and server.py records the turns.
+start.py sets everything up, `serve` runs it, `stop` ends it.
 """
 
 import asyncio
@@ -28,37 +28,39 @@ import swap
 import trainer
 from batch import next_batch, prepare_lessons
 from clients import sessions
+from clients.connections import WebServer, web_server
+from clients.endpoint import JudgeError
 from config import Config, parse
 from durable import guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
 from program import Program
 from start import make_judge, setup
-from web import control, page, terminal
+from web import control, feedback, page, terminal
 
-LOCKED_S = 5.0  # how long a stop waits for another program that writes to the journal
-SETTLE_S = 2.0  # between a verdict and training, see `judge_turns`
+LOCKED_S = 5.0  # a stop waits this long for another program that writes to the journal
+SETTLE_S = 2.0  # from a verdict to training, see `judge_turns`
 
 
 # ---- the judge's loop ----
 
 
 async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge) -> None:
-    """One of several that judge side by side. A turn whose judge fails keeps waiting: an error is never a score. It is
-    given up after a few tries where the error is about the turn itself."""
+    """One of several judging loops that run at the same time. If the judge fails, the turn stays queued: an error is
+    never a score. A turn is dropped after a few tries if it alone makes the judge fail."""
     while True:
         turn_id = await p.to_judge.get()
         await p.judge_health.wait()
         try:
             turn, following = journal.load_turn(p.db, turn_id)
-        except KeyError:  # damaged, or forgotten meanwhile
+        except KeyError:  # its row is damaged, or was deleted by `forget`
             await journal.patiently(journal.drop, p.db, [turn_id], journal.UNREADABLE)
             continue
         request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
         try:
             score, votes, confidence = await judge.score(request, answer, following)
             hints = await judge.hints(request, answer, following) if p.config.w_opd and score < 0 else []
-        except reward.JudgeError as e:
+        except JudgeError as e:
             if p.judge_health.failed(turn_id, e):
                 await journal.patiently(journal.drop, p.db, [turn_id], f"the judge failed: {e}")
             else:
@@ -70,13 +72,13 @@ async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge
         while not journal.has_disk_space(p.db):
             await asyncio.sleep(1)
         if await journal.patiently(journal.record_verdict, p.db, turn_id, verdict, following):
-            # It may have been judged by the client's own request, so leave time for the person's reply to replace that.
+            # The next message may be the client's own request. Wait for the person's reply, which replaces it.
             wait = 0 if journal.is_confirmed(p.db, turn_id) else SETTLE_S
             asyncio.get_running_loop().call_later(wait, p.to_train.put_nowait, turn_id)
         elif journal.is_neutral(p.db, turn_id):
-            # Not trained on, but it counts: most people say nothing of a good answer.
+            # Not trained on, but it moves the baseline: most people don't comment on a good answer.
             key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
-            if state := p.state_in_memory(p.owner_of(turn.user)):  # none: a user's own, and nothing was learned yet
+            if state := p.states.get(p.owner_of(turn.user)):  # a user's own may not be in memory
                 grpo.move_baseline(state.baselines, key, 0.0)
 
 
@@ -84,16 +86,16 @@ async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge
 
 
 async def train(p: Program) -> None:
-    """The loop. An error ends neither it nor the program: the step is undone, its turns are queued again, and training
-    stops until somebody resumes it; after an unknown error also by itself, after a pause that grows."""
+    """The training loop. An error ends neither the loop nor the program: the step is undone and its turns are queued
+    again. Training then stops until the admin resumes it, or, after an unknown error, until a growing pause is over."""
     await p.resumed.wait()
-    async with p.stepping:  # where the undoing of a step failed, and this began again
-        for state in (p.state, *p.users.values()):
+    async with p.stepping:  # this may be a restart of the loop after an undo that failed
+        for state in p.states.values():
             await p.undo(state)
         await journal.patiently(journal.requeue, p.db, "its step could not be undone at once")
     for turn_id in journal.in_state(p.db, "queued"):
         p.to_train.put_nowait(turn_id)
-    failed, renew = Counter[str](), False  # steps in a row, by owner of the weights; is a new thread needed?
+    failed, new_thread = Counter[str](), False  # failed steps in a row by owner; does the next step need a new thread?
     while not p.config.steps or sum(p.steps().values()) < p.config.steps:
         batch = await next_batch(p)
         ids, owner = [sample.turn.id for sample in batch], p.owner_of(batch[0].turn.user)
@@ -107,11 +109,11 @@ async def train(p: Program) -> None:
                 p.stop_training(str(e), owner=owner)
                 continue
             try:
-                if renew:
+                if new_thread:
                     p.new_trainer_thread()
                 batch = await journal.patiently(journal.begin_step, p.db, ids)
                 await step(p, state, batch)
-                failed[owner], renew = 0, False
+                failed[owner], new_thread = 0, False
             except (trainer.Stopped, swap.EngineDied):
                 raise
             except guard.Refused as e:
@@ -124,7 +126,7 @@ async def train(p: Program) -> None:
                     p.stop_training(f"{failed[owner]} steps in a row reverted, the last one: {e}", owner=owner)
             except Exception as e:
                 failed[owner] += 1
-                renew, error = True, f"{type(e).__name__}: {e}"
+                new_thread, error = True, f"{type(e).__name__}: {e}"
                 traceback.print_exception(e)
                 await p.undo(state)
                 await journal.patiently(journal.requeue, p.db, error)
@@ -136,15 +138,15 @@ async def train(p: Program) -> None:
 
 
 async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
-    """One step: what a batch teaches, new weights, the swap, the records."""
+    """One training step: lessons, update, swap, commit, report."""
     config, started = p.config, time.monotonic()
 
-    # 1. what there is to learn: an advantage from the score, prompts with a hint from the correction
+    # 1. lessons: the score becomes an advantage, the correction becomes hinted prompts
     batch, lessons = await prepare_lessons(p, state, batch)
     if not lessons:
         return
 
-    # 2. gradient and Adam; then a look at the new weights before anybody meets them
+    # 2. gradient and Adam; then check the new weights before they are served
     metrics = await p.on_trainer(trainer.update, config, state, lessons)
     probed = await p.on_trainer(state.probe.measure, state.policy)
     guard.check_weights(probed, state.probe.first, state.probed)
@@ -155,7 +157,7 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
     probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
     gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe, state.owner)
 
-    # 4. commit: a restart or a reverted step returns to this snapshot
+    # 4. commit: a restart or an undo returns to this step from here on
     await p.wait_for_disk_space()
     await journal.patiently(journal.mark_trained, p.db, [sample.turn.id for sample in batch], state.step + 1)
     for s in batch:
@@ -187,7 +189,7 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
     with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
     shown = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items() if k != "time"}
-    with tqdm.external_write_mode():  # above the line of web/terminal.py
+    with tqdm.external_write_mode():  # above the progress line of web/terminal.py
         print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 
@@ -195,16 +197,18 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
 
 
 async def serve(p: Program) -> bool:
-    """Serve, judge and train until a signal or the engine's death; True where a new start may help."""
+    """Serve, judge and train until a signal, or until the engine dies; True if a restart may help."""
     stopped, died = asyncio.Event(), p.died
     for s in STOPPING:
         asyncio.get_running_loop().add_signal_handler(s, on_signal, s, stopped)
     for turn_id in journal.in_state(p.db, "judging"):
         p.to_judge.put_nowait(turn_id)
     judge = make_judge(p)
-    app = await server.build_app(p.engine, p.engine_args, p.db, p, [*control.routes(p), *page.routes(p)])
-    web = server.web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
-    # The watch runs to the very end, so that no call waits for a dead engine.
+    app = await server.build_app(
+        p.engine, p.engine_args, p.db, p, [*control.routes(p), *feedback.routes(p), *page.routes(p)]
+    )
+    web = web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
+    # The watch runs until the end, so that no call waits for a dead engine.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")
     tasks = [asyncio.create_task(web.serve(sockets=[p.listener]), name="server")]
     while not web.started and not tasks[0].done():
@@ -230,7 +234,7 @@ async def serve(p: Program) -> bool:
 
 
 async def keep_running(p: Program, name: str, work: Callable[[], Awaitable[None]]) -> None:
-    """A background task begins again after an error: a row that can't be read must not end the program."""
+    """Restart a background task after an error: a row that can't be read must not end the program."""
     while True:
         try:
             return await work()
@@ -249,7 +253,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under noh
 
 
 def on_signal(number: int, stopped: asyncio.Event) -> None:
-    """SIGHUP: the terminal was closed, and a `print` to it would be an error, before the checkpoint is written."""
+    """After SIGHUP the terminal is gone. A `print` to it would raise before the checkpoint is written."""
     for stream in (sys.stdout, sys.stderr):
         try:
             print(f"stopped by {signal.Signals(number).name}", file=stream, flush=True)
@@ -258,8 +262,8 @@ def on_signal(number: int, stopped: asyncio.Event) -> None:
     stopped.set()
 
 
-async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], watch: asyncio.Task) -> None:
-    """End the server and all tasks, and write a checkpoint. A swap is finished first, a step is left between rows."""
+async def stop(p: Program, web: WebServer, tasks: list[asyncio.Task], watch: asyncio.Task) -> None:
+    """End the server and all tasks, and write checkpoints. A swap is finished first; a step ends between two rows."""
     print("stopping", flush=True)
     async with swap.swapping:
         p.state.stopping.set()
@@ -268,18 +272,18 @@ async def stop(p: Program, web: server.WebServer, tasks: list[asyncio.Task], wat
             task.cancel()
     shutdown = asyncio.create_task(asyncio.to_thread(swap.stop_engine, p.engine))
     await asyncio.gather(*tasks, return_exceptions=True)
-    await p.on_trainer(lambda: None)  # a `commit` that has begun is finished: the checkpoint is of its step
+    await p.on_trainer(lambda: None)  # wait for a `commit` that has begun, so that its step is in the checkpoint
     watch.cancel()
     try:
         await asyncio.wait_for(journal.patiently(journal.leave_step, p.db), LOCKED_S)
     except TimeoutError:
-        why = "another program has the journal open for writing, the next start repeats the steps since the last one"
-        for state in (p.state, *p.users.values()):
+        why = "another program is writing to the journal; the next start repeats the steps since the last checkpoint"
+        for state in p.states.values():
             print(f"no checkpoint of step {state.step}: {why}", file=sys.stderr)
         await shutdown
         return
-    async with p.stepping:  # an admin's order is finished first
-        for state in (p.state, *p.users.values()):
+    async with p.stepping:  # an admin's command is finished first
+        for state in p.states.values():
             await p.save(state)
     await shutdown
 
@@ -294,7 +298,7 @@ async def expire_turns(p: Program) -> None:
 
 
 async def prune_turns(p: Program) -> None:
-    """At the start and each hour: what is older than --keep_days leaves the journal. In a thread: it may take long."""
+    """At the start and every hour, delete what is older than --keep_days. In a thread, since it may take long."""
     while p.config.keep_days:
         if journal.has_disk_space(p.db):
             try:
@@ -305,8 +309,8 @@ async def prune_turns(p: Program) -> None:
 
 
 async def main(config: Config) -> bool:
-    """Run the program; True where the engine died, and a new start may help."""
-    for s in STOPPING:  # the engine's start blocks the event loop
+    """Run the program; True if the engine died and a restart may help."""
+    for s in STOPPING:  # as plain handlers: starting the engine blocks the event loop
         signal.signal(s, lambda *_: sys.exit("stopped while starting"))
     p = await setup(config)
     try:

@@ -1,4 +1,4 @@
-"""From the options to a running engine and loaded weights: checks, the machine's plan, what is printed, the judge."""
+"""From the options to a running engine: checks, the plan, what is printed, the engine, the weights, the judge."""
 
 import asyncio
 import socket
@@ -12,7 +12,7 @@ import chat_judge
 import reward
 import swap
 import trainer
-from clients import connections, paste
+from clients import connections, endpoint, paste
 from clients.keys import LOOPBACK, Keys
 from config import Config
 from durable import checkpoint, journal, upkeep
@@ -23,7 +23,7 @@ from program import Program
 
 
 async def setup(config: Config) -> Program:
-    """Everything up to a running engine and loaded weights. UsageError where an option or the folder is wrong."""
+    """Check the options and the folder, start the engine, load the weights. UsageError if something is wrong."""
     out, loopback = Path(config.out), config.host in LOOPBACK
     lock = upkeep.lock_out_dir(out)
     api_keys = Keys(out, needed=not loopback)
@@ -40,20 +40,20 @@ async def setup(config: Config) -> Program:
         if why_not := check_rank(checkpoint.folder_of(out, owner, step), config.lora_rank):
             if not owner:
                 raise UsageError(why_not)
-            paused[owner] = f"stopped: {why_not}"  # others can still be served
+            paused[owner] = f"stopped: {why_not}"  # other users can still be trained and served
     checkpoint.trim_metrics(out / "metrics.jsonl", steps)
     saved = checkpoint.folder_of(out, "", steps.get("", 0))
-    folder = start if config.lora_rank or not saved else saved  # what the engine begins with
+    folder = start if config.lora_rank or not saved else saved  # what the engine starts with
     check_folder(folder, trainer.ROLL_BACK if saved else "")
     plan = make_plan(config, start)
     config = replace(config, row_tokens=plan.row_tokens)
-    listener = listen(config)  # before the engine starts, which takes a while
+    listener = connections.listen(config.host, config.port)  # before the engine starts, which takes a while
     url, key = local_url(config), "any" if api_keys.users() is None else f"one of those in {api_keys.file.resolve()}"
     print(url, file=lock, flush=True)  # for the commands of durable/admin.py
     engine_args = swap.engine_args(config, folder, plan)
     print(f"model     {folder}\n{plan}\n{summary(config, plan, engine_args, key)}", flush=True)
-    # The trainer loads, and a small model's judge is fitted, on their own cores while the engine starts. Both threads
-    # look at `stopping`: the process can't end before they do.
+    # While the engine starts, the trainer loads and a small model's judge is fitted on other cores. Both threads check
+    # `stopping`: the process can't end before they do.
     stopping = threading.Event()
     threads = [ThreadPoolExecutor(1, name, bind_thread, (plan.trainer_cores,)) for name in ("train", "judge")]
     loading = threads[0].submit(trainer.load_state, config, saved, start, plan.device, plan.dtype)
@@ -64,6 +64,7 @@ async def setup(config: Config) -> Program:
         state = await asyncio.wrap_future(loading)
         state.stopping = stopping
         await engine.update_weight_version(str(state.step))
+        swap.newest[""] = swap.Version(0 if config.lora_rank else state.step)
         if config.lora_rank and saved:
             await swap.load(engine, trainer.served_weights(state.policy), state.step)
     except BaseException:
@@ -80,7 +81,7 @@ async def setup(config: Config) -> Program:
         url,
         engine_args,
         engine,
-        state,
+        {"": state},
         plan.trainer_cores,
         *threads,
         fitting,
@@ -88,25 +89,15 @@ async def setup(config: Config) -> Program:
     )
 
 
-def listen(config: Config) -> connections.Listener:
-    """UsageError where the address can't be had."""
-    try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        plain = socket.create_server((config.host, config.port), family=family, dualstack_ipv6=config.host == "::")
-        return connections.Listener(fileno=plain.detach())
-    except OSError as e:
-        raise UsageError(f"--host={config.host} --port={config.port}: {e.strerror}") from e
-
-
 def local_url(config: Config) -> str:
-    """Where this program reaches itself."""
+    """The address at which this program reaches itself."""
     anywhere = config.host in ("0.0.0.0", "::")
     host = "127.0.0.1" if anywhere else f"[{config.host}]" if ":" in config.host else config.host
     return f"{'https' if config.ssl_certfile else 'http'}://{host}:{config.port}/v1"
 
 
 def summary(config: Config, plan: Plan, engine_args: Namespace, key: str) -> str:
-    """What clients need to know, for the screen. `key`: which ones are taken."""
+    """What clients need to know, for the screen. `key`: which keys are accepted."""
     url = local_url(config)
     if config.host in ("0.0.0.0", "::"):
         url = url.replace("127.0.0.1", socket.getfqdn())
@@ -129,10 +120,10 @@ def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading
 def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
     if p.fitting:
         return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
-    longest = min(4096, p.config.max_model_len)  # vLLM refuses more
+    longest = min(4096, p.config.max_model_len)  # vLLM refuses a max_tokens over the context
     if p.config.judge_url:
-        client = chat_judge.endpoint(p.config.judge_url)
-        return chat_judge.ChatJudge(client, p.config.judge_model, p.config.votes, longest)
-    # With LoRA the engine can still answer with the first weights, and the judge should not change while we train.
+        client = endpoint.connect(p.config.judge_url)
+        return chat_judge.ChatJudge(client, p.config.judge_model, votes=p.config.votes, max_tokens=longest)
+    # With LoRA the engine still has the first weights: a judge that doesn't change with training.
     name = p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
-    return chat_judge.ChatJudge(p.own_client, name, p.config.votes, longest)
+    return chat_judge.ChatJudge(p.own_client, name, votes=p.config.votes, max_tokens=longest)

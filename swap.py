@@ -250,9 +250,21 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
 
 swapping = asyncio.Lock()  # held while the engine's weights are replaced: a stop waits for the end
 loads = 0  # how often they were replaced
-served: int | None = 0  # their step; None: they are new and not proved yet, or not known. Not with adapters
 
 Weights = dict[str, torch.Tensor]  # by name
+
+
+@dataclass(eq=False)
+class Version:
+    """Weights that the engine answers with: all of them, or an adapter."""
+
+    step: int | None  # None: not proved yet, or unknown
+    request: Any = None  # an adapter's LoRARequest, which `generate` takes
+    running: int = 0  # requests that use this adapter
+
+
+# What new requests get, by owner of the weights. An owner who is missing here may have an adapter on the disk.
+newest: dict[str, Version] = {"": Version(0)}
 
 
 @asynccontextmanager
@@ -262,29 +274,31 @@ async def shared(weights: Weights) -> AsyncIterator[bytes]:
         yield await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
-async def load(engine: Any, weights: Weights, version: int, owner: str = "") -> tuple[float, float]:
-    """Serve these weights from here on, without a proof. Returns when the pause of running requests began and ended
-    (time.time()). `owner`: whose adapter it is."""
-    global served
+async def load(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
+    """Serve these weights from here on, without a proof. `owner`: whose adapter it is."""
+    version, _ = await send(engine, weights, step)
+    await make_newest(engine, owner, version)
+
+
+async def send(engine: Any, weights: Weights, step: int) -> tuple[Version, tuple[float, float]]:
+    """Give the engine new weights. Also returns when the pause of running requests began and ended (time.time()): an
+    adapter, which no request uses yet, needs none."""
     if engine.vllm_config.lora_config:
-        await make_newest(engine, owner, await add_adapter(engine, weights, version))
-        return time.time(), time.time()
-    pause = await load_all(engine, weights, version)
-    served = version
-    return pause
+        return await add_adapter(engine, weights, step), (time.time(), time.time())
+    return Version(step), await load_all(engine, weights, step)
 
 
-async def load_all(engine: Any, weights: Weights, version: int) -> tuple[float, float]:
+async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, float]:
     """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped."""
-    global loads, served
+    global loads
     async with shared(weights) as message:
         async with swapping:
             began = time.time()
             await engine.pause_generation(mode="keep", clear_cache=False)
-            loads, served = loads + 1, None
+            loads, newest[""] = loads + 1, Version(None)
             try:
                 missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
-                await engine.update_weight_version(str(version))
+                await engine.update_weight_version(str(step))
             finally:
                 await engine.resume_generation()
     if missed:
@@ -295,57 +309,44 @@ async def load_all(engine: Any, weights: Weights, version: int) -> tuple[float, 
 # ---- adapters: nothing pauses, since a request keeps the version that it began with ----
 
 
-@dataclass(eq=False)
-class Adapter:
-    """A version of the adapter in the engine."""
-
-    step: int
-    request: Any  # vLLM's LoRARequest: what `generate` takes
-    running: int = 0  # requests that use it
-
-
-# By owner, what their new requests get; None: the first weights. An owner who is not in it may have one on the disk.
-newest: dict[str, Adapter | None] = {"": None}
 adapter_numbers = itertools.count(1)  # a repeated step gets a new one: the prefix cache tells adapters by their names
 
 
-async def add_adapter(engine: Any, weights: Weights, step: int) -> Adapter:
-    """Give the engine a further version, which nobody uses yet."""
+async def add_adapter(engine: Any, weights: Weights, step: int) -> Version:
+    """Give the engine another adapter, which no request uses yet."""
     from vllm.lora.request import LoRARequest
 
     number = next(adapter_numbers)
     async with shared({name: w.cpu() for name, w in weights.items()}) as message:
         unused = (await engine.collective_rpc("receive_adapter", args=(message, number)))[0]
-    adapter = Adapter(step, LoRARequest(f"step-{step}-{number}", number, "sent by collective_rpc"))
+    adapter = Version(step, LoRARequest(f"step-{step}-{number}", number, "sent by collective_rpc"))
     if unused:
         await remove_unused(engine, adapter)
         raise PushError(f"the engine has no layer for {unused}")
     return adapter
 
 
-async def make_newest(engine: Any, owner: str, adapter: Adapter | None) -> None:
-    """New requests of this owner get this one from here on."""
-    before, newest[owner] = newest.get(owner), adapter
+async def make_newest(engine: Any, owner: str, version: Version) -> None:
+    """New requests of this owner get this adapter, or the first weights, from here on."""
+    before, newest[owner] = newest.get(owner), version
     if before:
         await remove_unused(engine, before)
 
 
-async def put_away(engine: Any, owner: str) -> None:
-    """The owner's adapter leaves the engine: it is on the disk, and comes back from there."""
+async def evict(engine: Any, owner: str) -> None:
+    """Remove an owner's adapter from the engine. It stays on the disk."""
     if before := newest.pop(owner, None):
         await remove_unused(engine, before)
 
 
-async def remove_unused(engine: Any, adapter: Adapter) -> None:
-    if adapter not in newest.values() and not adapter.running:
-        await engine.remove_lora(adapter.request.lora_int_id)
+async def remove_unused(engine: Any, version: Version) -> None:
+    if version.request and version not in newest.values() and not version.running:
+        await engine.remove_lora(version.request.lora_int_id)
 
 
-def served_step(engine: Any, owner: str) -> int | None:
-    """The step of the weights that answer this owner; None where it is not known, or their adapter was put away."""
-    if engine.vllm_config.lora_config and owner in newest:
-        return newest[owner].step if newest[owner] else 0
-    return None if engine.vllm_config.lora_config else served
+def served_step(owner: str) -> int | None:
+    """The step of the weights that answer this owner; None if it is unknown, or their adapter is not in the engine."""
+    return newest[owner].step if owner in newest else None
 
 
 def generate(engine: Any, owner: str, *args: Any, lora_request: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
@@ -355,25 +356,22 @@ def generate(engine: Any, owner: str, *args: Any, lora_request: Any = None, **kw
     Relied on: `lora_request` is what stands in vLLM's list under the model's name in the request, and only the first
     weights are in that list."""
     if engine.vllm_config.lora_config:
-        return adapted(engine, None if lora_request else newest[owner], *args, **kwargs)
+        return adapted(engine, Version(0) if lora_request else newest[owner], *args, **kwargs)
     return engine.generate(*args, **kwargs)
 
 
-async def adapted(engine: Any, adapter: Adapter | None, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-    """Outputs whose version is the adapter's step. The adapter stays in the engine until the request has ended."""
-    if adapter:
-        adapter.running += 1
-        kwargs["lora_request"] = adapter.request
+async def adapted(engine: Any, version: Version, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    """Outputs marked with the adapter's step. The adapter stays in the engine until the request has ended."""
+    version.running += 1
     try:
-        async with aclosing(engine.generate(*args, **kwargs)) as outputs:
+        async with aclosing(engine.generate(*args, lora_request=version.request, **kwargs)) as outputs:
             async for output in outputs:
                 for span in (s for choice in output.outputs for s in choice.weight_versions or []):
-                    span.version = str(adapter.step if adapter else 0)
+                    span.version = str(version.step)
                 yield output
     finally:
-        if adapter:
-            adapter.running -= 1
-            await remove_unused(engine, adapter)
+        version.running -= 1
+        await remove_unused(engine, version)
 
 
 FIRST_WEIGHTS = "@base"  # added to the model's name: asks for the weights that training began from
@@ -420,14 +418,13 @@ def usable_seed(engine: Any, seed: int | None) -> int | None:
 # ---- the proof ----
 
 
-async def prompt_logps(engine: Any, ids: list[int], request_id: str, adapter: Adapter | None = None) -> torch.Tensor:
-    """The engine's own log-probs of ids[1:] given what is before each. (L - 1,)"""
+async def prompt_logps(engine: Any, ids: list[int], request_id: str, adapter: Any = None) -> torch.Tensor:
+    """The engine's own log-probs of ids[1:], each given the ids before it. (L - 1,) `adapter`: a LoRARequest."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
-    request = adapter.request if adapter else None
-    outputs = engine.generate({"prompt_token_ids": ids}, params, request_id, lora_request=request)
+    outputs = engine.generate({"prompt_token_ids": ids}, params, request_id, lora_request=adapter)
     (output,) = [output async for output in outputs]
     return torch.tensor([p[i].logprob for p, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])
 
@@ -436,42 +433,35 @@ MAX_GAP = 0.15  # mean |dlogp|; rounding makes it 0.04 to 0.06 for a model of 13
 
 
 async def push(
-    engine: Any, weights: Weights, version: int, probe: tuple[list[int], torch.Tensor], owner: str = ""
+    engine: Any, weights: Weights, step: int, probe: tuple[list[int], torch.Tensor], owner: str = ""
 ) -> tuple[float, tuple[float, float]]:
     """Serve new weights and prove it: returns mean |dlogp| between engine and trainer on the probe, and the pause as
-    `load` gives it.
+    `send` gives it.
 
-    `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,) under the new weights. PushError where a
+    `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,) under the new weights. PushError if a
     tensor was not loaded, shared memory is full, or the probe disagrees by more than MAX_GAP. An adapter is served only
-    once it is proved; all weights before that, so `give_back` must follow, and a few tokens may be from bad weights:
-    their turns carry the version.
+    after the proof. All weights are served before it, so `give_back` must follow an error, and a few tokens may come
+    from bad weights: their turns carry the version.
     """
-    global served
-    (ids, expected), adapter = probe, None
+    (ids, expected), version = probe, None
     try:
-        if engine.vllm_config.lora_config:
-            adapter = await add_adapter(engine, weights, version)
-        else:
-            pause = await load_all(engine, weights, version)
-        gap = (await prompt_logps(engine, ids, f"probe-{version}", adapter) - expected).abs().mean().item()
+        version, pause = await send(engine, weights, step)
+        gap = (await prompt_logps(engine, ids, f"probe-{step}", version.request) - expected).abs().mean().item()
         if not gap <= MAX_GAP:  # also for NaN
             raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {MAX_GAP}")
     except Exception as e:
-        if adapter:
-            await remove_unused(engine, adapter)
+        if version:
+            await remove_unused(engine, version)
         raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
-    if adapter:
-        await make_newest(engine, owner, adapter)
-        return gap, (time.time(), time.time())
-    served = version
+    await make_newest(engine, owner, version)
     return gap, pause
 
 
-async def give_back(engine: Any, weights: Weights, version: int, owner: str = "") -> None:
-    """After a push that failed, or a step whose weights are served already: serve the weights before it again.
+async def give_back(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
+    """After a push that failed, or a step that failed after its push: serve the weights of `step` again.
 
-    EngineDied where the engine does not take them: it is not known what it would serve."""
+    EngineDied if the engine does not take them: nobody knows then what it would serve."""
     try:
-        await load(engine, weights, version, owner)
-    except Exception as e:  # a reload that failed inside the worker can't be begun again there
+        await load(engine, weights, step, owner)
+    except Exception as e:  # a reload that failed inside the worker can't be started again there
         raise EngineDied(f"the engine can't be given the old weights again: {e}") from e

@@ -24,7 +24,8 @@ from config import Config
 from durable import guard
 from durable.errors import UsageError
 from durable.journal import Turn
-from probe import Probe, check_arithmetic, make_probe
+from machine.arithmetic import check_arithmetic
+from probe import Probe, make_probe
 
 ROLL_BACK = "; python -m durable.admin rollback goes back to an earlier checkpoint"
 
@@ -45,7 +46,7 @@ class State:
     adam: torch.optim.Adam
     probe: Probe
     probed: dict[str, float]  # of `probe`, for the weights that are served
-    packs: bool  # may samples share a row? See `probe.check_arithmetic`
+    packs: bool  # may samples share a row? See machine/arithmetic.py
     lora_rank: int  # 0: full training
     kept: list[Tensor] = field(default_factory=list)  # the last `snapshot` of `mutable`, on the CPU
     owner: str = ""  # the user whose adapter it is; "": all share it

@@ -5,8 +5,11 @@ import os
 import resource
 import socket
 import ssl
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from durable.errors import UsageError
@@ -47,6 +50,16 @@ class Listener(socket.socket):
         idle.pop(connection.fileno(), None)  # of one that is gone; the new one's place is the last
         idle[connection.fileno()] = connection
         return connection, address
+
+
+def listen(host: str, port: int) -> Listener:
+    """UsageError if the address can't be used."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        plain = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
+        return Listener(fileno=plain.detach())
+    except OSError as e:
+        raise UsageError(f"--host={host} --port={port}: {e.strerror}") from e
 
 
 def close_longest_idle() -> None:
@@ -108,6 +121,28 @@ class Protocol(AutoHTTPProtocol):
         self.stop_timer()
         idle.pop(self.number, None)
         super().connection_lost(exc)
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn without its signal handlers: run.py decides when things stop, and in which order."""
+
+    def capture_signals(self) -> AbstractContextManager:
+        return nullcontext()
+
+
+def web_server(app: ASGIApp, certificate: str = "", key: str = "") -> WebServer:
+    """A server for `app`.
+
+    Streams that still run get 3 s to end when it stops. Idle connections stay open longer than clients keep them:
+    otherwise one could be closed while a request is on its way. Warnings are not logged: anybody could fill the log
+    with "Invalid HTTP request received". The backlog is how many connections asyncio accepts at a time, and how many
+    tracebacks it logs each second when there are no file descriptors; `Listener` has the socket's own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 65535 if hard == resource.RLIM_INFINITY else min(65535, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    options = {"timeout_graceful_shutdown": 3, "timeout_keep_alive": 75, "lifespan": "off", "ws": "none", "backlog": 1}
+    options |= {"ssl_certfile": certificate or None, "ssl_keyfile": key or None}
+    return WebServer(uvicorn.Config(app, http=Protocol, log_level="error", **options))
 
 
 # ---- TLS ----

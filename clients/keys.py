@@ -1,6 +1,7 @@
 """Who may talk to the server: API keys, and where requests without one may come from."""
 
 import hashlib
+import hmac
 import os
 import re
 import secrets
@@ -21,6 +22,14 @@ ADMIN = "admin_key"  # a file in OUT: who has it sees everybody's figures
 class User:
     name: str
     trained: bool = True  # are answers to this key trained on?
+
+
+OURS = User("")  # the program itself and the admin: not recorded
+ANYBODY = User("local")  # if no key is needed
+
+
+def sees_all(user: User) -> bool:
+    return user is OURS or user is ANYBODY  # not by name: a key's user may have the same one
 
 
 def users_of(text: str) -> dict[str, User]:
@@ -66,12 +75,13 @@ def revoke(file: Path, user: str) -> int:
 
 
 class Keys:
-    """The keys in OUT/keys, read again when the file changes, and the admin's."""
+    """The keys in OUT/keys, read again when the file changes, the admin's, and the program's own."""
 
     def __init__(self, out: Path, needed: bool) -> None:
         """`needed`: make the file where it is missing, with one key, which is printed this once. UsageError where what
         is there can't be used."""
         self.file, self.stamp = out / "keys", None
+        self.own = secrets.token_urlsafe(24)  # for requests of the program to itself
         self.known: dict[str, User] | None = None  # None: no key is needed
         if needed and not self.file.exists():
             print(f"your API key, kept in {self.file}: {add(self.file, 'me')}", flush=True)
@@ -85,6 +95,15 @@ class Keys:
             raise UsageError(f"{out}: {e}") from e
         if self.known == {} or not self.admin:
             raise UsageError(f"there is no key in {out / ADMIN if self.known else self.file}: remove it, or add one")
+
+    def user_of(self, headers: Mapping[str, str]) -> User | None:
+        """Whose key a request has; None if it is wrong."""
+        users = self.users()
+        bearer = re.sub(r"(?i)^bearer\s+", "", headers.get("authorization", "")).strip()
+        given = [bearer.encode(), headers.get("x-api-key", "").encode()]
+        known = {self.own: OURS, self.admin: OURS, **(users or {})}
+        found = [user for key, user in known.items() for g in given if hmac.compare_digest(key.encode(), g)]
+        return found[0] if found else ANYBODY if users is None else None
 
     def stamp_now(self) -> tuple[int, int, int] | None:
         try:

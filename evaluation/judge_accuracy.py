@@ -15,7 +15,8 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chat_judge import ChatJudge, endpoint
+from chat_judge import ChatJudge
+from clients.endpoint import connect
 from durable.errors import UsageError
 from durable.model import CACHE, fingerprint, model_folder
 from reward import VOTES, head_verdict, labelled, make_head
@@ -61,7 +62,7 @@ async def measure_chat(judge: ChatJudge, rows: list[dict]) -> list[int]:
 def main(options: Options) -> None:
     rows, began = labelled(options.set), time.perf_counter()
     if options.url:
-        judge = ChatJudge(endpoint(options.url), options.model, options.votes)
+        judge = ChatJudge(connect(options.url), options.model, votes=options.votes)
         scores = asyncio.run(measure_chat(judge, rows))
     else:
         folder = model_folder(options.model)

@@ -52,11 +52,11 @@ def serve(folder, port: int, descriptors: int, limits: dict) -> None:
     for name, value in limits.items():
         module, _, name = name.partition(".")
         setattr({"bodies": bodies, "connections": connections}[module], name, value)
-    hooks = server.SimpleNamespace(keys=Keys(folder, False), own_key="own", origins=[])
+    hooks = server.SimpleNamespace(keys=Keys(folder, False), origins=[])
     db = journal.open_journal(folder / "journal.db")
     plain = socket.create_server(("127.0.0.1", port))
     listener = connections.Listener(fileno=plain.detach())
-    web = server.web_server(server.Capture(app, hooks, db))
+    web = connections.web_server(server.Capture(app, hooks, db))
     server.asyncio.run(web.serve(sockets=[listener]))
 
 
@@ -200,7 +200,7 @@ TALK = b'{"messages":[{"role":"user","content":"%s"}]%s}'
 
 def captured(folder) -> httpx.AsyncClient:
     """Of `app` behind the capture, in this event loop."""
-    hooks = server.SimpleNamespace(keys=Keys(folder, False), own_key="own", origins=[])
+    hooks = server.SimpleNamespace(keys=Keys(folder, False), origins=[])
     capture = server.Capture(app, hooks, journal.open_journal(folder / "journal.db"))
     return httpx.AsyncClient(transport=httpx.ASGITransport(capture), base_url="http://localhost")
 

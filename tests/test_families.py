@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import probe
 from durable.errors import UsageError
 from durable.model import check_folder
+from machine import arithmetic
 
 SIZE = {
     "vocab_size": 128,
@@ -63,13 +63,13 @@ IDS = torch.randint(3, 128, (60,), generator=torch.Generator().manual_seed(1)).t
 
 @pytest.mark.parametrize(("family", "packs"), [*[(f, True) for f in SHARES], *[(f, False) for f in MIXES]])
 def test_samples_share_a_row_only_where_they_do_not_mix(family, packs):
-    assert probe.check_arithmetic(tiny(family), IDS) is packs
+    assert arithmetic.check_arithmetic(tiny(family), IDS) is packs
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_head_that_does_more_than_a_product_is_refused(family):
     with pytest.raises(UsageError, match="scaled, capped or shifted"):
-        probe.check_arithmetic(tiny(family), IDS)
+        arithmetic.check_arithmetic(tiny(family), IDS)
 
 
 def edited(folder, **changes):

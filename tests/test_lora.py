@@ -113,7 +113,7 @@ async def served(tmp_path_factory):
     config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1, lora_rank=4)
     engine = swap.start_engine(swap.engine_args(config, folder, make_plan(config, folder)))
     yield SimpleNamespace(engine=engine, state=load(folder))
-    swap.newest = {"": None}
+    swap.newest = {"": swap.Version(0)}
     swap.stop_engine(engine)
 
 

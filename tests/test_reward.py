@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import chat_judge
 import reward
 import run
+from clients.endpoint import INSTEAD, Health, JudgeError
 from config import Config
 from durable import journal
 from durable.model import model_folder
@@ -238,9 +239,9 @@ def test_a_request_that_is_refused_in_every_form_keeps_every_form() -> None:
         return JSONResponse({"error": "too long"}, 400)
 
     fields = [*ALL_FIELDS]
-    with endpoint(play) as (client, seen), pytest.raises(reward.JudgeError, match="400"):
+    with endpoint(play) as (client, seen), pytest.raises(JudgeError, match="400"):
         ask(client, score_fields=fields)
-    assert len(seen) == 4 + len(chat_judge.INSTEAD) and fields == ALL_FIELDS
+    assert len(seen) == 4 + len(INSTEAD) and fields == ALL_FIELDS
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_a_request_that_is_refused_in_every_form_keeps_every_form() -> None:
     ],
 )
 def test_no_verdict_is_an_error_and_never_a_zero(play: Callable, requests: int) -> None:
-    with endpoint(play) as (client, seen), pytest.raises(reward.JudgeError, match="no verdict from the judge"):
+    with endpoint(play) as (client, seen), pytest.raises(JudgeError, match="no verdict from the judge"):
         ask(client, retries=2)
     assert len(seen) == requests
 
@@ -293,24 +294,24 @@ def test_more_than_a_label_is_no_vote(reply: str) -> None:
 
 def test_an_endpoint_that_fails_is_left_alone(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses grow, Retry-After counts, one line a minute is logged."""
-    now, health = [1000.0], reward.Health()
-    monkeypatch.setattr(reward.time, "monotonic", lambda: now[0])
+    now, health = [1000.0], Health()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     waits = []
     for _ in range(10):
-        assert not health.failed("a", reward.JudgeError("down")) and not health.failed("b", reward.JudgeError("down"))
+        assert not health.failed("a", JudgeError("down")) and not health.failed("b", JudgeError("down"))
         waits.append(health.until - now[0])
         now[0] = health.until
     assert waits == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
     assert capsys.readouterr().err.count("judge: down") == 6, "one a minute at most, and none while it waits"
     health.worked("a")
-    health.failed("b", reward.JudgeError("busy", retry_after=50))
+    health.failed("b", JudgeError("busy", retry_after=50))
     assert health.until == now[0] + 50
 
 
 def test_a_turn_that_is_refused_alone_is_given_up_and_no_other() -> None:
-    health, refused = reward.Health(), reward.JudgeError("a word that it filters", of_turn=True)
+    health, refused = Health(), JudgeError("a word that it filters", of_turn=True)
     assert [health.failed("a", refused) for _ in range(3)] == [False, False, True] and health.until == 0.0
-    health = reward.Health()
+    health = Health()
     assert not any(health.failed(turn_id, refused) for turn_id in "abc" * 5), "it refuses all: that is no turn's fault"
     assert health.until > 0
     health.worked("c")
@@ -319,7 +320,7 @@ def test_a_turn_that_is_refused_alone_is_given_up_and_no_other() -> None:
 
 def test_retry_after_is_read() -> None:
     busy = JSONResponse({"error": "slow down"}, 429, {"Retry-After": "17"})
-    with endpoint(lambda number, body: busy) as (client, seen), pytest.raises(reward.JudgeError) as caught:
+    with endpoint(lambda number, body: busy) as (client, seen), pytest.raises(JudgeError) as caught:
         ask(client, retries=2)
     assert (caught.value.retry_after, caught.value.of_turn, len(seen)) == (17, False, 1)
 
@@ -346,14 +347,14 @@ def test_a_hint_that_was_not_written_is_no_vote_for_none(finish_reason: str) -> 
             return await chat_judge.ChatJudge(client, "m", backoff_s=0.01).hints("r", "a", NEXT)
 
     cut = said("", "", "", finish_reason=finish_reason)
-    with endpoint(lambda number, body: cut) as (client, _), pytest.raises(reward.JudgeError, match="said nothing"):
+    with endpoint(lambda number, body: cut) as (client, _), pytest.raises(JudgeError, match="said nothing"):
         asyncio.run(hints(client))
 
 
 def test_a_judge_that_hangs_is_given_up_in_time() -> None:
     with endpoint(lambda number, body: 30.0) as (client, seen):
         start = time.perf_counter()
-        with pytest.raises(reward.JudgeError, match="TimeoutError"):
+        with pytest.raises(JudgeError, match="TimeoutError"):
             ask(client, timeout_s=0.3, retries=1)
         assert time.perf_counter() - start < 5
         assert len(seen) == 2
@@ -366,7 +367,7 @@ def test_a_slow_first_try_is_asked_again() -> None:
 
 def test_nobody_there() -> None:
     client = openai.AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none")
-    with pytest.raises(reward.JudgeError, match="APIConnectionError"):
+    with pytest.raises(JudgeError, match="APIConnectionError"):
         ask(client, retries=1)
 
 
@@ -414,7 +415,7 @@ def test_no_label_for_an_empty_next_state_is_no_verdict() -> None:
     def play(number: int, body: dict) -> Response:
         return logprobs(number, body) if "No, wrong" in body["messages"][-1]["content"] else labels(Well=-0.1)
 
-    with endpoint(play) as (client, _), pytest.raises(reward.JudgeError, match="bias"):
+    with endpoint(play) as (client, _), pytest.raises(JudgeError, match="bias"):
         ask(client, WRONG_NEXT, score_fields=[*ALL_FIELDS], retries=0)
 
 
@@ -607,7 +608,7 @@ def test_the_judge_sees_the_answer_and_not_the_thinking_before_it(tmp_path) -> N
         async with client:
             judge = chat_judge.ChatJudge(client, "m")
             program = SimpleNamespace(config=Config(), db=db, to_judge=waiting, to_train=queued)
-            program.judge_health = reward.Health()
+            program.judge_health = Health()
             task = asyncio.create_task(run.judge_turns(program, judge))
             assert await asyncio.wait_for(queued.get(), 20) == "t1"
             task.cancel()

@@ -35,10 +35,10 @@ async def served(request, tmp_path_factory):
 async def push(served, new, old, logps, version=9):
     """As run.py does. `new`, `old`: weights by name; `logps`: of served.ids, under the new ones as the trainer has."""
     try:
-        swap.served = version - 1
+        swap.newest[""] = swap.Version(version - 1)
         return await swap.push(served.engine, new, version, (served.ids, logps))
     except swap.PushError:
-        if swap.served != version - 1:
+        if swap.served_step("") != version - 1:
             await swap.give_back(served.engine, old, version - 1)
         raise
 
@@ -127,10 +127,10 @@ async def test_a_new_answer_never_reads_the_old_weights_cache(served, tmp_path):
 
     version = int(await served.engine.get_weight_version())
 
-    async def bring(user):
+    async def load_adapter(user):
         pass
 
-    hooks = SimpleNamespace(owner_of=lambda user: "", bring=bring)
+    hooks = SimpleNamespace(owner_of=lambda user: "", load_adapter=load_adapter)
     recorder = server.Recorder(served.engine, journal.open_journal(tmp_path / "j.db"), hooks)
     final = {"output_kind": RequestOutputKind.FINAL_ONLY}
     busy = SamplingParams(max_tokens=250, ignore_eos=True, **final)

@@ -20,10 +20,11 @@ import swap
 import trainer
 from batch import TRAIN_NOW
 from clients.bodies import openai_error
+from clients.keys import ANYBODY, OURS
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from program import Program
-from server import ANYBODY, OURS, engine_figures
+from server import engine_figures
 
 
 async def roll_back(p: Program, user: str, step: int) -> str:
@@ -31,7 +32,7 @@ async def roll_back(p: Program, user: str, step: int) -> str:
     async with p.stepping:
         owner = upkeep.check_owner(p.db, user)
         upkeep.check_step(p.db, owner, step)
-        was_away = p.state_in_memory(owner) is None
+        was_away = owner not in p.states
         state, out = await p.state_of(owner, step), Path(p.config.out)
         folder = checkpoint.folder_of(out, owner, step)
         try:
@@ -44,8 +45,8 @@ async def roll_back(p: Program, user: str, step: int) -> str:
         except Exception:
             await p.undo(state)
             if was_away:  # their current weights are still those on the disk
-                del p.users[owner]
-                await swap.put_away(p.engine, owner)
+                del p.states[owner]
+                await swap.evict(p.engine, owner)
             raise
         await p.on_trainer(trainer.commit, state, step, baselines, probed)
         checkpoint.remove_others(out, journal.listed(p.db))

@@ -69,7 +69,7 @@ async def replay(p: Program, turn: journal.Turn, complaint: str) -> dict[str, An
     def on_judge(f: Any, *args: Any) -> asyncio.Future:
         return asyncio.get_running_loop().run_in_executor(p.judging, f, *args)
 
-    await p.bring(turn.user)
+    await p.load_adapter(turn.user)
     today = await answer(False)
     if p.config.lora_rank:
         first = await answer(True)

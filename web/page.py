@@ -16,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from clients.bodies import openai_error
+from clients.keys import sees_all
 from durable import journal
 from program import Program
-from server import openai_error, sees_all
 from web import learned, turns
 from web.why import why_nothing
 

@@ -1,0 +1,54 @@
+"""`POST /v1/feedback`: a user rates an answer. `GET /status`: how many turns are in which state."""
+
+import json
+import time
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+import reward
+from clients.bodies import openai_error
+from clients.keys import sees_all
+from clients.sessions import find_rated, request_of
+from durable import journal
+from durable.journal import Verdict
+from program import Program
+
+
+def routes(p: Program) -> list[Route]:
+    async def feedback(request: Request) -> JSONResponse:
+        rater = request.scope["state"]["user"]
+        user = rater.name or "admin"
+        try:
+            body = json.loads(await request.body())
+            score, text, messages = body["score"], body.get("text", ""), [dict(m) for m in body.get("messages", [])]
+            said = [{"role": "user", "content": text}]
+            turn_id = find_rated(p.db, user, messages, said) if messages else body["completion_id"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            which = '"completion_id": ... or "messages": [..., the rated answer]'
+            return openai_error(400, f'expected {{{which}, "score": 1 or -1, "text": optional}}')
+        if score not in (1, -1) or isinstance(score, bool) or not isinstance(text, str):
+            return openai_error(400, "score must be 1 or -1, and text a string")
+        try:
+            turn, _ = journal.load_turn(p.db, str(turn_id))
+        except KeyError:
+            turn = None
+        if turn is None or turn.user != user and not sees_all(rater):
+            which = "answer at the end of these messages that is" if messages else f"completion {turn_id!r}"
+            return openai_error(404, f"no {which} of yours")
+        hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
+        verdict = Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback")
+        try:
+            await p.on_feedback(turn.id, verdict)
+        except ValueError as e:
+            late = {"score": score, "text": text, "time": time.time()}
+            await journal.patiently(journal.keep_late_feedback, p.db, turn.id, late)
+            return openai_error(409, f"too late to train on, but kept: {e}")
+        return JSONResponse({"completion_id": turn.id, "score": score})
+
+    async def status(request: Request) -> JSONResponse:
+        user = request.scope["state"]["user"]
+        return JSONResponse(p.status(None if sees_all(user) else user.name))
+
+    return [Route("/v1/feedback", feedback, methods=["POST"]), Route("/status", status, methods=["GET"])]
