@@ -1,6 +1,8 @@
 """From judged turns to a batch: which turns are trained on together, and what each one teaches."""
 
 import asyncio
+import math
+import time
 
 import distill
 import grpo
@@ -13,23 +15,36 @@ TRAIN_NOW = ""  # in the queue: don't wait for a full batch
 
 
 async def next_batch(p: Program) -> list[Sample]:
-    """Wait for a full batch, newest turns first: under overload the oldest get stale. Turns that can't be trained on
-    are dropped with the reason, when there is disk space to record it."""
+    """Wait for a full batch, newest turns first: under overload the oldest get stale. A batch that got no further turn
+    for --batch_wait seconds is not waited for. Turns that can't be trained on are dropped with the reason, when there
+    is disk space to record it."""
     batches: dict[str, list[Sample]] = {}  # by owner of the weights: a step trains one owner's
+    grown: dict[str, float] = {}  # when each batch got its last turn, time.monotonic()
     later: list[str] = []  # turns of users who already have their share of the batch, while others wait
+
+    def unchanged(owner: str) -> list[Sample]:
+        """The owner's batch without turns that were rated, left out or forgotten while they waited in it."""
+        return [s for s in batches.get(owner, []) if owner not in p.paused and journal.is_queued(p.db, s.turn.id)]
+
     while True:
         await asyncio.sleep(0)  # a long queue of turns to drop must not block serving
         nobody_else = bool(later) and p.to_train.empty()
-        turn_id = later.pop(0) if nobody_else else await p.to_train.get()
-        await p.wait_for_disk_space()
-        for owner, waiting in batches.items():
-            unchanged = [s for s in waiting if owner not in p.paused and journal.is_queued(p.db, s.turn.id)]
-            batches[owner] = unchanged
-        if turn_id == TRAIN_NOW:
-            if batch := max(batches.values(), key=len, default=[]):
+        oldest = min(grown, key=grown.get, default="")
+        ends = grown[oldest] + p.config.batch_wait if grown and p.config.batch_wait else math.inf
+        try:
+            async with asyncio.timeout(max(0.0, ends - time.monotonic()) if ends < math.inf else None):
+                turn_id = later.pop(0) if nobody_else else await p.to_train.get()
+        except TimeoutError:
+            del grown[oldest]
+            if batch := unchanged(oldest):
                 break
             continue
-        if not journal.is_queued(p.db, turn_id) or turn_id in [s.turn.id for b in batches.values() for s in b]:
+        await p.wait_for_disk_space()
+        if turn_id == TRAIN_NOW:
+            if batch := max(map(unchanged, batches), key=len, default=[]):
+                break
+            continue
+        if not journal.is_queued(p.db, turn_id):
             continue
         try:
             sample = journal.load_sample(p.db, turn_id)
@@ -37,23 +52,24 @@ async def next_batch(p: Program) -> list[Sample]:
             await journal.patiently(journal.drop, p.db, [turn_id], journal.UNREADABLE)
             continue
         owner = p.owner_of(sample.turn.user)
-        if owner in p.paused:
+        batch = batches[owner] = unchanged(owner)
+        if owner in p.paused or turn_id in [s.turn.id for s in batch]:
             continue
-        batch = batches.setdefault(owner, [])
         if why_not := guard.reject_reason(sample, batch, p.step_of(owner), p.config):
             await journal.patiently(journal.drop, p.db, [turn_id], why_not)
         elif not owner and not nobody_else and guard.has_user_share(sample, batch, p.config):
             later.append(turn_id)
         elif sample.attempts >= journal.ALONE_AFTER:
-            later += [s.turn.id for s in batch]
-            batches[owner] = batch = [sample]
+            batch = [sample]
             break
         else:
             batch.append(sample)
+            grown[owner] = time.monotonic()
             if len(batch) == p.config.batch_size:
                 break
-    later += [s.turn.id for waiting in batches.values() if waiting is not batch for s in waiting]
-    for turn_id in later:
+    taken = {s.turn.id for s in batch}
+    later += [s.turn.id for waiting in batches.values() for s in waiting if s.turn.id not in taken]
+    for turn_id in dict.fromkeys(later):
         p.to_train.put_nowait(turn_id)
     return batch
 

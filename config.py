@@ -65,6 +65,7 @@ class Step:
     """The step."""
 
     batch_size: int = 1  # judged turns per step
+    batch_wait: float = 60.0  # seconds without a further turn after which a smaller batch is trained on; 0: never
     row_tokens: int = 0  # tokens per packed row, a micro-batch; a longer sample has a row of its own; 0: by the device
     lora_rank: int = 0  # train an adapter of this rank on the frozen model; 0: all weights
     adapters: Literal["shared", "user"] = "shared"  # user: each API key's user has an adapter of their own

@@ -245,7 +245,8 @@ class Program:
     def status(self, user: str | None) -> dict[str, Any]:
         """The body of GET /status: this user's turns; None: everybody's."""
         turns = {"turns": journal.counts(self.db, user), "dropped": journal.drop_reasons(self.db, user)}
-        return self.training_of(user) | turns
+        batch = {"batch": f"{turns['turns'].get('queued', 0)} of {self.config.batch_size}"}  # what a step waits for
+        return self.training_of(user) | batch | turns
 
     async def wait_for_disk_space(self) -> None:
         """Training needs disk space for its records, so wait until there is some."""

@@ -74,7 +74,8 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     """
     turns = [lesson.turn for lesson in lessons]
     n, sums = sum(len(t.response_ids) for t in turns), Counter[str]()
-    per_token = torch.tensor([1 / len(turns) / len(t.response_ids) for t in turns], device=state.policy.device)  # (B,)
+    size = max(len(turns), config.batch_size)  # a batch that is not full weighs less
+    per_token = torch.tensor([1 / size / len(t.response_ids) for t in turns], device=state.policy.device)  # (B,)
     limit, tree = row_limits(config, state)
     for row in grpo.collate(
         [t.prompt_ids for t in turns],

@@ -82,7 +82,8 @@ class Program:
     def __init__(self, model: Path, out: Path, **config) -> None:
         self.model, self.out, self.port = model, out, free_port()
         out.mkdir(parents=True, exist_ok=True)
-        values = {"model": model, "out": out, "port": self.port, "max_model_len": 2048, "engine_memory": 0.5} | config
+        values = {"model": model, "out": out, "port": self.port, "max_model_len": 2048, "engine_memory": 0.5}
+        values |= {"batch_wait": 0} | config  # tests count on full batches
         self.url = f"http://127.0.0.1:{self.port}"
         if keys := values.pop("key", "").split(",") if "key" in values else []:  # "user:key,user:key"
             write_private(out / "keys", "\n".join(keys))

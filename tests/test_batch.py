@@ -2,6 +2,7 @@
 and the journal are real."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,33 @@ async def test_training_now_takes_what_there_is(program):
     program.to_train.put_nowait(TRAIN_NOW)
     with pytest.raises(TimeoutError):
         await taken(program, 0.2)
+
+
+async def test_a_batch_that_grows_no_more_is_not_waited_for(program):
+    program.config = Config(batch_size=3, batch_wait=0.5)
+    judged(program, "t1", "t2")
+    began = time.monotonic()
+    assert await taken(program) == ["t2", "t1"] and 0.4 < time.monotonic() - began < 3
+    judged(program, "t3")
+    task = asyncio.create_task(taken(program))
+    await asyncio.sleep(0.3)
+    judged(program, "t4")
+    await asyncio.sleep(0.3)
+    assert not task.done(), "counted from the last turn"
+    assert await task == ["t3", "t4"]
+
+
+async def test_each_users_own_batch_is_waited_for_by_itself(program):
+    program.config, program.owner_of = Config(batch_size=2, batch_wait=0.4), lambda user: user
+    judged(program, "a1", user="ann")
+    task = asyncio.create_task(taken(program))
+    for i in range(3):  # others' turns don't put it off
+        await asyncio.sleep(0.2)
+        judged(program, f"b{i}", user=f"bob{i}")
+        if task.done():
+            break
+    assert await task == ["a1"]
+    assert {*waiting(program)} <= {"b0", "b1", "b2"}, "theirs are queued again"
 
 
 async def test_a_long_queue_of_stale_turns_does_not_hold_up_serving(program):
