@@ -1,8 +1,6 @@
 """From judged turns to a batch: which turns are trained on together, and what each one teaches."""
 
 import asyncio
-import math
-import time
 
 import distill
 import grpo
@@ -19,20 +17,25 @@ async def next_batch(p: Program) -> list[Sample]:
     for --batch_wait seconds is not waited for. Turns that can't be trained on are dropped with the reason, when there
     is disk space to record it."""
     batches: dict[str, list[Sample]] = {}  # by owner of the weights: a step trains one owner's
-    grown: dict[str, float] = {}  # when each batch got its last turn, time.monotonic()
+    grown: dict[str, float] = {}  # when each batch got its last turn, by the event loop's clock
     later: list[str] = []  # turns of users who already have their share of the batch, while others wait
 
     def unchanged(owner: str) -> list[Sample]:
         """The owner's batch without turns that were rated, left out or forgotten while they waited in it."""
         return [s for s in batches.get(owner, []) if owner not in p.paused and journal.is_queued(p.db, s.turn.id)]
 
+    train_now = False
     while True:
         await asyncio.sleep(0)  # a long queue of turns to drop must not block serving
+        if train_now and p.to_train.empty():
+            train_now = False
+            if batch := max(map(unchanged, batches), key=len, default=[]):
+                break
         nobody_else = bool(later) and p.to_train.empty()
         oldest = min(grown, key=grown.get, default="")
-        ends = grown[oldest] + p.config.batch_wait if grown and p.config.batch_wait else math.inf
+        ends = grown[oldest] + p.config.batch_wait if grown and p.config.batch_wait else None
         try:
-            async with asyncio.timeout(max(0.0, ends - time.monotonic()) if ends < math.inf else None):
+            async with asyncio.timeout_at(ends):
                 turn_id = later.pop(0) if nobody_else else await p.to_train.get()
         except TimeoutError:
             del grown[oldest]
@@ -41,8 +44,7 @@ async def next_batch(p: Program) -> list[Sample]:
             continue
         await p.wait_for_disk_space()
         if turn_id == TRAIN_NOW:
-            if batch := max(map(unchanged, batches), key=len, default=[]):
-                break
+            train_now = True  # with all turns that are judged by now: the queue gives its newest entry first
             continue
         if not journal.is_queued(p.db, turn_id):
             continue
@@ -64,7 +66,7 @@ async def next_batch(p: Program) -> list[Sample]:
             break
         else:
             batch.append(sample)
-            grown[owner] = time.monotonic()
+            grown[owner] = asyncio.get_running_loop().time()
             if len(batch) == p.config.batch_size:
                 break
     taken = {s.turn.id for s in batch}

@@ -68,6 +68,9 @@ async def test_training_now_takes_what_there_is(program):
     await asyncio.sleep(0.05)
     program.to_train.put_nowait(TRAIN_NOW)
     assert await task == ["t1"]
+    judged(program, "t2")
+    program.to_train.put_nowait(TRAIN_NOW)  # as during a step: nobody takes from the queue
+    assert await taken(program) == ["t2"]
     program.to_train.put_nowait(TRAIN_NOW)
     with pytest.raises(TimeoutError):
         await taken(program, 0.2)
