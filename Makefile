@@ -1,5 +1,5 @@
-# make run: set up, then a model that learns from a scripted user. make test: set up, then the tests.
-# make run TALK="--talks=2 --held_out=8" talks for a minute.
+# make run: set up, then train a model on conversations with a scripted user. make test: set up, then run the tests.
+# A run of about a minute: make run TALK="--talks=2 --held_out=8".
 PY := .venv/bin/python
 PIP := .venv/bin/pip install -q
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
@@ -13,22 +13,22 @@ run: .venv/ready
 serve: .venv/ready
 	$(PY) run.py --out=mine
 
-# A test file is run by one of two processes, each with half of the cores.
+# Two processes run the tests, each with half of the cores; all tests of a file run in the same process.
 test: .venv/ready
 	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# 50 minutes of kills, faults, fuzz and streams across swaps: the "What is promised" table of the README.
+# 50 minutes of kills, faults, fuzz tests and streams across swaps, for the promises in docs/durability.md.
 trials: .venv/ready
 	$(PY) -m pytest -q -s tests/trials
 
-# The real OpenClaw against the program; brings it by npm (900 MB). 5 minutes.
+# Runs the real OpenClaw, installed by npm (900 MB), against the program. 5 minutes.
 openclaw: .venv/ready
 	$(PY) -m tests.openclaw.check .openclaw
 
 lint: .venv/ready
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-# vLLM pulls in torchvision, torchaudio and torchcodec: they need CUDA, and break transformers with a CPU torch.
+# vLLM installs torchvision, torchaudio and torchcodec, which need CUDA and break transformers with a CPU torch.
 .venv/ready: Makefile
 	python3 -m venv .venv
 ifeq ($(filter-out 0,$(GPU)),)
