@@ -1,7 +1,8 @@
-"""A judge behind any OpenAI-compatible endpoint, the served model itself by default: scores and rules, asked in chat.
+"""A judge behind an OpenAI-compatible endpoint, by default the served model itself: it is asked in chat for scores and
+hints.
 
-The score is read off the log-probs of the three labels where the endpoint gives them; otherwise it is the majority of m
-votes. Bad answers also get a rule as a hint.
+If the endpoint gives log-probs, the score comes from those of the three labels; otherwise it is the majority of several
+votes. A hint is a rule that the answer should have followed.
 """
 
 import math
@@ -14,9 +15,9 @@ from typing import Any
 from clients.endpoint import Endpoint
 from reward import MAX_HINT, MIN_HINT, VOTES, Scored, evidence
 
-CHAT_CHARS = 2000  # of the next state that the judge reads; a quarter of it for request and answer each
-CANDIDATES = 3  # different hints that the trainer gets
-STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: the sampler can only say one of the three
+CHAT_CHARS = 2000  # the part of the next state that the judge reads; of request and answer, a quarter of that each
+CANDIDATES = 3  # the most hints that the trainer gets
+STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: only the three labels can be sampled
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}
 
 RULES = """You grade an assistant's answer by what happened next. Reply with one word.
@@ -39,7 +40,7 @@ EXAMPLES: list[tuple[str, str, str, str, str]] = [  # request, answer, role, nex
     ("Open.", "open()", "tool", '{"error": "door not found"}', "bad"),
     ("2+2?", "4", "user", "By the way, tell me a joke.", "neutral"),
 ]
-BLANKS = ("N/A", "...", "[text]", "-")  # next states that say nothing: what a judge answers to them is its bias
+BLANKS = ("N/A", "...", "[text]", "-")  # empty next states: the judge's labels for them are its bias
 HINT_RULES = """You read a request, an assistant's answer and what happened next, and write down what the assistant \
 should have done: one short rule in the imperative that would have helped BEFORE it answered.
 Write NONE where what happened next corrects nothing, or contradicts what the request itself asked for, or gives \
@@ -62,7 +63,7 @@ def few_shot(
     answer: str,
     next_messages: list[dict],
 ) -> list[dict]:
-    """The chat: rules, examples (the same for all turns, so the engine caches their prefill), then the evidence."""
+    """The chat: rules, examples, then the evidence. All turns have the same prefix, so its KV cache is reused."""
     turns = [{"role": "system", "content": rules}]
     for asked, said, role, then, reply in examples:
         following = [{"role": role, "content": then}]
@@ -72,12 +73,13 @@ def few_shot(
 
 
 def judge_messages(request: str, answer: str, next_messages: list[dict]) -> list[dict]:
-    """The chat that asks for a vote. Four examples of each; more would be prefill for little."""
+    """The chat that asks for a vote. Four examples for each label; more would cost prefill and help little."""
     return few_shot(RULES, EXAMPLES, request, answer, next_messages)
 
 
 def parse_label(text: str) -> int:
-    """The vote in a reply, which must be one label alone: an endpoint without constraints may say "Not good."."""
+    """The vote in a reply. ValueError unless it is exactly one label: without structured output a judge may say "Not
+    good."."""
     label = re.sub(r"^\W+|\W+$", "", text.lower())
     if label not in VOTES:
         raise ValueError(f"the judge said {text[:80]!r}, which is not exactly one of {', '.join(VOTES)}")
@@ -85,7 +87,7 @@ def parse_label(text: str) -> int:
 
 
 def majority(votes: list[int]) -> int:
-    """The vote with the most voices. No strict winner means that the judge doesn't know: 0."""
+    """The most frequent vote. A tie means that the judge doesn't know: 0."""
     ranked = Counter(votes).most_common(2)
     if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
         return 0
@@ -93,8 +95,8 @@ def majority(votes: list[int]) -> int:
 
 
 def read_labels(choice: Any) -> dict[str, float] | None:
-    """The log-prob of each label as the first token of a reply; None where the endpoint gives no log-probs, or where
-    the reply begins with something else (a judge that thinks first)."""
+    """The log-prob of each label as the first token of a reply. None if the endpoint gives no log-probs, or the reply
+    begins with something else (some judges think first)."""
     content = getattr(choice.logprobs, "content", None)
     if not content or not content[0].top_logprobs:
         return None
@@ -115,20 +117,20 @@ def read_labels(choice: Any) -> dict[str, float] | None:
 class ChatJudge(Endpoint):
     """A judge behind an OpenAI-compatible endpoint, and which of its features work."""
 
-    votes: int = 3  # where the endpoint gives no log-probs, and for hints
+    votes: int = 3  # samples per hint, and per score if the endpoint gives no log-probs
     max_tokens: int = 1024  # of a reply: a judge may think first
-    # Request fields, the best first: those that the endpoint refuses are taken out.
+    # Request fields to try, the best first; those before the ones that worked are removed.
     score_fields: list[dict] = field(default_factory=lambda: [STRUCTURED | LOGPROBS, STRUCTURED, LOGPROBS, {}])
     hint_fields: list[dict] = field(default_factory=lambda: [HINT_PATTERN, {}])
     biases: dict[str, dict[str, float]] = field(default_factory=dict)  # role of the next state -> label -> log-prob
     hinted_by = "judge"
 
     async def score(self, request: str, answer: str, next_messages: list[dict]) -> Scored:
-        """JudgeError where there is no verdict to be had.
+        """JudgeError if the judge gives no verdict.
 
-        Where the endpoint gives log-probs, the labels' are read after taking off what empty next states got
-        (contextual calibration, Zhao et al. 2021, arXiv 2102.09690), and that is one vote. Else, and where the reply
-        doesn't begin with a label, the score is the majority of `votes` samples.
+        If the endpoint gives log-probs, those of the labels, less those for empty next states, give one vote
+        (contextual calibration, Zhao et al. 2021, arXiv 2102.09690). Otherwise, or if the reply doesn't begin with a
+        label, the score is the majority of `votes` samples.
         """
         messages = judge_messages(request, answer, next_messages)
         role = "tool" if next_messages[-1]["role"] == "tool" else "user"
@@ -141,7 +143,7 @@ class ChatJudge(Endpoint):
                 best = max(weights, key=weights.get)
                 return VOTES[best], [VOTES[best]], weights[best] / sum(weights.values())
             fields = {k: v for k, v in fields.items() if k in STRUCTURED}
-            # Their temperature is above 0, or the votes would all be the same.
+            # At temperature 0 all votes would be the same.
             cast = await self.samples(messages, parse_label, 0.1, fields)
             score = majority(cast)
             return score, cast, cast.count(score) / len(cast)
@@ -149,9 +151,9 @@ class ChatJudge(Endpoint):
         return await self.with_retries(ask, self.score_fields)
 
     async def hints(self, request: str, answer: str, next_messages: list[dict]) -> list[str]:
-        """What should have been done, as rules; [] where the next state corrects nothing. JudgeError as in `score`.
+        """What should have been done, as rules; [] if the next state corrects nothing. JudgeError as in `score`.
 
-        A tool's output is evidence for a score alone: whoever wrote a web page that an agent reads must not teach."""
+        A tool's output affects only the score: the author of a web page that an agent reads must not write hints."""
         if not (said := [m for m in next_messages if m.get("role") == "user"]):
             return []
         messages = hint_messages(request, answer, said)
@@ -159,16 +161,16 @@ class ChatJudge(Endpoint):
         return elected(await self.with_retries(ask, self.hint_fields))
 
     async def label_logps(self, messages: list[dict], fields: dict) -> dict[str, float] | None:
-        """`read_labels` of a reply of one token."""
+        """`read_labels` of a one-token reply."""
         reply = await self.send(messages=messages, temperature=1, max_tokens=1, extra_body=fields)
         return read_labels(reply.choices[0])
 
     async def bias(self, role: str, fields: dict) -> dict[str, float]:
-        """The mean log-prob of each label where request, answer and next state say nothing."""
+        """The mean log-prob of each label for an empty request, answer and next state."""
         blanks = [judge_messages("N/A", "N/A", [{"role": role, "content": blank}]) for blank in BLANKS]
         seen = [logps for blank in blanks if (logps := await self.label_logps(blank, fields))]
         if not seen:
-            raise ValueError("the judge gives labels to next states, but none to empty ones: its bias is unknown")
+            raise ValueError("the judge gives no label to an empty next state, so its bias is unknown")
         return {label: sum(logps[label] for logps in seen) / len(seen) for label in VOTES}
 
     async def samples(
@@ -176,7 +178,7 @@ class ChatJudge(Endpoint):
     ) -> list[Any]:
         """`votes` samples of one chat request. An endpoint that ignores n is asked again for the rest.
 
-        ValueError where one was cut off, or nothing was said: that is no vote."""
+        ValueError if a sample is truncated or empty: that is no vote."""
         said: list[Any] = []
         while len(said) < self.votes:
             reply = await self.send(
@@ -203,7 +205,7 @@ def hint_messages(request: str, answer: str, next_messages: list[dict]) -> list[
 
 
 def elected(written: list[str]) -> list[str]:
-    """The different hints among the votes, most frequent first, at most CANDIDATES; none where most votes are none."""
+    """The distinct hints among the samples, most frequent first, at most CANDIDATES; [] if half or more have none."""
     texts = [text.strip() for text in written]
     texts = [text for text in texts if re.fullmatch(rf"(?!\W*(?i:none)\b)[^\n]{{{MIN_HINT},{MAX_HINT + 1}}}", text)]
     if 2 * len(texts) <= len(written):
