@@ -1,7 +1,7 @@
-"""What a client was sent: the answers in a response body of each of the three APIs, streamed or whole.
+"""Reads the answers that a client was sent from a response body of any of the three APIs, streamed or whole.
 
-vLLM's parsers take thinking and tool calls out of the raw text in a dozen formats. A later request is compared with
-what they made of it, so that is read from the body on its way out.
+vLLM's parsers extract thinking and tool calls from the raw text in a dozen formats. Clients send the parsed answer back
+in later requests, so it is read from the body on its way out.
 """
 
 import json
@@ -14,15 +14,15 @@ def call(name: str, arguments: Any) -> dict:
 
 
 class AnswerReader:
-    """Reads a body piece by piece; `feed` returns the answers, each as the assistant message that the client gets."""
+    """Reads a body chunk by chunk; `feed` returns the answers, each as the assistant message that the client gets."""
 
     def __init__(self, streamed: bool) -> None:
         self.streamed, self.rest = streamed, b""
         self.texts: dict[int, list[str]] = defaultdict(list)
-        self.calls: dict[int, dict[int, dict]] = defaultdict(dict)  # choice -> number of the call in it -> the call
+        self.calls: dict[int, dict[int, dict]] = defaultdict(dict)  # choice -> index of the call -> the call
 
     def feed(self, body: bytes, more: bool) -> dict[int, dict]:
-        """The answers that are complete with this piece, by choice."""
+        """The answers that this chunk completes, by choice."""
         lines = (self.rest + body).split(b"\n") if self.streamed else [self.rest + body] if not more else []
         self.rest = lines.pop() if self.streamed and more else b"" if lines else self.rest + body
         complete: list[int] = []
@@ -36,7 +36,7 @@ class AnswerReader:
         return {"role": "assistant", "content": "".join(self.texts[k]), "tool_calls": list(self.calls[k].values())}
 
     def read(self, event: dict) -> list[int]:
-        """One JSON of the body; which choices it completes."""
+        """Read one JSON event of the body. Returns the choices that it completes."""
         if "choices" in event:
             return [k for choice in event["choices"] if (k := self.read_choice(choice)) is not None]
         kind, block = event.get("type"), event.get("content_block") or {}
