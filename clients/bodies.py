@@ -1,4 +1,4 @@
-"""Requests and answers as bytes and JSON: what is read of a body, what is refused, and OpenAI's form of an error."""
+"""Requests and answers as bytes and JSON: reading bodies, refusing those that are too large, OpenAI's error format."""
 
 import asyncio
 import json
@@ -10,10 +10,10 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Send
 
 MAX_BODY_BYTES = 32 << 20
-LONG_BODY = 1 << 20  # bytes; from here on it is parsed in a thread
-BODY_S = 60.0  # without any progress in a request's body
-MAX_ANSWERED_BYTES = 64 << 20  # n answers times the body
-MAX_MESSAGES = 10_000  # with their parts and calls
+LONG_BODY = 1 << 20  # bytes; longer bodies are parsed in a thread
+BODY_S = 60.0  # timeout for the next chunk of a request's body
+MAX_ANSWERED_BYTES = 64 << 20  # n times the body
+MAX_MESSAGES = 10_000  # counting their parts and calls, too
 MAX_VALUES, MAX_DEPTH = 200_000, 100  # of a body's JSON
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -23,7 +23,7 @@ def openai_error(status: int, message: str, kind: str = "invalid_request_error")
 
 
 async def read_body(receive: Receive) -> bytes | JSONResponse | None:
-    """A request's body, or an error; None where the client hung up."""
+    """A request's body, or an error response; None if the client disconnected."""
     body, more = bytearray(), True
     while more:
         try:
@@ -42,44 +42,45 @@ async def read_body(receive: Receive) -> bytes | JSONResponse | None:
 
 
 def parse(body: bytes) -> Any:
-    """A JSON text's value. ValueError where it is none, has too many values, or is too deep: what reads it later would
-    stop everything for seconds, or raise a RecursionError.
+    """The value of a JSON text. ValueError if it is invalid, has too many values, or is nested too deeply: later code
+    would block the event loop for seconds, or raise RecursionError.
 
     When this runs in a thread, the event loop gets the GIL only between the calls below, so several short calls are
     better than one long one."""
     text = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    if text.count(b'"') > 4 * MAX_VALUES:  # a value and its key have four
+    if text.count(b'"') > 4 * MAX_VALUES:  # a value and its key have four quotes
         raise ValueError(f"more than {MAX_VALUES} values")
-    marks = b"".join(text.split(b'"')[::2])  # what is outside of strings
+    marks = b"".join(text.split(b'"')[::2])  # everything outside of strings
     if (values := sum(map(marks.count, (b",", b"[", b"{")))) > MAX_VALUES:
         raise ValueError(f"{values} values, more than {MAX_VALUES}")
     brackets = np.frombuffer(marks.translate(None, NO_BRACKETS), np.uint8)
     steps = np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1)
     if (depth := steps.cumsum().max(initial=0)) > MAX_DEPTH:
         raise ValueError(f"nested {depth} levels deep, more than {MAX_DEPTH}")
-    return json.loads(body.decode())  # as UTF-8 alone: in UTF-16 other bytes are quotes
+    return json.loads(body.decode())  # only UTF-8: in UTF-16, the counts above would be wrong
 
 
 def too_much(fields: dict, messages: Any, size: int) -> str | None:
-    """Why a request of `size` bytes is more than can be served; None where it isn't, and for what vLLM refuses."""
+    """Why a request of `size` bytes is too large to serve; None if it isn't, or if vLLM will refuse it."""
     listed = messages if isinstance(messages, list) else []
     lists = [m.get(name) for m in listed if isinstance(m, dict) for name in ("content", "tool_calls")]
     if len(listed) + sum(len(found) for found in lists if isinstance(found, list)) > MAX_MESSAGES:
-        return f"more than {MAX_MESSAGES} messages, parts of them and calls"
+        return f"more than {MAX_MESSAGES} messages, parts and tool calls"
     try:
         n = int(fields.get("n") or 1)
     except (ValueError, TypeError, OverflowError):
         return None
     if n * size > MAX_ANSWERED_BYTES:
-        return f"n={n} answers to a body of {size} bytes: more than {MAX_ANSWERED_BYTES} bytes together"
+        return f"n={n} answers to a body of {size} bytes: more than {MAX_ANSWERED_BYTES} bytes in total"
     return None
 
 
 def with_reasoning_content(send: Send) -> Send:
-    """vLLM 0.32.0 calls the thinking of a chat answer `reasoning`; OpenClaw sends it back with the history only if it
-    came as `reasoning_content`. (Inside a JSON text the quotes would be escaped: these bytes are always the key.)"""
+    """Rename the thinking of a chat answer: vLLM 0.32.0 calls it `reasoning`, but OpenClaw sends it back with the
+    history only if it came as `reasoning_content`. (In a JSON string the quotes are escaped, so the replaced bytes are
+    always the key.)"""
 
-    start: Message | None = None  # held back where it tells the body's length
+    start: Message | None = None  # held back if it has the body's length
 
     async def renamed(message: Message) -> None:
         nonlocal start
