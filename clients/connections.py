@@ -1,4 +1,4 @@
-"""Connections: none waits for ever, and no number of them takes the file descriptors that the program itself needs."""
+"""Connections: each has a time limit, and together they can't use up the file descriptors that the program needs."""
 
 import asyncio
 import os
@@ -14,12 +14,12 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from durable.errors import UsageError
 
-HEAD_S = 30.0  # for a request's head, from its first byte or from the connection's start
+HEAD_S = 30.0  # to receive a request's head, from its first byte or from the connection's start
 MAX_HEAD_BYTES = 1 << 18
-RESERVE = 64  # descriptors that are left for the rest of the program, half of them for connections that come at once
+RESERVE = 64  # descriptors kept for the rest of the program, half of them for bursts of connections
 
-connections: set["Connection"] = set()  # all that are open
-idle: dict[int, Any] = {}  # descriptor -> socket of a connection without a whole request, the longest idle first
+connections: set["Connection"] = set()  # all open ones
+idle: dict[int, Any] = {}  # descriptor -> socket of a connection without a complete request, the longest idle first
 
 
 class Connection(socket.socket):
@@ -29,11 +29,11 @@ class Connection(socket.socket):
 
 
 class Listener(socket.socket):
-    """Where descriptors are short, the longest idle connection is closed for a new one: asyncio would log a traceback
-    for each `accept` that fails, thousands a second."""
+    """If descriptors run short, the longest idle connection is closed for a new one. Otherwise `accept` would fail, and
+    asyncio would log thousands of tracebacks a second."""
 
     def listen(self, *backlog: int) -> None:
-        """uvicorn calls it when the engine runs, and all that the program needs is open."""
+        """uvicorn calls this when the engine runs and the program has opened all other descriptors that it needs."""
         taken = len(os.listdir("/proc/self/fd"))
         self.most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - taken - RESERVE
         super().listen(2048)
@@ -43,11 +43,11 @@ class Listener(socket.socket):
         connection = Connection(fileno=plain.detach())
         if len(connections) >= self.most:
             close_longest_idle()
-        if len(connections) >= self.most + RESERVE // 2:  # those that were closed just now keep theirs a moment longer
+        if len(connections) >= self.most + RESERVE // 2:  # a descriptor is freed a moment after the shutdown
             connection.close()
-            raise ConnectionAbortedError  # asyncio goes on with what else there is to do
+            raise ConnectionAbortedError  # asyncio ignores it
         connections.add(connection)
-        idle.pop(connection.fileno(), None)  # of one that is gone; the new one's place is the last
+        idle.pop(connection.fileno(), None)  # a closed connection's entry: the new one must be the last
         idle[connection.fileno()] = connection
         return connection, address
 
@@ -67,17 +67,17 @@ def close_longest_idle() -> None:
         longest = idle.pop(next(iter(idle)))
         if longest.fileno() >= 0:
             try:
-                longest.shutdown(socket.SHUT_RDWR)  # asyncio sees its end, and closes it
+                longest.shutdown(socket.SHUT_RDWR)  # asyncio reads end of file, and closes it
             except OSError:
-                continue  # its other side was faster
+                continue  # the client has closed it already
             return
 
 
 class Protocol(AutoHTTPProtocol):
-    """uvicorn's protocol, h11's or httptools', with a time limit for a request's head. (For its body: `Capture`.)
+    """uvicorn's protocol (h11 or httptools) with a time limit for a request's head. (For its body: `Capture`.)
 
-    Relied on in uvicorn 0.54.0: `cycle` is the newest request, or None before the first one's head is complete, and
-    `on_response_complete` is called when an answer is."""
+    Relied on in uvicorn 0.54.0: `cycle` is the newest request, or None until the first one's head is complete;
+    `on_response_complete` is called when a response is complete."""
 
     head_timer: asyncio.TimerHandle | None = None
     head_bytes = 0
@@ -101,7 +101,7 @@ class Protocol(AutoHTTPProtocol):
         super().data_received(data)
         idle.pop(self.number, None)
         if self.cycle is None or self.cycle.response_complete:
-            # (Not counted: the rest of a body whose answer did not need it.)
+            # The rest of a body that was not needed for the response is not counted.
             self.head_bytes += 0 if self.cycle and self.cycle.more_body else len(data)
             self.await_head()
             if self.head_bytes > MAX_HEAD_BYTES:
@@ -114,7 +114,7 @@ class Protocol(AutoHTTPProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.response_complete:  # otherwise the next one came with it, and is running
+        if self.cycle.response_complete:  # otherwise a pipelined request is already running
             idle[self.number] = self.socket
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -124,7 +124,7 @@ class Protocol(AutoHTTPProtocol):
 
 
 class WebServer(uvicorn.Server):
-    """uvicorn without its signal handlers: run.py decides when things stop, and in which order."""
+    """uvicorn without its signal handlers: run.py decides when and in which order things stop."""
 
     def capture_signals(self) -> AbstractContextManager:
         return nullcontext()
@@ -133,10 +133,10 @@ class WebServer(uvicorn.Server):
 def web_server(app: ASGIApp, certificate: str = "", key: str = "") -> WebServer:
     """A server for `app`.
 
-    Streams that still run get 3 s to end when it stops. Idle connections stay open longer than clients keep them:
-    otherwise one could be closed while a request is on its way. Warnings are not logged: anybody could fill the log
-    with "Invalid HTTP request received". The backlog is how many connections asyncio accepts at a time, and how many
-    tracebacks it logs each second when there are no file descriptors; `Listener` has the socket's own."""
+    When it stops, running streams get 3 s to end. Idle connections stay open longer than clients keep them: otherwise
+    one could be closed while a request is on its way. Warnings are not logged: anybody could fill the log with "Invalid
+    HTTP request received". The backlog is how many connections asyncio accepts at a time, and how many tracebacks it
+    logs each second if there are no file descriptors. (`Listener` sets the socket's own backlog.)"""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 65535 if hard == resource.RLIM_INFINITY else min(65535, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
@@ -149,7 +149,7 @@ def web_server(app: ASGIApp, certificate: str = "", key: str = "") -> WebServer:
 
 
 def check_tls(certificate: str, key: str) -> None:
-    """UsageError where uvicorn could not use these files. Before the engine starts, which takes a while."""
+    """UsageError if uvicorn could not use these files. Call it before the engine starts, which takes a while."""
     if certificate:
         try:
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
@@ -158,11 +158,11 @@ def check_tls(certificate: str, key: str) -> None:
 
 
 def trusting(certificate: str) -> ssl.SSLContext | bool:
-    """How the program's own client checks the server's certificate: it is this one, whoever signed it and for whatever
-    name. As httpx does without one."""
+    """How the program's own client verifies the server: its certificate must be this one, whatever its issuer and name.
+    Without a certificate, as httpx does by default."""
     if not certificate:
         return True
     context = ssl.create_default_context(cafile=certificate)
     context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # one that an authority signed is trusted by itself
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust it without its issuer
     return context
