@@ -1,4 +1,4 @@
-"""A judge's endpoint, any that calls itself OpenAI-compatible: what it refuses is found out once, and one that fails is
+"""A judge's OpenAI-compatible endpoint: the request fields that it refuses are remembered, and after failures it is
 left alone for a while."""
 
 import asyncio
@@ -14,9 +14,9 @@ from typing import Any
 
 import openai
 
-TRIES = 3  # of a turn that the judge refuses
+TRIES = 3  # for a turn that the judge refuses
 BAD_REQUEST = (openai.BadRequestError, openai.UnprocessableEntityError)
-# What endpoints refuse of a request, in the order in which it is tried, and what they are sent instead.
+# Request fields that endpoints may refuse, in the order in which they are dropped -> what is sent instead.
 INSTEAD: dict[str, Callable[[Any], dict]] = {
     "max_tokens": lambda tokens: {"max_completion_tokens": tokens},
     "temperature": lambda _: {},
@@ -25,8 +25,8 @@ INSTEAD: dict[str, Callable[[Any], dict]] = {
 
 
 class JudgeError(RuntimeError):
-    """The judge gave no verdict: a failure is never a score of 0. `of_turn`: it lies in what was asked, so asking again
-    will hardly help; otherwise in the endpoint, which may want to be left alone for `retry_after` seconds."""
+    """The judge gave no verdict; a failure is never a score of 0. `of_turn`: the cause is in this turn, so a retry will
+    hardly help. Otherwise it is in the endpoint, which may ask for a pause of `retry_after` seconds."""
 
     def __init__(self, message: str, of_turn: bool = False, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -35,28 +35,29 @@ class JudgeError(RuntimeError):
 
 @dataclass
 class Health:
-    """Growing pauses while a judge gives no verdict at all, with at most one log line a minute. A turn is given up only
-    if it fails several times and no other turn does."""
+    """While a judge gives no verdict at all, pauses grow and at most one line a minute is logged. A turn is given up
+    only if it fails several times and no other turn does."""
 
-    until: float = 0.0  # of the pause, time.monotonic()
-    seconds: float = 1.0  # of the last pause
-    logged: float = -math.inf
-    tries: Counter[str] = field(default_factory=Counter)  # turn id -> failures that lay in what was asked
+    until: float = 0.0  # end of the pause, time.monotonic()
+    seconds: float = 1.0  # length of the last pause
+    logged: float = -math.inf  # when the last line was logged, time.monotonic()
+    tries: Counter[str] = field(default_factory=Counter)  # turn id -> failures caused by the turn (`of_turn`)
     failures: int = 0
     error: str = ""  # the last one
-    failing: set[str] = field(default_factory=set)  # turns without a verdict since the last one that got one
+    failing: set[str] = field(default_factory=set)  # turns that failed since the last verdict
 
     async def wait(self) -> None:
         while (left := self.until - time.monotonic()) > 0:
             await asyncio.sleep(left)
 
     def failed(self, turn_id: str, error: JudgeError) -> bool:
-        """Is this turn to be given up? Only where no other turn fails: a judge that refuses all is at fault itself."""
+        """Note a failure. True if the turn should be given up: only if no other turn fails, since a judge that refuses
+        all turns is itself at fault."""
         now = time.monotonic()
         self.failures, self.error = self.failures + 1, str(error)
         self.failing.add(turn_id)
         self.tries[turn_id] += error.of_turn
-        if now >= self.until and not (error.of_turn and len(self.failing) == 1):  # of several at a time one counts
+        if now >= self.until and not (error.of_turn and len(self.failing) == 1):  # of parallel failures, one counts
             self.seconds = min(300.0, 2 * self.seconds)
             self.until = now + max(self.seconds, min(error.retry_after, 3600.0))
         if now - self.logged >= 60:
@@ -71,13 +72,13 @@ class Health:
 
 
 def connect(url: str) -> openai.AsyncOpenAI:
-    """A client of a judge elsewhere; its key is read from JUDGE_API_KEY."""
+    """A client for another judge's endpoint; its key is read from JUDGE_API_KEY."""
     return openai.AsyncOpenAI(base_url=url, api_key=os.environ.get("JUDGE_API_KEY", "none"))
 
 
 @dataclass
 class Endpoint:
-    """Where a judge is asked, and which fields of a request it refuses."""
+    """A judge's endpoint, and the request fields that it refuses."""
 
     client: openai.AsyncOpenAI
     model: str
@@ -87,12 +88,13 @@ class Endpoint:
     refused: frozenset[str] = frozenset()  # of INSTEAD
 
     def __post_init__(self) -> None:
-        self.client = self.client.with_options(max_retries=0)  # ours also cover nonsense and slowness
+        self.client = self.client.with_options(max_retries=0)  # `with_retries` also covers bad and slow replies
 
     async def send(self, **request: Any) -> Any:
-        """One request, without the fields that this endpoint refuses: it is found out once what they are.
+        """Send a request without the fields that this endpoint refuses. They are found out by the first requests.
 
-        A "bad request" usually names the field. Where it doesn't, all are tried, once the extra ones are gone."""
+        A "bad request" error usually names the field. If not, the fields are dropped one by one, but only from a
+        request without `extra_body`."""
         refused = list(self.refused)
         while True:
             fields = {k: v for k, v in request.items() if k not in refused}
@@ -107,25 +109,25 @@ class Endpoint:
                 refused.append((named or left)[0])
                 continue
             if new := set(refused) - self.refused:
-                print(f"judge: the endpoint refuses {', '.join(sorted(new))}; asked without from here on", flush=True)
+                print(f"judge: the endpoint refuses {', '.join(sorted(new))}; no longer sent", flush=True)
                 self.refused |= new
             return reply
 
     async def with_retries(self, ask: Callable[[dict], Awaitable[Any]], all_fields: list[dict]) -> Any:
-        """What `ask(fields)` returns, after `retries` more tries where it fails or is slow; JudgeError where all fail.
+        """The result of `ask(fields)`, with up to `retries` more tries if it fails or is slow; JudgeError if all fail.
 
-        A "bad request" is tried again with the next of `all_fields`: perhaps the endpoint refuses a field that it
-        doesn't know. Where that helps, it isn't sent the refused fields again.
+        After a "bad request" error, the next of `all_fields` is tried: the endpoint may refuse a field that it doesn't
+        know. If that works, the refused ones are not sent again.
         """
         failures = refused = 0
         while True:
             try:
-                async with asyncio.timeout(self.timeout_s):  # all of it, where the client's own timeout is per read
+                async with asyncio.timeout(self.timeout_s):  # in total; the client's own timeout is per read
                     result = await ask(all_fields[refused])
                 del all_fields[:refused]
                 return result
             except (openai.APIError, TimeoutError, ValueError, AttributeError, TypeError, LookupError) as error:
-                # the last three: JSON of another form than that of a reply, which the client lets through
+                # The last three: JSON that is not a chat completion, which the client doesn't check.
                 bad_request = isinstance(error, BAD_REQUEST)
                 if bad_request and refused + 1 < len(all_fields):
                     refused += 1
@@ -133,7 +135,7 @@ class Endpoint:
                 failures += 1
                 status = error.status_code if isinstance(error, openai.APIStatusError) else 0
                 if status in (400, 401, 403, 404, 422, 429):
-                    failures = self.retries + 1  # asking again at once won't help
+                    failures = self.retries + 1  # an immediate retry won't help
                 if failures > self.retries:
                     of_turn = bad_request or not isinstance(error, openai.APIError | TimeoutError)
                     header = error.response.headers.get("retry-after", "") if status else ""
