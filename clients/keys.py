@@ -1,4 +1,4 @@
-"""Who may talk to the server: API keys, and where requests without one may come from."""
+"""Access to the server: API keys, and where requests without a key may come from."""
 
 import hashlib
 import hmac
@@ -15,7 +15,7 @@ from durable.atomic import replacing
 from durable.errors import UsageError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ADMIN = "admin_key"  # a file in OUT: who has it sees everybody's figures
+ADMIN = "admin_key"  # a file in OUT: its key gives access to everybody's figures
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class User:
     trained: bool = True  # are answers to this key trained on?
 
 
-OURS = User("")  # the program itself and the admin: not recorded
-ANYBODY = User("local")  # if no key is needed
+OURS = User("")  # the program itself and the admin; their requests are not recorded
+ANYBODY = User("local")  # everybody, if no key is needed
 
 
 def sees_all(user: User) -> bool:
-    return user is OURS or user is ANYBODY  # not by name: a key's user may have the same one
+    return user is OURS or user is ANYBODY  # not by name: a key's user may have the same name
 
 
 def users_of(text: str) -> dict[str, User]:
-    """API key -> user, from lines "user:key" or "key", which is a user of its own; after a space "untrained". No key
-    has a space in it. UsageError names a line that is wrong."""
+    """API key -> user, from lines "user:key", or "key" for a user of its own. A space and "untrained" may follow. Keys
+    have no spaces. UsageError names an invalid line."""
     users: dict[str, User] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
@@ -42,22 +42,22 @@ def users_of(text: str) -> dict[str, User]:
         entry, trained = re.subn(r"(?<=\S)\s+untrained\s*$", "", line.strip())
         name, _, key = entry.rpartition(":")
         if not re.fullmatch(r"[!-~]+", key) or key in users:
-            raise UsageError(f"API key in line {number}: empty, given twice, or not of printable ASCII without spaces")
+            raise UsageError(f"API key in line {number}: empty, given twice, or not printable ASCII without spaces")
         users[key] = User(name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8], not trained)
     return users
 
 
 def write_private(file: Path, text: str) -> None:
-    """A file for its owner's eyes only."""
+    """Write a file that only its owner can read."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with replacing(file) as part, open(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as f:
         f.write(text)
 
 
 def add(file: Path, user: str) -> str:
-    """A new key for this user, the last line of the file."""
+    """Append a new key for this user to the file, and return it."""
     if not re.fullmatch(r"[\w.@-]+", user):
-        raise UsageError(f"--add={user}: expected letters, digits and . _ - @ alone")
+        raise UsageError(f"--add={user}: expected only letters, digits and . _ - @")
     key = "sk-" + secrets.token_urlsafe(24)
     known = file.read_text() if file.exists() else ""
     write_private(file, known + ("\n" if known and not known.endswith("\n") else "") + f"{user}:{key}\n")
@@ -65,7 +65,7 @@ def add(file: Path, user: str) -> str:
 
 
 def revoke(file: Path, user: str) -> int:
-    """Remove all keys of this user; how many there were."""
+    """Remove all keys of this user. Returns how many there were."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     kept = [line for line in lines if user not in [u.name for u in users_of(line).values()]]
     if len(kept) == len(lines):
@@ -75,11 +75,11 @@ def revoke(file: Path, user: str) -> int:
 
 
 class Keys:
-    """The keys in OUT/keys, read again when the file changes, the admin's, and the program's own."""
+    """The keys in OUT/keys, which is read again when it changes, the admin's key, and the program's own."""
 
     def __init__(self, out: Path, needed: bool) -> None:
-        """`needed`: make the file where it is missing, with one key, which is printed this once. UsageError where what
-        is there can't be used."""
+        """`needed`: if the file is missing, create it with one key, and print that once. UsageError if a file can't be
+        used."""
         self.file, self.stamp = out / "keys", None
         self.own = secrets.token_urlsafe(24)  # for requests of the program to itself
         self.known: dict[str, User] | None = None  # None: no key is needed
@@ -94,10 +94,10 @@ class Keys:
         except (UsageError, OSError, ValueError) as e:
             raise UsageError(f"{out}: {e}") from e
         if self.known == {} or not self.admin:
-            raise UsageError(f"there is no key in {out / ADMIN if self.known else self.file}: remove it, or add one")
+            raise UsageError(f"no key in {out / ADMIN if self.known else self.file}: remove the file, or add a key")
 
     def user_of(self, headers: Mapping[str, str]) -> User | None:
-        """Whose key a request has; None if it is wrong."""
+        """The user whose key a request has; None if it is wrong."""
         users = self.users()
         bearer = re.sub(r"(?i)^bearer\s+", "", headers.get("authorization", "")).strip()
         given = [bearer.encode(), headers.get("x-api-key", "").encode()]
@@ -113,8 +113,8 @@ class Keys:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     def users(self) -> dict[str, User] | None:
-        """API key -> user; None where no key is needed. A file that can't be read changes nothing, nor one that is
-        removed: nobody gets in by that."""
+        """API key -> user; None if no key is needed. If the file becomes unreadable or is removed, the keys stay as
+        they were, so nobody gets in that way."""
         if (stamp := self.stamp_now()) != self.stamp:
             self.stamp = stamp
             try:
@@ -125,15 +125,15 @@ class Keys:
 
 
 def why_not_keyless(headers: Mapping[str, str], origins: Collection[str] = ()) -> str | None:
-    """Why a request without a key is refused where none is needed; None where it isn't. It may only come from a program
-    on this machine, not through a proxy and not from a web page in somebody's browser (CSRF, DNS rebinding). `origins`:
-    of the pages that may call."""
+    """Why a request without a key is refused although none is needed; None if it isn't. It must come from a program on
+    this machine, not through a proxy and not from a web page in somebody's browser (CSRF, DNS rebinding). `origins`: of
+    web pages that may call."""
     for name in headers:
         if name.lower() in ("forwarded", "x-real-ip", "via") or name.lower().startswith("x-forwarded-"):
             return f"it came through a proxy ({name})"
     allowed = headers.get("origin") in origins
     if not allowed and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        return "it was sent by a web page from elsewhere (Sec-Fetch-Site)"
+        return "it was sent by another site's web page (Sec-Fetch-Site)"
     for name, prefix in (("origin", ""), ("host", "//")):
         if name in headers and not (name == "origin" and allowed):
             try:
