@@ -12,11 +12,12 @@ import tyro
 
 
 def openclaw(url: str, model: str, key: str, context: int) -> str:
-    """~/.openclaw/openclaw.json. Where its prompt of 12,000 tokens doesn't fit: four tools, and 2,100 tokens."""
+    """For ~/.openclaw/openclaw.json. In a short context its usual prompt of 12,000 tokens doesn't fit: it gets four
+    tools, and a prompt of 2,100 tokens."""
     entry = {
         "id": model,
         "name": model,
-        "reasoning": True,  # otherwise it sends no thinking back, and the model reads less than it wrote
+        "reasoning": True,  # otherwise it doesn't send thinking back, and the model doesn't see its own
         "input": ["text"],
         "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
         "contextWindow": context,
@@ -42,7 +43,7 @@ def openclaw(url: str, model: str, key: str, context: int) -> str:
         defaults["compaction"] = {"memoryFlush": {"enabled": False}}
         tools = {"allow": ["read", "write", "edit", "exec"], "deny": ["apply_patch", "process"], "toolSearch": False}
         settings["tools"] = tools
-        # By itself it asks for none, which means 1: a small model talks nonsense then after a prompt of that length.
+        # By default it sends no temperature, which means 1: small models then talk nonsense after so long a prompt.
         defaults["models"] = {f"rl/{model}": {"params": {"temperature": 0.7}}}
     return json.dumps(settings, indent=2)
 
@@ -67,7 +68,7 @@ def curl(url: str, model: str, key: str, context: int) -> str:
 
 
 def open_webui(url: str, model: str, key: str, context: int) -> str:
-    """The headers name the chat of each request; docs/openwebui_feedback.py brings its thumbs."""
+    """The headers name the chat of each request. docs/openwebui_feedback.py forwards its thumbs up and down."""
     return (
         f"OPENAI_API_BASE_URL={url} OPENAI_API_KEY={shlex.quote(key)} ENABLE_FORWARD_USER_INFO_HEADERS=true \\\n"
         "  DATA_DIR=./open-webui open-webui serve"
@@ -82,7 +83,7 @@ class Options:
     client: Literal["openclaw", "openai", "curl", "open-webui"] = "openclaw"
     url: str = "http://127.0.0.1:8000/v1"  # the address that run.py prints
     model: str = "policy"  # its --name
-    key: str = "none"  # an API key, where one is needed
+    key: str = "none"  # an API key, if one is needed
     context: int = 8192  # its --max_model_len: tokens of prompt and answer together
 
 
