@@ -1,18 +1,18 @@
-"""What single clients put into messages: around a person's words, and as requests of their own. Nothing depends on this
-being complete: see `sessions`."""
+"""What particular clients add to messages: text around a person's words, and requests of their own. Nothing depends on
+this being complete: see sessions.py."""
 
 import json
 import re
 
-# OpenClaw appends this user message to each request and takes it away again before the next.
+# OpenClaw appends a user message that starts with this to each request, and removes it before the next.
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 
-# Long inputs of anything must cost linear time: `*+` gives nothing back where the rest doesn't match.
+# Any long input must take linear time: `*+` doesn't backtrack if the rest doesn't match.
 
-# ---- what clients ask by themselves ----
+# ---- the clients' own requests ----
 
-# How the person's last words, or the system message, begin where the client itself asks, in a person's conversation or
-# outside it. In the history of later requests OpenClaw puts a line in brackets in place of such a request.
+# How the last user message, or the system message, begins if the client itself asks, inside a person's conversation or
+# outside it. In later requests, OpenClaw replaces such a request in the history by a line in brackets.
 OWN_REQUESTS = {
     "user": re.compile(
         # OpenClaw, and its heartbeats before 2026.9
@@ -34,17 +34,17 @@ OWN_REQUESTS = {
         r"You are a title generator|Analyze if this message indicates a new conversation topic)"
     ),
 }
-# A heartbeat's prompt can be configured, but the answer that it wants to hear if all is well stays the same.
+# A heartbeat's prompt can be configured, but it always asks for the same answer if all is well.
 HEARTBEAT = re.compile(r"(?<!you )\b(reply|respond|answer|say|return|output|send)\b[^\n]{0,60}\bHEARTBEAT_OK\b", re.I)
-# Messages from a subagent, another session or a tool have this line in them.
+# Messages from a subagent, another session or a tool contain this line.
 ROUTED = re.compile(r"^\[Inter-session message\] .*isUser=false$", re.MULTILINE)
 # Replies to such requests that clients hide from the person.
 SILENT = re.compile(r"\W*(NO_REPLY\W*)*|\s*HEARTBEAT_OK.{0,300}|.{0,300}HEARTBEAT_OK\W*", re.DOTALL | re.IGNORECASE)
-SPEAKING_TOOLS = ("message", "heartbeat_respond")  # may still show the person something
+SPEAKING_TOOLS = ("message", "heartbeat_respond")  # their calls may show the person something
 
-# ---- what they put around a person's words ----
+# ---- text around a person's words ----
 
-# What comes before this line is context (OpenClaw in a group).
+# Everything before this line is context (OpenClaw in a group chat).
 CURRENT = "[Current message - respond to this]\n"
 # A channel and a time in brackets, or a time alone: "[WhatsApp +15550100 Sun 10:01] No." (OpenClaw and its relatives),
 # and a retry after an error.
@@ -52,8 +52,8 @@ ENVELOPE = re.compile(
     r"\s*+\[(?:(?:WhatsApp|Telegram|Signal|Discord|Slack|iMessage|SMS|Matrix|Teams|Mattermost|LINE|Zalo|WebChat|Email|"
     r"Google Chat|Nostr|Feishu|Queued user message)\b[^\]\n]{0,300}|[^\]\n]{0,150}\b\d\d?:\d\d[^\]\n]{0,150})\]\s?"
 )
-FOOTER = re.compile(r"Runtime: agent=|Current time: |\[message_id: ")  # a last line that begins so
-# A line before a block of metadata; and the keys that distinguish metadata from JSON that a person pasted.
+FOOTER = re.compile(r"Runtime: agent=|Current time: |\[message_id: ")  # how such a last line begins
+# A line before a block of metadata, and the keys that distinguish metadata from JSON that a person pasted.
 LABEL = re.compile(r"\s*+[^\n{}<]{0,100}(?:\(untrusted[^()\n]{0,80}\):|⟦openclaw:ctx⟧)[ \t]*\n")
 METADATA = re.compile(r"(sender|timestamp|message_?id|chat_?id|conversation|channel|provider|surface)", re.I)
 # A tagged block of context, by the name of its tag; other tags may be a person's own.
@@ -62,23 +62,23 @@ CONTEXT_TAG = re.compile(
     r"additional|command|stdout|system|history|session|rules|skills|documents|sources",
     re.IGNORECASE,
 )
-# And one that holds the person's words (Cursor, Copilot, Cline, Open WebUI).
+# A tag around the person's own words (Cursor, Copilot, Cline, Open WebUI).
 WORDS_TAG = re.compile(r"(user_?(query|message|request|input|prompt|question)|task|feedback|query|question)", re.I)
-# Open WebUI's words before retrieved documents.
+# Open WebUI's instructions before retrieved documents.
 PREAMBLE = re.compile(r"\s*+### Task:\s+Respond to (?s:.{0,6000}?)\n(?=<context>|<source)")
 OPENS = re.compile(r"\s*+<([A-Za-z][\w-]{1,60})(?:\s[^<>]{0,300})?>")
 CLOSES = re.compile(r"</([A-Za-z][\w-]{1,60})>\s*\Z")
 
 
 def leading_block(text: str) -> tuple[str, str, str] | None:
-    """(name, content, the rest) of the tagged block that a text begins with."""
+    """(name, content, the text after it) of the tagged block that a text begins with."""
     if (opened := OPENS.match(text)) and (end := text.find(f"</{opened[1]}>", opened.end())) >= 0:
         return opened[1], text[opened.end() : end], text[end + len(opened[1]) + 3 :]
     return None
 
 
 def trailing_block(text: str) -> tuple[str, str, str] | None:
-    """(name, content, what comes before) of the tagged block that a text ends with, on lines of its own."""
+    """(name, content, the text before it) of the tagged block that a text ends with, on lines of its own."""
     tail = len(text) - 200
     if closed := CLOSES.search(text, max(0, tail)):
         at = text.rfind(f"\n<{closed[1]}", 0, closed.start())
@@ -95,7 +95,7 @@ FENCE = re.compile(r"\s*+(```(?:json)?[ \t]*\n\s*)?(?=\{)")
 
 
 def parsed(text: str, at: int) -> tuple[object, int]:
-    """The JSON that begins at a place, and where it ends; (None, at) where there is none."""
+    """The JSON value that begins at index `at`, and where it ends; (None, at) if there is none."""
     try:
         return json.JSONDecoder().raw_decode(text, at)
     except (ValueError, RecursionError):
@@ -103,7 +103,7 @@ def parsed(text: str, at: int) -> tuple[object, int]:
 
 
 def without_metadata(text: str) -> str:
-    """Without the JSON about sender and time that a text begins or ends with, fenced or not, labelled or not."""
+    """The text without JSON about sender and time at its beginning or end, fenced or not, labelled or not."""
     label = LABEL.match(text)
     if opened := FENCE.match(text, label.end() if label else 0):
         value, end = parsed(text, opened.end())
@@ -125,13 +125,13 @@ def without_last_line(text: str) -> str:
     return lines[0].rstrip() if len(lines) == 2 and FOOTER.match(lines[1]) else text
 
 
-PASSES = 8  # over a text at most: the work stays bounded
+PASSES = 8  # over a text at most, to bound the work
 
 
 def persons_words(text: str) -> str:
-    """What a person wrote, of a user message that their client sent; "" where all of it is the client's.
+    """The person's own words in a user message; "" if all of it is the client's.
 
-    Each pass removes something from the text's beginning or end. Tagged blocks that may be the person's own stay.
+    Each pass removes something from the text's beginning or end. Tagged blocks that the person may have written stay.
     """
     text = text.rpartition(CURRENT)[2]
     preamble = PREAMBLE.match(text)
