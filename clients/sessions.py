@@ -1,7 +1,7 @@
-"""Which answer does a request continue? Found from its messages alone: clients don't have to help.
+"""Which turn does a request continue? This is found from its messages alone, without help from the client.
 
-A client sends the whole conversation each time, often rewritten. But a turn is trained on under its own recorded
-prompt, so all that matters is whose answer the last assistant message is: the turn is found by its answer.
+A client sends the whole conversation each time, often rewritten. But a turn is trained on with its own recorded prompt,
+so it is enough to know which turn gave the last assistant message: turns are found by their answers.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from durable import journal
 
 SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
 LATEST = 16  # how many of a request's last answers are looked up
-MAX_ARGUMENTS, MAX_VALUES = 1 << 18, 4000  # letters and values of a call's arguments
-ENDS = 20_000  # letters of a long text's beginning and end that are searched for a client's own words
+MAX_ARGUMENTS, MAX_VALUES = 1 << 18, 4000  # characters and values in a call's arguments
+ENDS = 20_000  # characters at each end of a long text that are searched for a client's own request
 NO_LETTERS = bytes(c for c in range(128) if not chr(c).isalnum())
-SHORT = 8  # letters; a shorter answer is linked only if the history, the session or what was asked matches, too
+SHORT = 8  # letters; a shorter answer is found only if the history, the session or the question also matches
 
 
 def text_of(content: Any) -> str:
-    """A message's content as text: a string, null, or a list of parts (a part that is no text as its JSON)."""
+    """A message's content as text. It is a string, null, or a list of parts; a part without text becomes its JSON."""
     if isinstance(content, list):
         return "\n".join(
             p if isinstance(p, str) else str(p["text"]) if "text" in p else json.dumps(p, sort_keys=True)
@@ -34,13 +34,13 @@ def text_of(content: Any) -> str:
 
 
 def words_of(message: dict) -> str:
-    """A message's text; of a user message what the person wrote, without what their client put around it."""
+    """A message's text; of a user message only the person's words, without the text that the client put around them."""
     text = text_of(message.get("content"))
     return persons_words(text) if message.get("role") == "user" else text
 
 
 def without_thinking(text: str) -> str:
-    """The text after its <think> block; clients strip it on the way back. Some templates open it in the prompt."""
+    """The text after its <think> block, which clients don't send back. Some chat templates open it in the prompt."""
     return text[max(at + len(mark) if (at := text.rfind(mark)) >= 0 else 0 for mark in ("</think>", "[/THINK]")) :]
 
 
@@ -54,7 +54,7 @@ def is_own_request(message: dict) -> bool:
 
 
 def was_shown(own: list[dict]) -> bool:
-    """Did a person perhaps see an answer to this request of the client's own? `own`: it, and what followed it."""
+    """May the person have seen an answer to a client's own request? `own`: that request and the messages after it."""
     said = own[-1].get("role") == "assistant" and not SILENT.fullmatch(
         without_thinking(text_of(own[-1].get("content")))
     )
@@ -62,13 +62,13 @@ def was_shown(own: list[dict]) -> bool:
 
 
 def conversation(messages: list[dict]) -> list[dict]:
-    """The messages that a client sends again unchanged: no system text (agents put the clock in it), no carrier.
+    """The messages that a client sends again unchanged: no system messages (agents put the time in them), no carrier.
 
-    What the client itself asked in between is left out with its answers. Where the person was shown one, SHOWN replaces
-    it, since the person's next message may be about that answer.
+    The client's own requests are left out with their answers. If the person was shown one, SHOWN replaces it, since
+    their next message may be about that answer.
     """
     kept: list[dict] = []
-    own: list[dict] = []  # a request of the client's own and what followed it, while we are in one
+    own: list[dict] = []  # the client's own request that we are in, and the messages after it
     for m in messages:
         if m.get("role") in ("system", "developer") or text_of(m.get("content")).startswith(CARRIER):
             continue
@@ -90,7 +90,7 @@ def last_request(messages: list[dict]) -> int | None:
 
 
 def request_of(messages: list[dict]) -> str:
-    """What the person said last."""
+    """The person's last message."""
     last = last_request(messages)
     return "" if last is None else words_of(messages[last])
 
@@ -101,12 +101,12 @@ def asked_by_the_client(messages: list[dict]) -> bool:
     return any(is_own_request(m) for i, m in enumerate(messages) if i == last or m.get("role") == "system")
 
 
-# ---- an answer, as it can be compared ----
+# ---- answers in a form that can be compared ----
 
 
 def canonical(value: Any, budget: Iterator[int]) -> Any:
-    """A tool call's arguments as they survive clients, which write 1000 for 1e3, "5" for 5, and leave out nulls.
-    ValueError where there are more values than `budget` has numbers."""
+    """A tool call's arguments in a form that clients don't change: some write 1000 for 1e3 or "5" for 5, or leave out
+    nulls. ValueError if there are more values than `budget` yields."""
     if next(budget, None) is None:
         raise ValueError("too many values")
     if isinstance(value, dict):
@@ -125,7 +125,7 @@ def calls_of(message: dict) -> list[tuple[str, str]]:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
             arguments = function.get("arguments") or {}
-            with suppress(ValueError, RecursionError):  # not JSON, too deep or too much: compare it as the text it is
+            with suppress(ValueError, RecursionError):  # not JSON, too deep or too large: compared as text
                 if isinstance(arguments, str) and len(arguments) < MAX_ARGUMENTS:
                     arguments = json.loads(arguments)
                 arguments = json.dumps(canonical(arguments, iter(range(MAX_VALUES))), sort_keys=True)
@@ -134,19 +134,19 @@ def calls_of(message: dict) -> list[tuple[str, str]]:
 
 
 def letters(text: str) -> str:
-    """Letters and digits alone: clients change markup, quotes and spaces. A text without any stays as it is."""
+    """Only the letters and digits, as clients change markup, quotes and spaces. A text without any is only stripped."""
     if text.isascii():  # the same, 50 times faster
         return text.encode().translate(None, NO_LETTERS).decode().lower() or text.strip()
     return re.sub(r"[\W_]+", "", text).casefold() or text.strip()
 
 
 def asked_in(messages: list[dict]) -> str:
-    """How the person's last words begin, letters alone."""
+    """The beginning of the person's last message, letters only."""
     return letters(request_of(messages)[:4000])[:200]
 
 
 def answer_digest(*messages: dict) -> str:
-    """What an answer is found by: its content without thinking, and its calls. `messages`: its parts, usually one."""
+    """The hash that an answer is found by: of its content without thinking, and its calls. `messages`: usually one."""
     content = letters("".join(without_thinking(text_of(m.get("content"))) for m in messages))
     calls = [call for m in messages for call in calls_of(m)]
     return hashlib.sha256(json.dumps([content, calls]).encode()).hexdigest()
@@ -165,7 +165,7 @@ def history_digests(talk: list[dict], at: set[int]) -> dict[int, str]:
 
 
 def keys_of(messages: list[dict]) -> dict[str, str]:
-    """What a new turn is found by later, besides the digest of its answer: see `journal.Turn`."""
+    """Fields by which a turn is found later, besides the digest of its answer: see `journal.Turn`."""
     talk = conversation(messages)
     return {"history": history_digests(talk, {len(talk)})[len(talk)], "asked": asked_in(talk)}
 
@@ -176,24 +176,24 @@ def keys_of(messages: list[dict]) -> dict[str, str]:
 def find_turns(
     db: sqlite3.Connection, user: str, messages: list[dict], session: str | None = None
 ) -> list[tuple[sqlite3.Row, list[dict]]]:
-    """The last two turns whose answers stand in these messages, the later one first, each with what followed it.
+    """The last two turns whose answers are in these messages, the later one first, each with the messages after it.
 
-    [] for a new conversation. Where several turns have the same answer, the history before it decides, then the session
-    (`session`, where the client names it; it has a slash in it), then what the person asked. Where nothing does, that
+    [] for a new conversation. If several turns have the same answer, the history before it decides, then the session
+    (`session`, if the client names it; it contains a slash), then the person's question. If none of them does, that
     answer is left out.
     """
     talk = conversation(messages)
-    # An answer is a run of assistant messages: some clients return text and calls as several.
+    # An answer is a run of assistant messages: some clients split text and calls into several.
     runs: list[tuple[int, int]] = []
     for k, m in enumerate(talk):
         if m.get("role") == "assistant":
             runs.append((runs.pop()[0] if runs and runs[-1][1] == k else k, k + 1))
     runs = runs[-LATEST:]
     history = history_digests(talk, {k for begin, end in runs for k in range(begin, end)})
-    known = {session} if session else set()  # sessions that this conversation may be
+    known = {session} if session else set()  # sessions that this conversation may belong to
     answered: list[tuple[int, list[sqlite3.Row], list[dict], bool]] = []
     for begin, end in reversed(runs):
-        # All of it, or one message.
+        # The whole run, or one message of it.
         ways = [(begin, end), *[(k, k + 1) for k in reversed(range(max(begin, end - LATEST), end))]]
         for first, behind in ways:
             rows = journal.candidates(db, user, answer_digest(*talk[first:behind]), history[first])
@@ -221,7 +221,7 @@ def find_turns(
 
 
 def find_rated(db: sqlite3.Connection, user: str, messages: list[dict], said: list[dict]) -> str | None:
-    """Id of the turn whose answer is the last of these messages, None if there is none; `said`: what is said to it."""
+    """Id of the turn whose answer is the last of these messages; None if there is none. `said`: the reply to it."""
     found = find_turns(db, user, [*messages, *said])
     return next((turn["id"] for turn, following in found if following == said), None)
 
@@ -232,20 +232,20 @@ def is_brief(answer: list[dict]) -> bool:
 
 
 def decide(rows: list[sqlite3.Row], history: str, known: set[str], asked: str) -> sqlite3.Row | None:
-    """The one of several turns with the same answer, the newest first, that a history belongs to; None if unknown."""
+    """Which of several turns with the same answer belongs to a history? None if unknown. `rows`: newest first."""
     fits = [r for r in rows if r["history"] == history] or [r for r in rows if r["session"] in known]
     if not fits:
         fits = [r for r in rows if asked and r["asked"] and (asked in r["asked"] or r["asked"] in asked)]
         if len({r["history"] for r in fits}) > 1:
             return None
-    # Equal requests got equal answers: prefer this conversation's session, then one that still waits, then the newest.
+    # If equal requests got equal answers: prefer a turn of this session, then one that still waits, then the newest.
     fits = [r for r in fits if r["session"] in known] or fits
     return next((r for r in fits if r["state"] == "waiting"), fits[0] if fits else None)
 
 
 def is_news(turn: sqlite3.Row, following: list[dict], kept: bool) -> bool:
-    """Does this change the turn's recorded next message? `kept`: the conversation has gone on since, and the message is
-    as the history has it, where it may have lost what a client put around it."""
+    """Does this change the turn's recorded next message? `kept`: the conversation has continued since, and the message
+    comes from the history, where it may have lost the text that a client put around it."""
     if not turn["next_messages"]:
         return True
     known, new = (
