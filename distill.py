@@ -1,8 +1,8 @@
 """On-policy distillation: a correction in words becomes a signal for every token of the answer that it corrects.
 
-The teacher is the model with the correction in its prompt as a hint: the frozen first weights, or the policy at the
-start of this step. It gives its own log-probs at each token of the recorded answer, and the policy without the hint is
-moved towards them. (OpenClaw-RL v2, arXiv 2603.10165, section on on-policy distillation; notation: README.)
+The teacher is a model with the correction in its prompt as a hint: the frozen first weights, or the policy at the start
+of this step. It computes its log-probs at each token of the recorded answer, and the policy without the hint is moved
+towards them. (OpenClaw-RL v2, arXiv 2603.10165, section on on-policy distillation; notation: README.)
 """
 
 import math
@@ -26,7 +26,7 @@ class NoHintedPrompt(ValueError):
 
 
 def with_hint(messages: list[dict], hint: str) -> list[dict]:
-    """The messages with the hint at the end of the last user message; NoHintedPrompt where there is none."""
+    """The messages with the hint at the end of the last user message. NoHintedPrompt if there is no user message."""
     last = last_request(messages)
     if last is None:
         raise NoHintedPrompt("no user message")
@@ -38,19 +38,19 @@ def with_hint(messages: list[dict], hint: str) -> list[dict]:
 async def hinted_prompts(
     client: openai.AsyncOpenAI, messages: list[dict], template: dict, prompt_ids: Sequence[int], hints: list[str]
 ) -> list[list[int]]:
-    """A prompt for each hint, token ids as the server's own chat template makes them.
+    """The token ids of a prompt for each hint, made by the server's own chat template (vLLM's /tokenize).
 
-    `template`: the other fields that went into the prompt, such as tools. The server (vLLM's /tokenize) first renders
-    the prompt without a hint. NoHintedPrompt where that isn't `prompt_ids`, since a hint would not be the only change.
+    `template`: the other fields that went into the prompt, such as tools. The prompt is first rendered without a hint.
+    NoHintedPrompt if that doesn't give `prompt_ids`, since then the hint would not be the only change.
     """
     root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
 
     async def render(messages: list[dict]) -> list[int]:
-        # vLLM's chat takes thinking under either name, its /tokenize under one.
+        # vLLM's chat endpoint takes thinking under both names, its /tokenize only as `reasoning`.
         messages = [{"reasoning" if k == "reasoning_content" else k: v for k, v in m.items()} for m in messages]
         try:
             return (await root.post("/tokenize", cast_to=object, body={**template, "messages": messages}))["tokens"]
-        except (openai.APIError, ValueError) as e:  # half a surrogate pair, 1e999: valid JSON that goes into no request
+        except (openai.APIError, ValueError) as e:  # a lone surrogate or 1e999: valid JSON that the client can't send
             raise NoHintedPrompt(f"{type(e).__name__}: {e}") from e
 
     if await render(messages) != list(prompt_ids):
@@ -62,14 +62,14 @@ async def hinted_prompts(
 
 
 def top_k(hidden: Tensor, head: Tensor, k: int, chunk: int = 256) -> Tensor:
-    """The k most likely tokens at each place, most likely first: (N, D), (V, D) -> ids (N, k)."""
+    """The k most likely tokens at each position, most likely first: (N, D), (V, D) -> ids (N, k)."""
     return torch.cat([F.linear(h, head).topk(k).indices for h in hidden.split(chunk)])
 
 
 def shift(hinted: Tensor, plain: Tensor) -> Tensor:
     """How much a hint changes the teacher's prediction: KL(hinted || plain) over K tokens and "any other token".
 
-    (N, K) log-probs of the same tokens each -> (N,), at least 0 up to rounding."""
+    Log-probs of the same tokens, (N, K) each -> (N,), not negative except by rounding."""
     rest_hinted, rest_plain = ((1 - logps.exp().sum(-1)).clamp(min=1e-6) for logps in (hinted, plain))  # (N,)
     return (hinted.exp() * (hinted - plain)).sum(-1) + rest_hinted * (rest_hinted / rest_plain).log()
 
@@ -78,17 +78,17 @@ def shift(hinted: Tensor, plain: Tensor) -> Tensor:
 def teach(
     head: Tensor, row: dict[str, Tensor], ids: Tensor, hinted: dict[int, list[Tensor]], plain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probs of `ids` (N, K) at each of a row's N places (N, K), and the hint mask (N,): 1.0 in the
-    answers of `hinted`, 0.0 elsewhere.
+    """The teacher's log-probs (N, K) of `ids` (N, K) at a row's N positions, and the hint mask (N,): 1.0 in the answers
+    of `hinted`, 0.0 elsewhere.
 
     `head` (V, D): the teacher's. `hinted`: sample in the row -> the teacher's hidden states (T, D) in its answer, for
     each candidate hint. `plain` (N, K): the teacher's log-probs without a hint. Of several candidates, the one that
-    changes the teacher's prediction most is used: "Redo it in one sentence." changes it much more than "That is too
-    long." does, and is what the person wants.
+    changes the teacher's prediction most is used: "Redo it in one sentence." says what the person wants, and changes it
+    much more than "That is too long."
     """
     logps, hint_mask = torch.zeros(ids.shape, device=ids.device), torch.zeros(len(ids), device=ids.device)
     for sample, candidates in hinted.items():
-        here = row["sample"] == sample  # (N,), true at T places
+        here = row["sample"] == sample  # (N,), true at T positions
         hint_mask[here] = 1.0
         most = -math.inf
         for hidden in candidates:
@@ -103,7 +103,7 @@ def teach(
 
 
 def advantage(student: Tensor, teacher: Tensor, clip: float) -> Tensor:
-    """log pi_T - log pi_0 (the student's at this step's start), within [-clip, clip] unless clip is 0. Any shape."""
+    """log pi_T - log pi_0, clipped to [-clip, clip] unless clip is 0. pi_0: the student before this step. Any shape."""
     gap = teacher - student
     return gap.clamp(-clip, clip) if clip else gap
 
@@ -113,9 +113,9 @@ def top_k_loss(
 ) -> Tensor:
     """Sum over the k tokens v of max(-A_v rho_v, -A_v clip(rho_v, 1 - low, 1 + high)). (N, k) each -> (N,)
 
-    A_v = w_v advantage_v, w the student's own probabilities made to sum to 1 over the k, rho_v = exp(log pi - log
-    pi_0). With k = V and no clip its gradient at rho = 1 is exactly that of KL(pi || pi_T). One step of Adam per batch,
-    as here, has rho = 1: the clip binds only for those who take several.
+    A_v = w_v advantage_v, w the student's own probabilities normalised to sum to 1 over the k tokens, rho_v =
+    exp(log pi - log pi_0). With k = V and no clip, its gradient at rho = 1 is exactly that of KL(pi || pi_T). With one
+    Adam step per batch, as here, rho is 1; the clip on rho matters only with several.
     """
     adv = advantage(student, teacher, clip) * student.softmax(-1)
     ratio = (logp - student).exp()
