@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all, also after kill -9 or on a full disk."""
+"""Files and folders that are complete or absent, even after kill -9 or on a full disk."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path next to `path`: write the new file or folder there. It replaces `path` when the block ends; after
-    an error it is removed, and `path` is as it was. After a power cut, too, it is one of the two."""
+    an error it is removed, and `path` is unchanged. After a power cut, `path` is either the old or the new one."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
