@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one folder per step, written whole or not at all. What is in them: `trainer.save`."""
+"""Checkpoints on disk: one folder per step, written completely or not at all. `trainer.save` writes their contents."""
 
 import hashlib
 import json
@@ -15,20 +15,20 @@ class CheckpointError(RuntimeError):
 
 
 def home(out: Path, owner: str) -> Path:
-    """Where the checkpoints of an owner are: a user's name, or "" for the weights that all share."""
+    """The folder of an owner's checkpoints. `owner`: a user's name, or "" for the shared weights."""
     name = owner if re.fullmatch(r"[\w.@-]{1,100}", owner, re.A) else hashlib.sha256(owner.encode()).hexdigest()[:32]
     return out / "checkpoints" / (f"of-{name}" if owner else "")
 
 
 def folder_of(out: Path, owner: str, step: int) -> Path | None:
-    """None for step 0: the first weights have no checkpoint."""
+    """The folder of a checkpoint. None for step 0: the first weights have no checkpoint."""
     return home(out, owner) / f"step-{step:06d}" if step else None
 
 
 def write(folder: Path, size: int, save: Callable[[Path], None]) -> None:
     """Let `save(folder)` write a checkpoint.
 
-    `size`: bytes that must be free. CheckpointError where they aren't, or where `save` fails."""
+    `size`: bytes that must be free. CheckpointError if they aren't, or if `save` fails."""
     free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
     if free < size:
         raise CheckpointError(f"{folder}: {size >> 20} MiB needed, {free >> 20} free")
@@ -40,7 +40,7 @@ def write(folder: Path, size: int, save: Callable[[Path], None]) -> None:
 
 
 def remove_others(out: Path, listed: list[tuple[str, int]]) -> None:
-    """Remove all checkpoints but these, by owner and step: old ones, unfinished ones, and those that were undone."""
+    """Remove all checkpoints but these, by owner and step: old, unfinished and reverted ones."""
     kept = {folder_of(out, owner, step) for owner, step in listed}
     for folder in set((out / "checkpoints").glob("**/step-*")) - kept:
         shutil.rmtree(folder)
@@ -49,12 +49,12 @@ def remove_others(out: Path, listed: list[tuple[str, int]]) -> None:
 
 
 def trim_metrics(metrics: Path, steps: dict[str, int]) -> None:
-    """Remove the rows of steps after these, by owner, which are undone, and a last line that was cut off."""
+    """Remove the rows of reverted steps, those after `steps` (owner -> step), and an incomplete last line."""
     keep_metrics(metrics, lambda row: row["step"] <= steps.get(row.get("owner", ""), 0))
 
 
 def forget_metrics(metrics: Path, owner: str) -> None:
-    """Remove the rows of an owner's steps, and a last line that was cut off."""
+    """Remove the rows of an owner's steps, and an incomplete last line."""
     keep_metrics(metrics, lambda row: row.get("owner") != owner)
 
 
