@@ -1,30 +1,30 @@
-"""What may be trained on, and what may be served: a harmful step is reverted before anybody meets its weights.
+"""Which samples may be trained on, and which weights served: a harmful step is reverted before its weights are served.
 
-The bounds are wide: they catch a policy that breaks, not one that changes.
+The bounds are wide, to catch a policy that breaks but not one that changes. In parentheses: values of a normal run.
 """
 
 from typing import Any
 
 from durable.journal import NOTHING, Sample
 
-DLOGP = 1.0  # mean |dlogp| of a batch between the sampler and the trainer before the step
+DLOGP = 1.0  # mean |dlogp| of a batch, between the sampler and the trainer before the step
 NLL_RISE = 0.5  # nats per token of the fixed text, against the first weights (0.03 after 14 steps of the hybrid)
 ENTROPY_CHANGE = 1.0  # nats per token of the fixed text, against the first weights, up or down (0.15)
 KL_JUMP = 0.25  # nats per token of the fixed text, to the first weights, in one step (0.04 in all 14)
-REPEATED = 0.5  # share of repeated 4-grams in the answers to the fixed prompts, where the first weights had less (0)
-LENGTH = 1.5  # mean tokens of those answers with their stop token: below it the model says nothing (15)
-IN_A_ROW = 3  # reverted steps in a row after which training stops
+REPEATED = 0.5  # share of repeated 4-grams in the answers to the fixed prompts, unless the first weights had more (0)
+LENGTH = 1.5  # mean tokens of those answers, with the stop token: with fewer, the model says nothing (15)
+IN_A_ROW = 3  # training stops after this many reverted steps in a row
 
 
 class Refused(RuntimeError):
-    """This step is not to be served; the message says why."""
+    """This step must not be served; the message says why."""
 
 
 def reject_reason(sample: Sample, chosen: list[Sample], step: int, config: Any) -> str | None:
-    """Why this sample is not trained on in a batch that already has `chosen`; None: it is.
+    """Why this sample is not trained on in a batch that already has `chosen`; None if it is.
 
-    `config`: the options of `config.Config`. Its shares bound what part of a batch comes from one session, and from
-    answers that max_tokens cut off.
+    `config`: a `config.Config`. Its shares bound the fraction of a batch that comes from one session, and from answers
+    truncated by max_tokens.
     """
     turn = sample.turn
     if step - min(version for version, _, _ in turn.versions) > config.max_staleness:
@@ -46,13 +46,13 @@ def reject_reason(sample: Sample, chosen: list[Sample], step: int, config: Any) 
 
 
 def has_user_share(sample: Sample, chosen: list[Sample], config: Any) -> bool:
-    """Does this sample's user have as much of the batch already as one may have while others wait?"""
+    """Does this sample's user already have the largest share of the batch that is allowed while others wait?"""
     theirs = sum(s.turn.user == sample.turn.user for s in chosen)
     return theirs >= max(1.0, config.user_share * config.batch_size)
 
 
 def check_batch(loss: float, grad_norm: float, dlogp: float) -> None:
-    """Before Adam's step. Refused where it would be taken on numbers that mean nothing."""
+    """Before Adam's step: Refused if loss or gradient is not finite, or sampler and trainer differ too much."""
     if not (abs(loss) < float("inf") and grad_norm < float("inf")):  # also for NaN
         raise Refused(f"loss {loss:.3g}, gradient norm {grad_norm:.3g}")
     if not dlogp <= DLOGP:
@@ -60,9 +60,9 @@ def check_batch(loss: float, grad_norm: float, dlogp: float) -> None:
 
 
 def check_weights(found: dict[str, float], first: dict[str, float], before: dict[str, float]) -> None:
-    """After Adam's step, on the probe (`probe.measure`) of the new weights, of the first and of those that are served.
+    """After Adam's step: `probe.measure` of the new weights, of the first, and of those before the step.
 
-    Refused where the new ones are broken; each condition is written so that NaN fails it."""
+    Refused if the new ones are broken; each condition is written so that NaN fails it."""
     for fine, why in (
         (found["nll"] - first["nll"] <= NLL_RISE, "nll"),
         (abs(found["entropy"] - first["entropy"]) <= ENTROPY_CHANGE, "entropy"),
