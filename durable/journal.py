@@ -1,11 +1,11 @@
-"""The durable log: every answer that the server gave is one row, and the row says what happened to it.
+"""The durable log: one row for each answer that the server gave, with its state.
 
-State of a row: waiting (no next message yet) -> judging (it has one) -> queued (judged, waiting for the trainer) ->
-training -> trained (at step N), or dropped (and why). Ids are the truth; text is for people
-and for the judge, and nothing here or later re-tokenizes it.
+States: waiting (no next message yet) -> judging (it has one) -> queued (judged, waiting for the trainer) -> training ->
+trained (at step N), or dropped (with a reason). Training uses the recorded token ids; text is only for people and the
+judge, and is never tokenized again.
 
-All calls come from the event loop's thread, writes by `patiently`: one connection, no locks of our own. Upkeep
-(`upkeep.py`) has a connection of its own.
+All calls come from the event loop's thread, writes by `patiently`: one connection, and no locks of our own. Upkeep
+(upkeep.py) has its own connection.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from durable import pieces
 from durable.errors import UsageError
 
 NEXT = f"CASE WHEN next_messages NOT NULL THEN {pieces.as_list(pieces.ITEMS.format('next_messages'))} END"
-# What a turn is counted by, beside its user and state: why it was dropped, without what differs from turn to turn.
+# Turns are counted by user, state and kind: the reason of a drop, without the parts that vary from turn to turn.
 KIND = "substr(substr({0}, 1, instr({0} || ':', ':') - 1), 1, 60)"
 for digit in "0123456789":
     KIND = f"replace({KIND}, '{digit}', '#')"
@@ -45,17 +45,17 @@ CREATE TABLE IF NOT EXISTS turns (
   number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, session TEXT NOT NULL, user TEXT NOT NULL, created REAL NOT NULL,
   state TEXT NOT NULL, step INTEGER, reason TEXT,  -- why it was dropped, or why its hint was not used
   answer TEXT NOT NULL, history TEXT NOT NULL, asked TEXT NOT NULL,  -- what it is found by, see Turn
-  confirmed INTEGER NOT NULL DEFAULT 0,  -- no other next message can replace it any more
+  confirmed INTEGER NOT NULL DEFAULT 0,  -- the next message can't be replaced any more
   score INTEGER, votes TEXT, confidence REAL, hinted_by TEXT, judge TEXT, source TEXT,
   finish_reason TEXT, temperature REAL NOT NULL, no_rl TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
-  template INTEGER,                  -- a piece: the other fields in its prompt: tools, arguments of the chat template
+  template INTEGER,                  -- a piece: other fields in its prompt, such as tools, chat template arguments
   messages TEXT NOT NULL, prompt_ids TEXT NOT NULL,  -- lists of pieces, see pieces.py
   next_messages TEXT,                -- a list of pieces, not nested
   versions TEXT NOT NULL,            -- [[weight version, first token, end], ...]
-  attempts INTEGER NOT NULL DEFAULT 0,  -- steps that were begun with it and not finished
-  hints TEXT, late_feedback TEXT NOT NULL DEFAULT '[]'  -- ratings that came when it was trained on already
+  attempts INTEGER NOT NULL DEFAULT 0,  -- steps begun with it that were not finished
+  hints TEXT, late_feedback TEXT NOT NULL DEFAULT '[]'  -- ratings that came too late to train on
 );
--- The wide columns, apart: a change of state writes a turn's row anew.
+-- The wide columns are in their own table, since each change of state rewrites a turn's row.
 CREATE TABLE IF NOT EXISTS answers (
   number INTEGER PRIMARY KEY, text TEXT NOT NULL, response_ids BLOB NOT NULL, logprobs BLOB NOT NULL  -- packed
 );
@@ -81,39 +81,39 @@ CREATE TRIGGER IF NOT EXISTS changed AFTER UPDATE OF state, reason ON turns BEGI
 CREATE TABLE IF NOT EXISTS checkpoints (  -- an owner's highest step is their current one
   owner TEXT NOT NULL, step INTEGER NOT NULL, PRIMARY KEY (owner, step)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS model (  -- one row: whose answers these are, and are there adapters of users
+CREATE TABLE IF NOT EXISTS model (  -- one row: the model that gave the answers; adapters: shared or user
   folder TEXT NOT NULL, fingerprint TEXT NOT NULL, adapters TEXT NOT NULL
 );
 """
 )
 
 FORMAT = 8  # of the tables, in the file's user_version
-AS_JSON = ("messages", "template", "versions")  # columns of `readable` that are not as in a Turn
+AS_JSON = ("messages", "template", "versions")  # columns of `readable` to decode for a Turn
 AS_BYTES = {"response_ids": np.int32, "logprobs": np.float32}
 ALONE_AFTER = 2  # failed steps; see `requeue`
-RESERVE = 64 << 20  # bytes of the disk that are left for verdicts and SQLite's own work; see `has_disk_space`
+RESERVE = 64 << 20  # bytes of disk space kept for verdicts and SQLite's own work; see `has_disk_space`
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer as the engine gave it. Written once, never edited."""
+    """One answer from the engine. It is written once and never changed."""
 
     id: str  # the completion id the client sees; "/k" is added for choice k > 0
     session: str
     user: str  # whose API key
     messages: list[dict]
     template: dict
-    answer: str  # digest of the answer as the client was sent it: sessions.answer_digest
+    answer: str  # sessions.answer_digest of the answer that the client was sent
     history: str  # digest of `messages`
-    asked: str  # how the person's last words in them begin, letters alone
+    asked: str  # the beginning of the person's last message in them, letters only
     text: str
     finish_reason: str | None
-    prompt_ids: list[int]  # (P,) exactly as the engine saw them
+    prompt_ids: list[int]  # (P,) exactly as the engine got them
     response_ids: list[int]  # (T,) exactly as sampled, with the stop token
     logprobs: list[float]  # (T,) of the sampler, after temperature
     versions: list[tuple[int, int, int]]  # (weight version, first token, end), covering 0..T
     temperature: float
-    no_rl: str = ""  # why the score can't be trained on (its log-probs aren't the plain policy's); a hint still can
+    no_rl: str = ""  # why the score can't be trained on: log-probs not of the plain policy. A hint still can
     created: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -127,14 +127,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the next message says about an answer."""
+    """What the next message, or a user's rating, says about an answer."""
 
     score: int  # +1 good, -1 bad, 0 neutral
     votes: list[int]
-    confidence: float  # probability of this score as the judge sees it, or its share of the votes
+    confidence: float  # the judge's probability of this score, or the score's share of the votes
     hints: list[str]  # candidates: what should have been done, as a rule
-    hinted_by: str  # "judge", "own words" (the user's, where the judge is too small to write a rule), "" without hints
-    judge: str  # model name, or the user's for explicit feedback
+    hinted_by: str  # "judge", "own words" (the user's, if the judge is too small to write a rule), "" without hints
+    judge: str  # the judge's model name; the user's name for explicit feedback
     source: str  # "judge" | "feedback"
 
 
@@ -145,23 +145,23 @@ class Sample:
     turn: Turn
     verdict: Verdict
     from_tool: bool  # the next message was a tool's output
-    attempts: int = 0  # steps with it that were not finished; from ALONE_AFTER on it is in a batch of its own
+    attempts: int = 0  # steps with it that were not finished; from ALONE_AFTER on it is trained on alone
 
 
 def open_journal(path: Path) -> sqlite3.Connection:
-    """Open or create the log; the file and SQLite's companions are readable by their owner alone.
+    """Open or create the log. Only its owner can read the file and the others that SQLite puts next to it.
 
-    UsageError where it can't be used: no permission, another format, not a database.
+    UsageError if it can't be used: no permission, another format, not a database.
     """
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # before SQLite would create it with the umask's mode
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite would create it with the umask's mode
         os.chmod(path, 0o600)
         db = sqlite3.connect(path, timeout=0, isolation_level=None)  # see `patiently`
         db.row_factory = sqlite3.Row
-        # WAL with NORMAL: a commit survives kill -9 of this process; only a power cut may cost the last ones.
+        # WAL with NORMAL: a commit survives kill -9 of this process; only a power cut may lose the last ones.
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
-        db.execute("PRAGMA secure_delete=ON")  # what is forgotten is overwritten
+        db.execute("PRAGMA secure_delete=ON")  # overwrite deleted data
         found = db.execute("PRAGMA user_version").fetchone()[0]
         if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] and found != FORMAT:
             raise UsageError(f"{path} has format {found}, this version reads and writes {FORMAT}: give another --out")
@@ -172,12 +172,12 @@ def open_journal(path: Path) -> sqlite3.Connection:
     return db
 
 
-told_at = 0.0  # when `patiently` last said that the journal is locked
+told_at = 0.0  # when `patiently` last reported that the journal is locked, time.monotonic()
 
 
 async def patiently(write: Callable, db: sqlite3.Connection, *args: Any) -> Any:
-    """write(db, *args) in a transaction of its own. While another connection has the journal locked, it is not begun,
-    however many wait: serving goes on meanwhile."""
+    """write(db, *args) in its own transaction. While another connection has the journal locked, this waits without
+    blocking the event loop, so serving continues."""
     global told_at
     begun = time.monotonic()
     while True:
@@ -185,7 +185,7 @@ async def patiently(write: Callable, db: sqlite3.Connection, *args: Any) -> Any:
             db.execute("BEGIN IMMEDIATE")
             break
         except sqlite3.OperationalError as e:
-            if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # the rest says which kind of busy
+            if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # the higher bits say which kind of busy
                 raise
         if time.monotonic() - begun > 2 and time.monotonic() - told_at > 60:
             told_at = time.monotonic()
@@ -197,7 +197,7 @@ async def patiently(write: Callable, db: sqlite3.Connection, *args: Any) -> Any:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All of it or nothing; inside another one, a part of that."""
+    """All or nothing. Inside another transaction, the block is a part of that one."""
     if db.in_transaction:
         yield
     else:
@@ -207,12 +207,12 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def has_disk_space(db: sqlite3.Connection) -> bool:
-    """Is there space on the disk for more turns? Asked before an answer is given that could not be recorded."""
+    """Is there disk space for more turns? Checked before an answer is generated, as it must be recorded."""
     return shutil.disk_usage(db.execute("PRAGMA database_list").fetchone()["file"]).free > RESERVE
 
 
 def record_turn(db: sqlite3.Connection, turn: Turn, dropped: str | None = None) -> None:
-    """Write an answer down, before its last byte is sent. `dropped`: why it can't be trained on, known already now."""
+    """Record an answer, before its last byte is sent. `dropped`: why it can't be trained on, if that is known now."""
     row = vars(turn) | {"state": "dropped" if dropped else "waiting", "reason": dropped}
     row |= {"prompt_tokens": len(turn.prompt_ids), "versions": json.dumps(turn.versions)}
     row |= {name: pieces.packed(np.asarray(row[name], dtype).tobytes()) for name, dtype in AS_BYTES.items()}
@@ -227,14 +227,14 @@ def record_turn(db: sqlite3.Connection, turn: Turn, dropped: str | None = None) 
 
 
 def record_answer(db: sqlite3.Connection, turn_id: str, answer: str) -> None:
-    """The digest of an answer as the client is sent it, where that is another one than that of the text."""
+    """Record the digest of the answer that the client is sent, if it differs from the digest of the text."""
     db.execute("UPDATE turns SET answer = ? WHERE id = ?", (answer, turn_id))
 
 
 def candidates(db: sqlite3.Connection, user: str, answer: str, history: str) -> list[sqlite3.Row]:
-    """The newest turns of this user with this answer, those with this history too first, as far as a match needs them.
+    """The newest turns of this user with this answer, newest first; only those with this history, if there are any.
 
-    Bounded: some answers ("OK.") are given thousands of times.
+    Bounded: some answers ("OK.") occur thousands of times.
     """
     found = f"id, session, history, asked, state, {NEXT} AS next_messages, confirmed"
     select = f"SELECT {found} FROM turns WHERE user = ? AND answer = ?"
@@ -244,9 +244,9 @@ def candidates(db: sqlite3.Connection, user: str, answer: str, history: str) -> 
 
 
 def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict], confirmed: bool = False) -> bool:
-    """The conversation continued from this turn: with what it is judged by, in place of what was recorded before.
+    """The conversation continued from this turn: record the messages to judge it by, in place of any before.
 
-    False where that comes too late: a person rated it, it is in training or trained, or dropped for good."""
+    False if it is too late: a person rated the turn, it is in training or trained, or dropped for good."""
     with transaction(db):
         done = db.execute(
             "UPDATE turns SET state = 'judging', reason = NULL, confirmed = ? WHERE id = ? AND "
@@ -260,7 +260,7 @@ def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict],
 
 
 def confirm(db: sqlite3.Connection, turn_id: str) -> None:
-    """The message that is recorded as the next one is it: no other one replaces it."""
+    """Make the recorded next message final: no other one can replace it."""
     db.execute("UPDATE turns SET confirmed = 1 WHERE id = ?", (turn_id,))
 
 
@@ -269,7 +269,7 @@ def is_confirmed(db: sqlite3.Connection, turn_id: str) -> bool:
 
 
 def is_queued(db: sqlite3.Connection, turn_id: str) -> bool:
-    """Is it judged and waits for the trainer? Not if it is in training, judged again by another message, or gone."""
+    """Is it judged, and waiting for the trainer? Not if it is in training, to be judged again, or deleted."""
     return bool(db.execute("SELECT 1 FROM turns WHERE id = ? AND state = 'queued'", (turn_id,)).fetchone())
 
 
@@ -290,20 +290,19 @@ UNTRAINED = "this key is not trained on"
 UNREADABLE = "its row is damaged"
 NOTHING = "nothing to learn from"
 NO_HINT = NOTHING + ": there is no hint, and the score can't be trained on"
-REVIVED = (NEUTRAL, ALONE, LAST, NO_HINT)  # by a person's rating
-# A turn that is not in training, trained on or dropped for good; REVIVED are its parameters.
+REVIVED = (NEUTRAL, ALONE, LAST, NO_HINT)  # turns dropped for these reasons can still be judged or rated
+# SQL: a turn that is not in training, trained on or dropped for good; its parameters are REVIVED.
 UNSETTLED = (
     f"(state IN ('waiting', 'judging', 'queued') OR state = 'dropped' AND reason IN ({', '.join('?' * len(REVIVED))}))"
 )
 
 
 def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, following: list[dict] | None = None) -> bool:
-    """Write the verdict down; True where the turn is queued by it, to be handed to the trainer now.
+    """Record the verdict. True if it queued the turn, which must then be handed to the trainer.
 
-    A person's feedback outranks the judge, before or after it; what the judge wrote down as a hint stays where a bad
-    score comes without words. `following`: the messages that the judge read; nothing is written where others have
-    replaced them meanwhile. ValueError where feedback comes too late: the turn is in training or trained, or dropped
-    for a reason that no verdict changes.
+    A person's feedback overrides the judge, whichever comes first; the judge's hints stay if a bad rating comes without
+    words. `following`: the messages that the judge read; nothing is recorded if others have replaced them meanwhile.
+    ValueError if feedback comes too late: the turn is in training or trained, or dropped for good.
     """
     with transaction(db):
         known = db.execute(f"SELECT *, {NEXT} AS following FROM turns WHERE id = ?", (turn_id,)).fetchone()
@@ -326,7 +325,7 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, follo
 
 
 def keep_late_feedback(db: sqlite3.Connection, turn_id: str, feedback: dict) -> None:
-    """Write down a rating that came too late to train on."""
+    """Record a rating that came too late to train on."""
     db.execute(
         "UPDATE turns SET late_feedback = json_insert(late_feedback, '$[#]', json(?)) WHERE id = ?",
         (json.dumps(feedback), turn_id),
@@ -337,8 +336,8 @@ THESE = "id IN (SELECT value FROM json_each(?))"  # one statement for a batch: a
 
 
 def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
-    """The samples of those that are still queued, with their verdicts as they are now; from here on no feedback and
-    no other message changes them."""
+    """Put those turns that are still queued into training. Returns their samples, with their current verdicts: no
+    feedback or next message can change them now."""
     with transaction(db):
         updated = db.execute(
             "UPDATE turns SET state = 'training', attempts = attempts + 1 "
@@ -350,8 +349,8 @@ def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
 
 
 def requeue(db: sqlite3.Connection, error: str) -> None:
-    """Turns in training, whose step failed or died with the program, are queued again. One that failed alone is set
-    aside: after ALONE_AFTER failures with others, it must be this turn that the step fails on."""
+    """Queue turns in training again, whose step failed or died with the program. A turn that failed in a batch of its
+    own, after ALONE_AFTER failures with others, is dropped: it must be the cause."""
     with transaction(db):
         db.execute(
             "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'training' AND attempts > ?",
@@ -361,12 +360,12 @@ def requeue(db: sqlite3.Connection, error: str) -> None:
 
 
 def leave_step(db: sqlite3.Connection) -> None:
-    """At a clean stop: turns in training are queued again, and nothing is held against them."""
+    """At a clean stop: queue turns in training again. This doesn't count as a failed attempt."""
     db.execute("UPDATE turns SET state = 'queued', attempts = attempts - 1 WHERE state = 'training'")
 
 
 def mark_trained(db: sqlite3.Connection, turn_ids: list[str], step: int) -> None:
-    """Provisional until a checkpoint of this step or a later one is the current one: see `recover`."""
+    """Provisional until there is a checkpoint of this step or a later one: see `recover`."""
     db.execute(
         f"UPDATE turns SET state = 'trained', step = ?, attempts = 0 WHERE {THESE}", (step, json.dumps(turn_ids))
     )
@@ -377,7 +376,7 @@ def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
 
 
 def leave_out(db: sqlite3.Connection, session: str, user: str | None) -> int:
-    """Drop the turns of a conversation that are not trained on yet, of one user or whoever's it is; how many."""
+    """Drop a conversation's turns that are not in training or trained. `user`: None for any. Returns how many."""
     return db.execute(
         f"UPDATE turns SET state = 'dropped', reason = ? WHERE session = ? AND (? IS NULL OR user = ?) AND {UNSETTLED}",
         (LEFT_OUT, session, user, user, *REVIVED),
@@ -385,7 +384,7 @@ def leave_out(db: sqlite3.Connection, session: str, user: str | None) -> int:
 
 
 def owner_of(db: sqlite3.Connection, user: str) -> str:
-    """Whose weights answer this user: their own name with --adapters=user, "" for those that all share."""
+    """Whose weights answer this user: their own name with --adapters=user, otherwise "" for the shared ones."""
     return user if db.execute("SELECT 1 FROM model WHERE adapters = 'user'").fetchone() else ""
 
 
@@ -405,14 +404,15 @@ def listed(db: sqlite3.Connection) -> list[tuple[str, int]]:
 
 
 def owners(db: sqlite3.Connection) -> dict[str, int]:
-    """Who has checkpoints, and the step of the current one."""
+    """Owners with checkpoints -> the step of their current one."""
     return dict(db.execute("SELECT owner, MAX(step) FROM checkpoints GROUP BY owner").fetchall())
 
 
 def add_checkpoint(db: sqlite3.Connection, owner: str, step: int, keep: int) -> None:
-    """From this statement on, all that was trained on up to `step` stays so; the last `keep` checkpoints are kept.
+    """List a checkpoint: turns trained on up to `step` are then trained for good. Older ones than the last `keep` are
+    removed from the list.
 
-    Call it when the folder is complete; folders that are not listed are removed."""
+    Call it when the folder is complete; folders that are not listed get removed."""
     with transaction(db):
         db.execute("INSERT OR IGNORE INTO checkpoints VALUES (?, ?)", (owner, step))
         for old in checkpoints(db, owner)[:-keep]:
@@ -420,8 +420,8 @@ def add_checkpoint(db: sqlite3.Connection, owner: str, step: int, keep: int) -> 
 
 
 def recover(db: sqlite3.Connection) -> None:
-    """At a start: what was trained on after the current checkpoints is queued again, since those weights are gone; so
-    is what was in training."""
+    """At the start: queue the turns again that were trained on after the current checkpoints, since those weights are
+    lost, and the turns that were in training."""
     with transaction(db):
         requeue(db, "the program died in the step")
         users = db.execute("SELECT DISTINCT user FROM counters WHERE state = 'trained'").fetchall()
@@ -435,7 +435,7 @@ def recover(db: sqlite3.Connection) -> None:
 
 
 def note(db: sqlite3.Connection, turn_id: str, reason: str) -> None:
-    """Say in the row of a turn that is trained on why a part of its verdict is not used."""
+    """Note in the row of a turn that is trained on why a part of its verdict is not used."""
     db.execute("UPDATE turns SET reason = ? WHERE id = ?", (reason, turn_id))
 
 
@@ -458,7 +458,7 @@ def counts(db: sqlite3.Connection, user: str | None = None) -> dict[str, int]:
 
 
 def drop_reasons(db: sqlite3.Connection, user: str | None = None) -> dict[str, int]:
-    """How many turns were dropped for which kind of reason: its beginning, up to a colon, with # for digits."""
+    """How many turns were dropped for each kind of reason: its beginning, up to a colon, with # for digits."""
     return tally(db, "kind", "state = 'dropped' AND (?1 IS NULL OR user = ?1)", user)
 
 
@@ -467,7 +467,7 @@ def tally(db: sqlite3.Connection, what: str, where: str, user: str | None) -> di
 
 
 def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
-    """The turn and the messages that followed it (empty while it waits). KeyError where there is none."""
+    """The turn and the messages that followed it (empty while it waits). KeyError if there is no such turn."""
     return turn_of(db, r := row_of(db, turn_id, "readable")), json.loads(r["next_messages"] or "[]")
 
 
@@ -489,10 +489,10 @@ def row_of(db: sqlite3.Connection, turn_id: str, table: str = "turns") -> sqlite
 
 
 def turn_of(db: sqlite3.Connection, r: sqlite3.Row) -> Turn:
-    """Of a row of `readable`. KeyError where what is stored of it is damaged."""
+    """The turn in a row of `readable`. KeyError if the stored data is damaged."""
     values = {f.name: r[f.name] for f in fields(Turn)}
     try:
-        values |= {name: json.loads(r[name] or "{}") for name in AS_JSON}  # of a pruned turn the template is gone
+        values |= {name: json.loads(r[name] or "{}") for name in AS_JSON}  # a pruned turn has no template
         values |= {name: np.frombuffer(pieces.unpacked(r[name]), dtype).tolist() for name, dtype in AS_BYTES.items()}
         values["prompt_ids"] = pieces.tokens_of(db, r["prompt_ids"])
         values["versions"] = [tuple(span) for span in values["versions"]]
