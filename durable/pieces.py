@@ -1,8 +1,8 @@
-"""Texts and token ids, each kept once: a conversation's next turn holds everything that the turn before it had.
+"""Deduplicated storage of texts and token ids: each turn of a conversation repeats everything before it.
 
-A piece is found by the hash of its data. A text is JSON (TEXT, to be read with sqlite3), token ids are compressed int32
-(BLOB). A long list is kept in two levels: a row has the ids of pieces that are lists of the ids of pieces, so that
-turns share most of their lists, too.
+A piece is found by the hash of its data. Texts are JSON (TEXT, readable with sqlite3), token ids are compressed int32
+(BLOB). Long lists have two levels: a row has the ids of pieces which are themselves lists of piece ids, so that turns
+share most of their lists, too.
 """
 
 import json
@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS pieces (id INTEGER PRIMARY KEY, hash BLOB UNIQUE, data NOT NULL);"
-# What vLLM 0.32.0 reads of a message (`_parse_chat_message_content`), and what it answers thinking with.
+# The fields of a message that vLLM 0.32.0 reads (`_parse_chat_message_content`) or writes.
 KNOWN = ("role", "content", "name", "tool_call_id", "tool_calls", "reasoning", "reasoning_content", "tools", "task")
 TOKENS, LIST = 256, 16  # numbers in a piece, on average
 
 
 def as_json(value: Any) -> str:
-    """JSON that a person can read; half a surrogate pair, which SQLite can't store, stays escaped."""
+    """JSON that a person can read. A lone surrogate, which SQLite can't store, stays escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def put(db: sqlite3.Connection, data: list[str | bytes]) -> list[int]:
-    """The ids of these pieces; those that are not there yet are stored."""
+    """The ids of these pieces; new ones are stored."""
     ids: dict[bytes, int] = {}
     hashes = [blake2b(d.encode() if isinstance(d, str) else d, digest_size=16).digest() for d in data]
     for h, d in zip(hashes, data, strict=True):
@@ -41,7 +41,7 @@ def put(db: sqlite3.Connection, data: list[str | bytes]) -> list[int]:
 
 
 def packed(numbers: bytes) -> bytes:
-    """Numbers of 4 bytes, compressed: the lowest bytes of all, then the next ones; of token ids the highest are 0."""
+    """4-byte numbers, compressed: first the lowest byte of each, then the next. Token ids have a highest byte of 0."""
     return zlib.compress(np.frombuffer(numbers, np.uint8).reshape(-1, 4).T.tobytes(), 1)
 
 
@@ -50,8 +50,8 @@ def unpacked(data: bytes) -> bytes:
 
 
 def cut(numbers: np.ndarray, mean: int) -> list[np.ndarray]:
-    """Blocks of about `mean` numbers. The numbers themselves say where to cut: what is put in or left out somewhere
-    moves no cut after it (agents have the clock in the first message)."""
+    """Blocks of about `mean` numbers. The numbers themselves determine the cuts (content-defined chunking), so that an
+    insertion or deletion moves no later cut (agents put the time in the first message)."""
     mixed = numbers.astype(np.uint32) * np.uint32(2654435761)
     mixed[1:] ^= (mixed[:-1] * np.uint32(40503)) >> 7
     cuts, last = [], 0
@@ -65,7 +65,7 @@ def cut(numbers: np.ndarray, mean: int) -> list[np.ndarray]:
 
 
 def put_texts(db: sqlite3.Connection, messages: list[dict]) -> list[int]:
-    """One piece for each message, with the fields that are known."""
+    """One piece for each message, with its KNOWN fields."""
     return put(db, [as_json({k: v for k, v in m.items() if k in KNOWN}) for m in messages])
 
 
@@ -84,7 +84,7 @@ NESTED = "json_each({}) AS l CROSS JOIN pieces AS n ON n.id = l.value CROSS JOIN
 
 
 def as_list(rows: str) -> str:
-    """SQL: these rows as the JSON text of a list, in order."""
+    """SQL: these rows as a JSON list, in order."""
     return f"(SELECT '[' || coalesce(group_concat(p.data, ','), '') || ']' FROM {rows})"
 
 
