@@ -1,10 +1,10 @@
-"""What a client notices of the training: stream answers without pause from a running server, across its swaps.
+"""What clients notice of training: stream answers continuously from a running server, across its weight swaps.
 
     python -m evaluation.bench --url=http://127.0.0.1:8000 --swaps=10 [--key=KEY]
 
-Run it during `make run` (with --key=one-sentence-key) or while your agent works: it asks, streams, asks again until so
-many swaps have happened, and prints how many answers came whole and the longest gap between two of their tokens, with
-and without a swap in it.
+Run it during `make run` (with --key=one-sentence-key) or while your agent works. It streams one answer after the other
+until there were --swaps swaps. Then it prints how many answers were complete, and the longest gap between two tokens,
+with and without a swap in it.
 """
 
 import asyncio
@@ -54,14 +54,14 @@ async def stream(url: str, key: str, swaps: int, tokens: int = 120) -> None:
             except OpenAIError as e:
                 errors += 1
                 print(f"error: {e}")
-        await watching  # its errors are ours
+        await watching  # raises its errors
 
     def longest(with_swap: bool) -> float:
         hit = [b - a for a, b in gaps if any(a < end and began < b for began, end in seen.values()) == with_swap]
         return max(hit, default=float("nan"))
 
     pauses = [end - began for began, end in seen.values()]
-    print(f"{whole} answers whole, {short} cut, {errors} errors, over {len(seen)} swaps")
+    print(f"{whole} answers complete, {short} cut short, {errors} errors, over {len(seen)} swaps")
     print(f"longest gap between two tokens: {longest(False):.2f} s without a swap, {longest(True):.2f} s with one")
     print(f"the swap's own pause: longest {max(pauses):.2f} s, shortest {min(pauses):.2f} s")
 
