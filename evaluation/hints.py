@@ -1,8 +1,8 @@
-"""Which part of a complaint becomes the hint? On complaints of people who are not in people.py; to be read by hand.
+"""Which part of a complaint becomes the hint? For complaints of people who are not in people.py, to be read by hand.
 
-    python -m evaluation.hints        docs/evaluation/complaints.jsonl -> a line each: the hint, and what it does
+    python -m evaluation.hints        docs/evaluation/complaints.jsonl -> one line each: effect in nats, hint, complaint
 
-Nats: how far the hint moves the model's mind along the answer that was complained about, see `distill.shift`.
+The effect is how much the hint changes the model's predictions over the whole answer, see `distill.shift`.
 """
 
 import json
