@@ -1,4 +1,4 @@
-"""How often the judge agrees with the labels of replies/unseen.jsonl, which nothing was fitted to.
+"""How often the judge agrees with the labels of replies/unseen.jsonl, which no judge was fitted to.
 
 python -m evaluation.judge_accuracy                                                    the head
 python -m evaluation.judge_accuracy --url=http://127.0.0.1:8000/v1 --model=NAME        a chat judge, any endpoint
@@ -27,7 +27,7 @@ class Options:
     url: str = ""  # OpenAI-compatible endpoint of a chat judge; empty: the head of a local model
     model: str = ""  # the endpoint's model name, or the head's model folder
     votes: int = 3  # of a chat judge whose endpoint gives no log-probs
-    set: Literal["unseen", "fit"] = "unseen"  # which labelled replies
+    set: Literal["unseen", "fit"] = "unseen"  # which labelled replies to judge
 
     def __post_init__(self) -> None:
         if self.url and not self.model:
@@ -37,7 +37,7 @@ class Options:
 
 
 def report(rows: list[dict], scores: list[int], seconds: float) -> None:
-    """Print how often, and where, a judge agrees with the person who labelled the replies."""
+    """Print how often a judge agrees with the labels, by kind of reply and by label."""
     right = [score == VOTES[row["label"]] for row, score in zip(rows, scores, strict=True)]
     for kind in ("all", *sorted({row["kind"] for row in rows})):
         hits = [hit for hit, row in zip(right, rows, strict=True) if kind in ("all", row["kind"])]
