@@ -1,10 +1,10 @@
-"""The plan's memory for models of a given shape, and what running them really takes.
+"""The planned memory for models of a given shape, and the measured one.
 
     python -m evaluation.memory                                  the table of docs/lora.md, for GPUs
     python -m evaluation.memory --measure=135M --lora_rank=16    train a random model here: planned and measured peak
 
-The measured peak is what the program's processes hold together (PSS) while two turns of --tokens are trained on, the
-longest that the plan is made for.
+The measured peak is the memory of all of the program's processes (PSS) while it trains on two turns of --tokens, the
+longest that memory is planned for.
 """
 
 import re
@@ -28,7 +28,7 @@ from durable.model import model_folder
 from machine import memory
 from machine.plan import with_cache
 
-# hidden size, of the MLP, layers, heads, key-value heads, of a head, vocabulary, tied
+# family, hidden size, MLP size, layers, heads, key-value heads, head size, vocabulary, tied embeddings
 SHAPES = {
     "60M": ("llama", 512, 1536, 12, 8, 2, 64, 49152, True),
     "135M": ("llama", 576, 1536, 30, 9, 3, 64, 49152, True),  # SmolLM2-135M
@@ -56,7 +56,7 @@ def shape(name: str) -> PretrainedConfig:
 
 
 def table() -> str:
-    """Markdown: GiB on one GPU without a KV cache, what is left for that on each card, and GiB on the host."""
+    """Markdown: GiB on one GPU without the KV cache, GiB left for the KV cache on each card, and GiB on the host."""
     caches = " | ".join(f"KV cache on {gpu} GiB" for gpu in GPUS)
     lines = [
         f"| model | training | longest sample | without KV cache | {caches} | host |",
@@ -75,7 +75,7 @@ def table() -> str:
 
 
 def make_model(name: str, folder: Path) -> None:
-    """Random weights of a shape, with SmolLM2's tokenizer."""
+    """Write a model of this shape with random weights and SmolLM2's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder(""))
     c = shape(name)
     c.eos_token_id, c.bos_token_id, c.pad_token_id = tokenizer.eos_token_id, None, tokenizer.pad_token_id
@@ -85,7 +85,7 @@ def make_model(name: str, folder: Path) -> None:
 
 
 def held(pid: int) -> float:
-    """GiB that a process and those below it hold, what they share counted once."""
+    """Memory of a process and its descendants in GiB, with shared memory counted once."""
     total = 0
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         try:
@@ -96,7 +96,7 @@ def held(pid: int) -> float:
 
 
 def train_two_steps(program: subprocess.Popen, url: str, tokens: int) -> None:
-    """Two turns of so many tokens that are trained on, one in a step, each with a correction."""
+    """Let the program train on two turns of `tokens` tokens, one per step, each with a correction."""
     with httpx.Client(base_url=url, timeout=600) as http:
         while program.poll() is None:
             try:
@@ -121,7 +121,7 @@ def measure(options: "Options") -> None:
         make_model(options.measure, Path(folder) / "model")
         command = [sys.executable, "run.py", f"--model={folder}/model", f"--out={folder}/out", "--batch_size=1"]
         command += [f"--port={options.port}", f"--max_model_len={options.tokens}", f"--lora_rank={options.lora_rank}"]
-        command += ["--judge_style=chat", "--engine_memory=0.5"]  # the judge is not asked: the turns are rated
+        command += ["--judge_style=chat", "--engine_memory=0.5"]  # the turns are rated, so the judge isn't asked
         program, url, peak = subprocess.Popen(command, stdout=log, stderr=log), f"http://127.0.0.1:{options.port}", 0.0
         talking = threading.Thread(target=train_two_steps, args=(program, url, options.tokens), daemon=True)
         talking.start()
@@ -140,8 +140,8 @@ def measure(options: "Options") -> None:
 @dataclass(frozen=True)
 class Options:
     measure: str = ""  # a shape: 60M, 135M, 0.5B, 4B, 8B; empty: print the table
-    lora_rank: int = 0  # as run.py has it
-    tokens: int = 2048  # of the turns that are trained on
+    lora_rank: int = 0  # as for run.py
+    tokens: int = 2048  # length of the turns that are trained on
     port: int = 8200
 
 
