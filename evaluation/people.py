@@ -1,7 +1,7 @@
-"""The scripted people: what each of them asks, likes, and says. Plain tables; users.py has them talk to the server.
+"""The scripted people: their questions, preferences and reactions, as plain tables. talk.py lets them use the server.
 
 A person's preference can be checked by code and is never stated up front: they ask, read, and react in words. Three
-of them are the paper's (OpenClaw-RL, arXiv 2603.10165 section 5.1): a student who doesn't want homework to look
+of them are from the paper (OpenClaw-RL, arXiv 2603.10165 section 5.1): a student who doesn't want homework to look
 machine-made, a teaching assistant who wants comments to be specific, and a teacher who wants them to be warm.
 """
 
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# ---- what they ask: a generator for each, and no topic, thing, name or deed of the held-out part in the other ----
+# ---- questions: generators, whose held-out part shares no topic, thing, name or deed with the training part ----
 
 TOPICS = """
 photosynthesis; gravity; inflation; a vaccine; the water cycle; an earthquake; a rainbow; magnetism; a black hole;
@@ -43,7 +43,7 @@ was very quiet in class; finished the science project; got a low mark in the tes
 
 
 def parts(text: str, held_out: bool) -> list[str]:
-    """Two thirds of a list for asking while it trains, the last third held out."""
+    """Two thirds of a list, for questions during training, or the held-out last third."""
     items = [item.strip() for item in text.replace("\n", " ").split(";")]
     random.Random(0).shuffle(items)
     cut = len(items) * 2 // 3
@@ -88,7 +88,7 @@ def parents_note(rng: random.Random, held_out: bool) -> tuple[str, str]:
     return f"{name}, a pupil of mine, {deed}. {wish}", name
 
 
-# Fixed answers on other matters: their log-likelihood shows what the training cost the model elsewhere.
+# Fixed answers on other topics: their log-likelihood shows what training costs elsewhere.
 UNRELATED = (
     (
         "When does the train to the coast leave?",
@@ -129,21 +129,21 @@ UNRELATED = (
     ),
 )
 
-# ---- who they are ----
+# ---- the people ----
 
 
 @dataclass(frozen=True)
 class Person:
-    wants: str  # for the picture, and for a model that plays the person; the served one never sees it
-    asks: Callable[[random.Random, bool], tuple[str, str]]  # (rng, held out) -> first message, what it is about or ""
-    likes: Callable[[str], bool]  # the way an answer is given
-    complaints: tuple[str, ...]  # where it is not given that way
+    wants: str  # for the picture, and for a model that plays the person; the served model never sees it
+    asks: Callable[[random.Random, bool], tuple[str, str]]  # (rng, held out) -> first message, its subject or ""
+    likes: Callable[[str], bool]  # does the person like the form of this answer?
+    complaints: tuple[str, ...]  # about answers in another form
 
     def pleased(self, subject: str, answer: str) -> bool:
         return self.likes(answer) and about(subject, answer)
 
     def reaction(self, subject: str, answer: str, rng: random.Random) -> str:
-        """In words. An answer off the topic is wrong whatever its form, and gets no hint."""
+        """The person's reply. An answer off the topic is called wrong, whatever its form, and gets no hint."""
         if not about(subject, answer):
             return rng.choice(WRONG)
         return rng.choice(THANKS if self.likes(answer) else self.complaints)
@@ -161,7 +161,7 @@ WARM = r"great|good job|well done|wonderful|proud|excellent|fantastic|amazing|ha
 
 
 def about(subject: str, answer: str) -> bool:
-    """Does the answer name a word of the subject? By its first five letters, so that other forms of it count."""
+    """Does the answer contain a word of the subject? Only its first five letters must match, for inflected forms."""
     words = [word[:5].lower() for word in subject.split() if word not in ("the", "a", "an", "of", "and")]
     return not words or any(word in answer.lower() for word in words)
 
@@ -171,7 +171,7 @@ def is_long(answer: str) -> bool:
 
 
 def sentences(text: str) -> int:
-    """How many sentences end in it."""
+    """The number of sentences that end in the text."""
     return len(re.findall(r"[.!?](?=\s|$)", text))
 
 
