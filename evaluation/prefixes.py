@@ -1,8 +1,8 @@
-"""What a step saves where turns share a prefix: tokens that go through a model, and CPU seconds. Random weights.
+"""What a step saves if turns share a prefix: tokens that go through the models, and CPU seconds. With random weights.
 
     python -m evaluation.prefixes           16 turns of a conversation in one step, and a turn with a hint
 
-Each is compared with as many turns of the same lengths that have nothing in common, so that each is computed alone.
+Each is compared with as many turns of the same lengths without common prefixes, which are computed separately.
 """
 
 import random
@@ -25,11 +25,11 @@ from trainer import Lesson, State
 @dataclass(frozen=True)
 class Options:
     model: str = "135M"  # a shape of evaluation/memory.py
-    turns: int = 16  # of the conversation
-    new: int = 64  # tokens that a turn adds, its answer among them
+    turns: int = 16  # in the conversation
+    new: int = 64  # tokens that a turn adds, with its answer
     answer: int = 16  # tokens of an answer
     prompt: int = 2000  # tokens of the hinted turn's prompt
-    hint: int = 30  # tokens of the hint, 5 before the end of the prompt
+    hint: int = 30  # tokens of the hint, inserted 5 tokens before the end of the prompt
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
@@ -44,7 +44,7 @@ def lesson(prompt: list[int], answer: list[int], hinted: list[list[int]]) -> Les
 
 
 def conversation(o: Options, shared: bool) -> list[Lesson]:
-    """Each turn's prompt is the one before with its answer, and what was said to it."""
+    """Each turn's prompt is the previous prompt, its answer and the next message."""
     lessons, before = [], []
     for k in range(o.turns):
         prompt = [*(before if shared else drawn(k * o.new)), *drawn(o.new - o.answer)]
@@ -60,7 +60,7 @@ def hinted_turn(o: Options, shared: bool) -> list[Lesson]:
 
 
 def measure(state: State, config: Config, lessons: list[Lesson]) -> tuple[int, float]:
-    """Tokens that went through policy and start model in a step, and its CPU seconds."""
+    """Tokens that went through the policy and the first weights in a step, and its CPU seconds."""
     seen = []
     hooks = [
         model.model.register_forward_pre_hook(
@@ -83,7 +83,7 @@ def main(o: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(o.model, Path(folder))
         state = trainer.load_state(config, None, Path(folder), "cpu", getattr(torch, o.dtype))
-    measure(state, config, [lesson(drawn(100), drawn(20), [])])  # warm
+    measure(state, config, [lesson(drawn(100), drawn(20), [])])  # warm up
     for name, make in (("a hinted turn", hinted_turn), (f"a conversation of {o.turns} turns", conversation)):
         alone, tree = (measure(state, config, make(o, shared)) for shared in (False, True))
         print(
