@@ -1,4 +1,4 @@
-"""What was measured, as a table and as a picture. Both are made from the results of `evaluation.talk` alone."""
+"""The results of evaluation/talk.py as a table and as a picture."""
 
 import statistics
 import textwrap
@@ -8,11 +8,11 @@ from typing import Any
 
 from evaluation.people import PEOPLE
 
-STREAK = 3  # the paper's measure: sessions until this many in a row pleased with their first answer
+STREAK = 3  # the paper's measure: sessions until the first answers of this many in a row are satisfactory
 
 
 def sessions_to_effect(pleased: list[bool]) -> int | None:
-    """Sessions until STREAK in a row were satisfied with their first answer (the streak included); None: never."""
+    """Sessions until STREAK in a row had satisfactory first answers, including the streak; None: never."""
     for i in range(STREAK, len(pleased) + 1):
         if all(pleased[i - STREAK : i]):
             return i
@@ -20,7 +20,7 @@ def sessions_to_effect(pleased: list[bool]) -> int | None:
 
 
 def by_chance(p: float) -> str:
-    """The mean of `sessions_to_effect` for one who learns nothing and pleases with probability p."""
+    """The mean of `sessions_to_effect` for a model that learns nothing and satisfies with probability p."""
     if not p:
         return "never"
     n = STREAK if p == 1 else (1 - p**STREAK) / ((1 - p) * p**STREAK)
@@ -28,7 +28,7 @@ def by_chance(p: float) -> str:
 
 
 def interval(values: list[float]) -> str:
-    """Mean and half the 95 % interval by Student's t, of up to ten seeds."""
+    """Mean and half the 95 % confidence interval by Student's t, of up to ten seeds."""
     if len(values) == 1:
         return f"{values[0]:.1f}"
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
@@ -36,7 +36,7 @@ def interval(values: list[float]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, a row for each method and person over the seeds, after as many sessions as all with that person had."""
+    """Markdown: a row for each method and person over the seeds, up to the fewest sessions of a run with them."""
     lines = [
         "| method | person | seeds | sessions | sessions to effect | by chance | held-out before, % | after, % | "
         "log-lik. unrelated, change | KL to start, fixed text | words | cut off, % | minutes |",
@@ -78,7 +78,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Held-out satisfaction over sessions, a panel for each person: the mean of a method's seeds, and their range."""
+    """Draw held-out satisfaction over sessions, a panel for each person: mean and range of each method's seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
