@@ -1,12 +1,12 @@
-"""Scripted people talk to the server as strangers would; the measure of what it learned from them.
+"""Scripted people talk to the server like any client, and what it learns from them is measured.
 
     python -m evaluation.talk                         one person, the hybrid: start run.py, measure, talk, measure, draw
     python -m evaluation.talk --method=binary,opd,hybrid --person=one-sentence,ta --seed=0,1,2 --out=mine
-                                                 a run each; started again after a stop, it continues with the next one
+                                                 a run for each combination; after a stop, the same command continues
     python -m evaluation.talk --person=student+ta+teacher  three people at once on one model
 
---key=value overrides the Setup below; any other --key goes to run.py. What was measured is in OUT/results.json; the
-table and the picture are made from it each time, also when there is nothing left to run.
+--key=value overrides the Setup below; any other --key goes to run.py. The results are in OUT/results.json. Table and
+picture are made from them each time, even if there is nothing left to run.
 """
 
 import asyncio
@@ -42,22 +42,22 @@ METHODS = {"binary": ["--w_opd=0"], "opd": ["--w_rl=0"], "hybrid": []}  # argume
 
 @dataclass(frozen=True)
 class Setup:
-    person: str = "one-sentence"  # who talks; a comma: a run each; a plus: at once on one model
-    method: str = "hybrid"  # binary, opd or hybrid; a comma: a run each
-    seed: str = "0"  # of the questions, the replies and the engine's sampler; a comma: a run each
+    person: str = "one-sentence"  # who talks; with commas: a run each; with a plus: together on one model
+    method: str = "hybrid"  # binary, opd or hybrid; with commas: a run each
+    seed: str = "0"  # of the questions, the replies and the engine's sampler; with commas: a run each
     talks: int = 40  # sessions in a run
-    every: int = 20  # sessions between two measures
-    at_once: int = 1  # sessions at the same time; 1: the next begins when all was learned that can be from the last
-    held_out: int = 64  # questions of a measure
-    max_tokens: int = 128  # the longest answer a person waits for
-    temperature: float = 0.7  # that they ask for; at 1 a model of 135M parameters talks nonsense from the start
-    out: str = "out"  # everything that a run leaves
+    every: int = 20  # sessions between two measurements
+    at_once: int = 1  # sessions at the same time; 1: each begins when the step on the previous one is done
+    held_out: int = 64  # questions in a measurement
+    max_tokens: int = 128  # most tokens in a first answer
+    temperature: float = 0.7  # of the requests; at 1, a model of 135M parameters talks nonsense from the start
+    out: str = "out"  # folder for all files of the runs
     port: int = 8000  # of run.py
     user_url: str = ""  # an OpenAI-compatible endpoint that plays the people (key in USER_API_KEY); empty: scripted
     user_model: str = ""  # its model name
 
     def __post_init__(self) -> None:
-        """ValueError names the option that is wrong."""
+        """ValueError names the invalid option."""
         for name, known in (("person", PEOPLE), ("method", METHODS)):
             for part in getattr(self, name).replace("+" if name == "person" else ",", ",").split(","):
                 if part not in known:
@@ -93,7 +93,7 @@ class Run:
 async def ask(
     client: AsyncOpenAI, messages: list[dict], max_tokens: int, temperature: float, last: bool = False
 ) -> tuple[str, bool]:
-    """The answer, and whether it was cut off. `last`: nothing more is said, so the server need not wait for it."""
+    """The answer, and whether it was truncated. `last`: the session ends, so the server won't wait for a reply."""
     reply = await client.chat.completions.create(
         model="policy",
         messages=messages,
@@ -123,7 +123,7 @@ async def react(setup: Setup, person: Person, question: str, subject: str, answe
 
 
 async def talk(client: AsyncOpenAI, setup: Setup, person: Person, rng: random.Random) -> dict[str, Any]:
-    """One session: ask, read, react in words; the answer to the reaction is hardly read."""
+    """One session: ask, read, react in words. The answer to the reaction is short, and not looked at."""
     question, subject = person.asks(rng, False)
     first, _ = await ask(client, [{"role": "user", "content": question}], setup.max_tokens, setup.temperature)
     talked = [
@@ -139,7 +139,8 @@ async def talk(client: AsyncOpenAI, setup: Setup, person: Person, rng: random.Ra
 
 
 async def measure(client: AsyncOpenAI, setup: Setup, person: Person) -> dict[str, float]:
-    """First replies to the same held-out questions each time: shares that please and are cut off, mean words."""
+    """Ask the same held-out questions each time: the fractions of answers that please and that are truncated, and mean
+    words."""
     rng, limit = random.Random(0), asyncio.Semaphore(32)
 
     async def first(question: str, subject: str) -> tuple[str, bool, bool]:
@@ -163,7 +164,7 @@ async def measure(client: AsyncOpenAI, setup: Setup, person: Person) -> dict[str
 async def unrelated(client: AsyncOpenAI) -> float:
     """Mean log-likelihood per token, in nats, of fixed answers to unrelated questions.
 
-    Without the tokens that end an answer: those get likelier in whoever learns to be brief.
+    The end-of-answer tokens don't count: a model that learns to be brief makes them more likely.
     """
     total = tokens = 0
 
@@ -187,23 +188,23 @@ async def unrelated(client: AsyncOpenAI) -> float:
 
 
 async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str, Any]:
-    """Measure, talk, measure. Nobody begins while a batch waits for the trainer: more would only grow stale. One at a
-    time (`at_once` is 1) also waits for the step: a person's sessions are hours apart, a step takes seconds."""
+    """Measure, talk, measure. No session begins while a batch waits for the trainer: more turns would only get stale.
+    With `at_once` = 1 it also waits for the step: a person's sessions are hours apart, and a step takes seconds."""
     names = run.person.split("+")
     clients = {name: AsyncOpenAI(base_url=f"{url}/v1", api_key=f"{name}-key", timeout=600) for name in names}
     measures: list[dict] = []
-    firsts: list[dict] = []  # in the order in which they were begun
+    firsts: list[dict] = []  # sessions with the person's verdict on the first answer, in the order of their starts
     admin = {"Authorization": f"Bearer {(Path(setup.out) / run.folder / ADMIN).read_text().strip()}"}
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         bar = tqdm(total=setup.talks, unit="session", desc="measuring", dynamic_ncols=True)
 
         async def step_of(name: str) -> int:
-            """Of the weights that answer this person."""
+            """The step of the weights that answer this person."""
             headers = {"Authorization": f"Bearer {name}-key"}
             return (await http.get("/status", headers=headers)).raise_for_status().json()["step"]
 
         async def now() -> tuple[dict, int]:
-            """The server's status, and how many turns are on their way to the trainer."""
+            """The server's status, and how many turns are waiting for the judge or the trainer."""
             status = (await http.get("/status", headers=admin)).raise_for_status().json()
             if firsts and status["training"] != "on":
                 raise RuntimeError(f"the server does not train: {status['training']}")
@@ -226,7 +227,7 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
             bar.set_description("talking")
 
         async def session(number: int, first: dict) -> None:
-            rng = random.Random(f"{run.seed} {number}")  # the same questions whatever the timing
+            rng = random.Random(f"{run.seed} {number}")  # the same questions, whatever the timing
             first |= await talk(clients[first["person"]], setup, PEOPLE[first["person"]], rng)
             bar.update()
 
@@ -255,7 +256,7 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
 
 
 def start_server(setup: Setup, run: Run, out: Path) -> subprocess.Popen:
-    """run.py as a user would start it, its output in out/run.log."""
+    """Start run.py as a user would. Its output goes to out/run.log."""
     write_private(out / "keys", "".join(f"{name}:{name}-key\n" for name in run.person.split("+")))
     command = [sys.executable, str(Path(__file__).parent.parent / "run.py"), f"--out={out}", f"--port={setup.port}"]
     command += [f"--seed={run.seed}", "--max_model_len=2048"]
@@ -279,13 +280,13 @@ def wait_ready(server: subprocess.Popen, url: str, log: Path) -> None:
 
 
 def perform(setup: Setup, run: Run) -> dict[str, Any]:
-    """One run from its start to its last measure."""
+    """One run, from its start to its last measurement."""
     started, out, url = time.monotonic(), Path(setup.out) / run.folder, f"http://127.0.0.1:{setup.port}"
     try:  # otherwise we would talk to another server
         socket.create_server(("127.0.0.1", setup.port)).close()
     except OSError as e:
         sys.exit(f"--port={setup.port}: {e.strerror}")
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off
+    shutil.rmtree(out, ignore_errors=True)  # left by a run that was cut off
     out.mkdir(parents=True)
     server = start_server(setup, run, out)
     try:
@@ -298,13 +299,13 @@ def perform(setup: Setup, run: Run) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             server.kill()
         shutil.rmtree(out / "checkpoints", ignore_errors=True)  # 2 GB
-    metrics = out / "metrics.jsonl"  # not there where nothing was learned from
+    metrics = out / "metrics.jsonl"  # missing if there was no step
     steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     return dataclasses.asdict(run) | {"label": run.label, "steps": steps} | result
 
 
 def parse(argv: list[str]) -> tuple[Setup, list[Run]]:
-    """SystemExit names an option that is wrong; those that `Setup` doesn't have go to run.py."""
+    """SystemExit names an invalid option. Options that `Setup` doesn't have go to run.py."""
     setup, extra = tyro.cli(Setup, args=argv, use_underscores=True, description=__doc__, return_unknown_args=True)
     for arg in extra:
         if not re.fullmatch(r"--\w+=.*", arg):
@@ -338,7 +339,7 @@ def main(argv: list[str]) -> None:
         with replacing(file) as part:
             part.write_text(json.dumps(results, indent=1))
     report.draw(results, out / "curve.png")
-    print(f"\n{report.table(results)}\n\ndrawn in {out}/curve.png; next to it, in a folder each, the runs' logs")
+    print(f"\n{report.table(results)}\n\npicture: {out}/curve.png; each run's log is in its folder in {out}")
 
 
 if __name__ == "__main__":
