@@ -1,7 +1,7 @@
-"""Binary RL: from judged turns to a gradient. Rows, token log-probs, advantages, the PPO-clip loss, the KL penalty.
+"""Binary RL, from judged turns to a loss: packed rows, token log-probs, advantages, the PPO-clip loss, the KL penalty.
 
-Notation of the paper (OpenClaw-RL, arXiv 2603.10165): pi_old is the sampler, whose log-probs were recorded when the
-answer was given; pi is the policy now, at the turn's own temperature; rho = exp(log pi - log pi_old) per token.
+Notation of the paper (OpenClaw-RL, arXiv 2603.10165): pi_old is the sampler, whose log-probs were recorded with the
+answer; pi is the current policy at the turn's own temperature; rho = exp(log pi - log pi_old) per token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def pack_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Which samples share a row: first fit, longest first, so that a row holds at most `limit` tokens.
+    """Which samples share a row of at most `limit` tokens: first fit, longest first.
 
-    A sample longer than `limit` gets a row of its own: nothing is ever cut.
+    A sample longer than `limit` gets its own row; nothing is truncated.
     """
     rows: list[tuple[int, list[int]]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -32,11 +32,11 @@ def pack_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def grow_trees(samples: Sequence[list[int]], limit: int, tree: int) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Which samples share a tree: (its tokens, [(sample, how many of its tokens the sample before it has too)]).
+    """Which samples share a prefix tree: (its tokens, [(sample, length of the prefix it shares with the one before)]).
 
-    In the order of their ids each sample branches off the one before. One that goes on from the end of a tree without
-    branches joins it. Another joins where the tree stays within `tree` tokens and either fits a packed row of `limit`
-    or is no dearer than its samples alone: in it, attention is computed over all pairs of tokens.
+    The samples are sorted by their ids, and each branches off the one before. A sample always joins if the whole tree
+    so far is its prefix. Otherwise it joins if the tree then has at most `tree` tokens and either fits a packed row of
+    `limit` tokens or costs no more attention than its samples alone: a tree computes it over all pairs of tokens.
     """
     trees, squares, before = [], 0, []
     for i in sorted(range(len(samples)), key=samples.__getitem__):
@@ -52,7 +52,7 @@ def grow_trees(samples: Sequence[list[int]], limit: int, tree: int) -> list[tupl
 
 
 def common(one: list[int], other: list[int]) -> int:
-    """How many tokens both begin with."""
+    """The length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
@@ -66,17 +66,17 @@ def collate(
     device: str | torch.device = "cpu",
     tree: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """Packed rows of B samples, without padding. What samples of a tree begin with is there once, and the depth of a
-    token in its tree is its position: it goes back where a branch begins, to 0 where a tree does.
+    """Packed rows of B samples, without padding. A shared prefix is in the row once. A token's position is its depth in
+    its tree: it drops back at the start of a branch, and to 0 at the start of a tree.
 
-    Yields dicts: ids, positions (1, L); at (N,) where in the row each response token is predicted; and per response
-    token target, old_logp, adv, temperature, sample (N,).
+    Yields dicts: ids, positions (1, L); at (N,), the index in the row that predicts each response token; and per
+    response token target, old_logp, adv, temperature, sample (N,).
     """
     samples = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     trees = grow_trees(samples, limit, tree)
     for row in pack_rows([length for length, _ in trees], limit):
         ids, positions, at, target, old_logp, adv, temperature, sample = [], [], [], [], [], [], [], []
-        path: list[int] = []  # where in the row the sample's tokens are
+        path: list[int] = []  # index in the row of each token of the sample
         for i, shared in [member for k in row for member in trees[k][1]]:
             P, T = len(prompts[i]), len(responses[i])
             if not P or not T or len(old_logps[i]) != T:
@@ -84,7 +84,7 @@ def collate(
             path = [*path[:shared], *range(len(ids), len(ids) + P + T - shared)]
             ids += samples[i][shared:]
             positions += range(shared, P + T)
-            at += path[P - 1 : P + T - 1]  # the token before predicts this one
+            at += path[P - 1 : P + T - 1]  # each token is predicted by the one before it
             target += responses[i]
             old_logp += old_logps[i]
             adv += [advs[i]] * T
@@ -118,23 +118,23 @@ def alone(prompt: Sequence[int], response: Sequence[int], device: str | torch.de
 
 
 def response_hidden(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
-    """The last hidden states from which a row's response tokens are predicted. (N, D)"""
+    """The last hidden states that predict a row's response tokens. (N, D)"""
     mask = tree_mask(row["positions"][0], model.dtype)
     out = model.model(input_ids=row["ids"], position_ids=row["positions"], attention_mask=mask, use_cache=False)
     return out.last_hidden_state[0, row["at"]]
 
 
 def tree_mask(depth: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the attention, so that a token sees those that lead to it only: 0 for them, -inf for others.
+    """An additive attention mask by which a token sees only the tokens on its own path: 0 for those, -inf for others.
 
-    depth (L,) -> (1, 1, L, L). Each token sees what comes before it; but where a branch (or another tree, at depth 0)
-    begins at depth d, that and all after it see no earlier token of depth d or more. None for a chain: the model does
-    that faster. Not a bool mask: torch would convert it in each layer, and keep each for the backward pass.
+    depth (L,) -> (1, 1, L, L). It is causal, and from the start of a branch at depth d on (d = 0: another tree), no
+    earlier token of depth d or more is seen. None for a single sequence: the model is faster without a mask. Not a bool
+    mask: torch would convert it in each layer, and keep each copy for the backward pass.
     """
     starts = (depth.diff() != 1).nonzero()[:, 0] + 1
     if not len(starts):
         return None
-    # With rows of a multiple of 8 numbers in memory, attention on a GPU needs no copy of it.
+    # Attention on a GPU needs no copy of the mask if its rows are a multiple of 8 long in memory.
     wide = torch.full((len(depth), -(-len(depth) // 8) * 8), -torch.inf, dtype=dtype, device=depth.device)
     mask = wide[:, : len(depth)].triu_(1)
     for start in starts.tolist():
@@ -150,7 +150,7 @@ def read(
     limit: int,
     tree: int,
 ) -> list[Tensor]:
-    """For each sample the hidden states from which its response tokens are predicted: (T, D)."""
+    """For each sample, the hidden states that predict its response tokens: (T, D)."""
     found = {}
     for row in unscored(prompts, responses, limit, model.device, tree):
         hidden = response_hidden(model, row)
@@ -158,13 +158,14 @@ def read(
     return [found[i] for i in range(len(prompts))]
 
 
-CHUNK = 256  # places whose logits exist at a time
+CHUNK = 256  # positions whose logits are in memory at a time
 
 
 def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Log-probs of K tokens at each of N places: (N, D), head (V, D), ids (N, K), temperature (N,) -> (N, K) float32.
+    """Log-probs of K tokens at each of N positions: hidden (N, D), head (V, D), ids (N, K), temperature (N,) -> (N, K)
+    float32.
 
-    The logits of `chunk` places at a time exist, and the backward pass computes them again: there is never an (N, V)
+    Logits are computed for `chunk` positions at a time, and again in the backward pass: there is never an (N, V)
     tensor.
     """
     parts = [
@@ -175,7 +176,7 @@ def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, 
 
 
 def head_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
-    """`token_logps` of one chunk of C places. (C, K) float32"""
+    """`token_logps` of one chunk of C positions. (C, K) float32"""
     logits = F.linear(hidden, head).float() / temperature[:, None]  # (C, V)
     return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
@@ -193,25 +194,25 @@ DECAY = 0.9  # of a baseline, per judged turn
 
 
 def baseline_key(user: str, from_tool: bool) -> str:
-    """Whose rewards share a running mean. Tools have their own: most tool calls succeed, but most people don't praise.
-    With one mean for both, successes would have small advantages and complaints large ones."""
+    """Turns with the same key share a running mean reward. Tools have their own: most tool calls succeed, but most
+    people don't praise. With one mean for both, successes would get small advantages and complaints large ones."""
     return f"{user} tools" if from_tool else user
 
 
 def move_baseline(baselines: dict[str, float], key: str, reward: float) -> None:
-    """A judged turn moves its running mean, in place. It starts at 0, and a neutral turn moves it towards 0."""
+    """Update a running mean with a judged turn, in place. It starts at 0, and a neutral turn moves it towards 0."""
     baselines[key] = DECAY * baselines.get(key, 0.0) + (1 - DECAY) * reward
 
 
 def advantages(
     rewards: Sequence[float], keys: Sequence[str], groups: Sequence[object], baselines: dict[str, float], kind: str
 ) -> list[float]:
-    """A per sample.
+    """The advantage A of each sample.
 
     kind "mean": A = r - b, b the running mean of this key's rewards before this batch. "none": A = r (upstream, paper
-    v1). "group": samples of an equal `groups` entry (the same prompt) are normalised within it, (r - mean) / std, as in
-    GRPO (arXiv 2402.03300 section 4.1); one that is alone has no group and takes "mean". A neutral turn (r = 0) is no
-    evidence: A = 0.
+    v1). "group": A = (r - mean) / std over the samples with an equal `groups` entry (the same prompt), as in GRPO
+    (arXiv 2402.03300 section 4.1); a sample alone in its group gets "mean". Neutral turns (r = 0) get A = 0, and don't
+    count in their group.
     """
     if kind not in ("mean", "none", "group"):
         raise ValueError(f"baseline {kind!r} is not one of mean, none, group")
@@ -237,7 +238,7 @@ def advantages(
 def ppo_clip_loss(
     logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: float, clip_high: float, dual_clip: float
 ) -> Tensor:
-    """-min(rho A, clip(rho, 1 - low, 1 + high) A), and where A < 0 at most -dual_clip A. (N,) each.
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A), for A < 0 at most -dual_clip A. (N,) each.
 
     PPO's clipped surrogate (arXiv 1707.06347 eq. 7) with DAPO's clip-higher (2503.14476 eq. 10) and the dual clip
     (1912.09729 eq. 5).
@@ -251,11 +252,11 @@ def ppo_clip_loss(
 def kl_to_start(
     hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, temperature: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """KL(pi || pi_start) at each place, exact over the vocabulary: hidden states (N, D) and heads (V, D) of both
+    """KL(pi || pi_start) at each position, exact over the vocabulary: hidden states (N, D) and heads (V, D) of both
     models, temperature (N,) -> (N,).
 
-    An estimate from the sampled token alone (k2, k3) has no baseline: it pushes down each token that has become
-    likelier.
+    An estimate from the sampled token alone (k2, k3) has no baseline: it pushes down every token that has become more
+    likely.
     """
     parts = [
         checkpoint(chunk_kl, h, head, s, start_head, t, use_reentrant=False)
@@ -265,7 +266,7 @@ def kl_to_start(
 
 
 def chunk_kl(hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, temperature: Tensor) -> Tensor:
-    """`kl_to_start` of one chunk of C places. (C,) float32"""
+    """`kl_to_start` of one chunk of C positions. (C,) float32"""
     logps, start_logps = (
         (F.linear(h, w).float() / temperature[:, None]).log_softmax(-1)  # (C, V)
         for h, w in ((hidden, head), (start, start_head))
@@ -277,6 +278,6 @@ def chunk_kl(hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, te
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share of an answer's n-grams that came before in it: near 1 for one that goes in circles. 0 if it is short."""
+    """Share of an answer's n-grams that occurred earlier in it: near 1 if it loops, 0 if it has fewer than n tokens."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
