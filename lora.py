@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685): beside each linear layer of a frozen base two small matrices are trained, W x + 2 B (A x).
+"""LoRA (arXiv 2106.09685): two small matrices are trained for each linear layer of a frozen base, W x + 2 B (A x).
 
-The base is the starting model. Without its adapter it is the KL's reference, the frozen teacher and a small model's
-judge, so that the trainer has one copy.
+The base is the first weights. Without the adapter it is also the KL's reference, the frozen teacher and a small model's
+judge, so the trainer needs only one copy.
 """
 
 import copy
@@ -21,9 +21,9 @@ SCALE = 2  # of the product B A, alpha / rank in peft's terms
 
 
 def with_adapter(base: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
-    """A model with the tensors of `base` itself, not copies, and a new adapter: A random, B zero, in base's dtype."""
+    """A model that shares the tensors of `base` and has a new adapter: A random, B zero, in base's dtype."""
     shared = {id(t): t for t in [*base.parameters(), *base.buffers()]}
-    policy = copy.deepcopy(base, shared)  # new modules, so that `base` stays without an adapter for other threads
+    policy = copy.deepcopy(base, shared)  # new modules: other threads use `base` without an adapter
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = list(adapted_layers(base))
@@ -38,13 +38,13 @@ def without_weights(shape: PretrainedConfig) -> PreTrainedModel:
 
 
 def adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """The layers that get an adapter, by name: all linear ones but the head."""
+    """The layers that get an adapter, by name: all linear layers except the head."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     return {name: m for name, m in layers.items() if m is not model.get_output_embeddings()}
 
 
 def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:
-    """Write an adapter's tensors, by their names in the model, in peft's own format. `base`: the folder of its base."""
+    """Write an adapter in peft's format. `weights`: by name in the model. `base`: the base model's folder."""
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name in weights}
     rank = next(len(w) for name, w in weights.items() if ".lora_A." in name)
     config = LoraConfig(
@@ -55,7 +55,7 @@ def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """An adapter's tensors by their names in peft's files, as `write` left them. UsageError where it is damaged."""
+    """An adapter that `write` wrote: its tensors by their names in peft's file. UsageError if it is damaged."""
     try:
         return load_file(folder / "adapter_model.safetensors")
     except SafetensorError as e:
@@ -63,5 +63,5 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 def peft_name(name: str) -> str:
-    """The name in peft's files of an adapter's tensor in the model; one that is such a name already stays."""
+    """The name in peft's files of an adapter's tensor, given that name or the one in the model."""
     return f"{PREFIX}{name.removeprefix(PREFIX).replace('.default.', '.')}"
