@@ -1,6 +1,6 @@
-"""What training and serving a model need, in GiB by item: computed from its shape, before anything is loaded.
+"""The memory that training and serving a model needs, in GiB by item: computed from its shape before it is loaded.
 
-A table of it: python -m evaluation.memory
+To print a table: python -m evaluation.memory
 """
 
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from transformers import PretrainedConfig
 
 import lora
 
-VERSIONS = 4  # of a shared adapter in one batch of the engine; a request for a further one waits
-USERS = 16  # with an adapter each, in one batch and at the trainer; those who were away longest are put on the disk
+VERSIONS = 4  # of a shared adapter, in one batch of the engine; a request for another version waits
+USERS = 16  # with their own adapters in the engine and the trainer; those used least recently are only on disk
 
 
 def in_a_batch(adapters: str) -> int:
-    """How many adapters the engine computes with at once."""
+    """How many adapters one batch of the engine can use."""
     return USERS if adapters == "user" else VERSIONS
 
 
-Sizes = dict[str, float]  # GiB by what it is for
+Sizes = dict[str, float]  # item -> GiB
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the needs of a model depend on."""
+    """What the memory depends on, besides the model's shape."""
 
     device: str  # cpu or cuda
-    width: int  # bytes of a number in the trainer's arithmetic
+    width: int  # bytes per number in the trainer's dtype
     lora_rank: int  # 0: all weights are trained
     tokens: int  # of the longest sample
     row_tokens: int  # of a packed row
@@ -34,10 +34,10 @@ class Setting:
 
 
 def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
-    """All but the KV cache, on the device and on the host; on a CPU all of it is on the device."""
+    """Everything but the KV cache, on the device and on the host. On a CPU, all is on the device."""
     weights, adapter = parameters(shape, setting.lora_rank)
     trained, width = adapter or weights, setting.width
-    if setting.adapters == "user":  # the one that all begin with, each user's, and one more until another leaves
+    if setting.adapters == "user":  # the initial one, each user's, and one more until another is evicted
         trained *= USERS + 2
     cpu = setting.device == "cpu"
     device = {
@@ -45,10 +45,10 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
         "first weights": 0 if adapter else weights * width,  # with an adapter: the policy without it
         "adapter": trained * width if adapter else 0,
         "masters": 4 * trained,  # fp32
-        "gradients": 4 * trained + (2 * trained if width == 2 else 0),  # fp32, and those of a row
+        "gradients": 4 * trained + (2 * trained if width == 2 else 0),  # fp32, and a row's bf16
         "Adam": 8 * trained,
         "row": width * row_numbers(shape, setting) + 24 * 256 * shape.get_text_config().vocab_size,
-        # The CPU's engine packs a copy of its own.
+        # On a CPU the engine also packs its own copy of the weights.
         "engine": (4 if cpu else 2) * weights + 2 * in_a_batch(setting.adapters) * adapter + (0 if cpu else 2 * 2**30),
     }
     host = {"snapshot": 12 * trained, "processes": 2 * 2**30}
@@ -58,35 +58,35 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
 
 
 def parameters(shape: PretrainedConfig, lora_rank: int) -> tuple[int, int]:
-    """How many numbers the model has, and its adapter: rank * (in + out) for each linear layer but the head."""
+    """The parameter counts of the model, and of its adapter: rank * (in + out) for each linear layer but the head."""
     model = lora.without_weights(shape)
     total = sum(p.numel() for p in model.parameters())
     return total, lora_rank * sum(m.in_features + m.out_features for m in lora.adapted_layers(model).values())
 
 
 def row_numbers(shape: PretrainedConfig, setting: Setting) -> int:
-    """Numbers that the forward and backward pass of the longest row keeps: with each layer's input kept and the rest
-    recomputed for a long sample, or a packed row with all of it kept (see `trainer.update`); and a mask, see
-    `grpo.tree_mask`. Fitted to Llamas."""
+    """Numbers kept for the backward pass of the largest row. A long sample keeps only each layer's input and recomputes
+    the rest; a packed row keeps all (see `trainer.update`). Both have a mask (see `grpo.tree_mask`). Fitted to
+    Llamas."""
     c = shape.get_text_config()
     per_token = 4 * c.hidden_size * c.num_hidden_layers + layer_numbers(shape)  # and malloc's gaps
     long = setting.tokens * (per_token + setting.tokens)
     row = min(setting.tokens, setting.row_tokens)
     short = row * (layer_numbers(shape) * c.num_hidden_layers + row)
-    # The head's gradient, from a chunk of places and in all (see `grpo.token_logps`); a frozen one has none.
+    # The head's gradient, of one chunk of positions and in total (see `grpo.token_logps`); a frozen head has none.
     head = 0 if setting.lora_rank else 2 * c.vocab_size * c.hidden_size
     return max(long, short) + head
 
 
 def free_row_tokens(shape: PretrainedConfig, tokens: int) -> int:
-    """The longest packed row, a power of 2, that needs no more memory than a sample of `tokens` does anyway."""
+    """The longest packed row, a power of 2, that needs no more memory than a sample of `tokens`."""
     c = shape.get_text_config()
     most = tokens * (4 * c.hidden_size / layer_numbers(shape) + 1 / c.num_hidden_layers)
     return 1 << max(8, int(most).bit_length() - 1)
 
 
 def layer_numbers(shape: PretrainedConfig) -> int:
-    """Numbers per token that one layer keeps for its backward pass."""
+    """Numbers per token that one layer keeps for the backward pass."""
     c = shape.get_text_config()
     inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
     return 10 * (c.hidden_size + (max(inner) if isinstance(inner, list) else inner))
