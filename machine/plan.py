@@ -1,4 +1,4 @@
-"""The plan of the machine: device, cores, memory, and the faster dtype. Decided at the start, and printed."""
+"""How the machine is used: device, cores, memory, and the faster dtype. Decided and printed at the start."""
 
 import os
 import threading
@@ -20,13 +20,13 @@ from machine import memory
 @dataclass(frozen=True)
 class Plan:
     device: str  # cpu or cuda
-    dtype: torch.dtype  # of the trainer's arithmetic
-    gflops: dict[torch.dtype, float]  # as measured; empty on a GPU
+    dtype: torch.dtype  # that the trainer computes in
+    gflops: dict[torch.dtype, float]  # measured GFLOP/s; empty on a GPU
     engine_cores: list[int]
     trainer_cores: list[int]
-    engine: float  # GiB: KV cache on a CPU, all of the engine on a GPU
+    engine: float  # GiB: KV cache on a CPU, the whole engine on a GPU
     needed: memory.Sizes  # GiB on the device
-    host: memory.Sizes  # and on the host of a GPU
+    host: memory.Sizes  # GiB on the host of a GPU
     free: float  # GiB on the device
     row_tokens: int  # of a packed row
     judge_style: str  # head or chat
@@ -42,18 +42,18 @@ class Plan:
 
 
 def make_plan(config: Config, folder: Path) -> Plan:
-    """The plan for the model in `folder`: engine and trainer must not compete for the same core.
+    """The plan for the model in `folder`. Engine and trainer have separate cores, unless the engine takes all.
 
-    UsageError where there is too little memory, with what would fit."""
+    UsageError if there is too little memory; it names options that would fit."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     cores = sorted(os.sched_getaffinity(0))
     n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))
     shape, longest = AutoConfig.from_pretrained(folder), min(config.max_train_tokens, config.max_model_len)
     row_tokens = config.row_tokens or (256 if device == "cpu" else memory.free_row_tokens(shape, longest))
-    # bf16 where the processor is quicker with it, as every GPU is
+    # bf16 if it is faster than fp32, as on every GPU
     gflops = {} if device == "cuda" else measure_gflops(folder, cores[n:] or cores, row_tokens)
     dtype = max(gflops, key=gflops.get) if gflops else torch.bfloat16
-    host_free = psutil.virtual_memory().available / 2**30  # with the page cache, which is given up when asked for
+    host_free = psutil.virtual_memory().available / 2**30  # with the page cache, which the kernel can free
     free = torch.cuda.mem_get_info()[0] / 2**30 if device == "cuda" else host_free
     setting = memory.Setting(device, dtype.itemsize, config.lora_rank, longest, row_tokens, config.adapters)
     needed, host = with_cache(shape, setting, free, config.engine_memory)
@@ -80,7 +80,8 @@ def make_plan(config: Config, folder: Path) -> Plan:
 def with_cache(
     shape: PretrainedConfig, setting: memory.Setting, free: float, engine_memory: float
 ) -> tuple[memory.Sizes, memory.Sizes]:
-    """`memory.needs`, and of what is left the KV cache: a quarter on a CPU, at most 4 GiB; on a GPU nearly all."""
+    """`memory.needs` and the KV cache. That gets a quarter of the remaining memory on a CPU, at most 4 GiB; on a GPU
+    nearly all."""
     device, host = memory.needs(shape, setting)
     left = free - sum(device.values())
     if setting.device == "cpu":
@@ -93,7 +94,7 @@ def with_cache(
 def what_fits(
     shape: PretrainedConfig, setting: memory.Setting, engine_memory: float, free: float, host_free: float
 ) -> str:
-    """Options under which the model fits, for a message."""
+    """Options with which the model fits, for a message."""
     for rank in (0, 32) if not setting.lora_rank else (setting.lora_rank,):
         for tokens in [n for n in (setting.tokens, 8192, 4096, 2048, 1024) if n <= setting.tokens]:
             row_tokens = min(setting.row_tokens, memory.free_row_tokens(shape, tokens))
@@ -110,7 +111,7 @@ def what_fits(
 
 def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dtype, float]:
     """GFLOP/s of bf16 and fp32 on the trainer's cores, for the forward and backward pass of one of the model's MLP
-    products. Which of the two is faster, and by how much, differs from processor to processor (0.5x to 4x)."""
+    matrices. Which is faster, and by how much, depends on the processor (0.5x to 4x)."""
     c = AutoConfig.from_pretrained(folder).get_text_config()
     wide = memory.layer_numbers(c) // 10 - c.hidden_size
 
@@ -124,13 +125,13 @@ def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dt
             seconds.append(time.perf_counter() - began)
         return 6 * tokens * wide * c.hidden_size / min(seconds) / 1e9
 
-    # A thread of its own, as the trainer's will be: core binding and the OpenMP team belong to a thread.
+    # In a thread of its own, as the trainer's will be: core binding and OpenMP team belong to a thread.
     with ThreadPoolExecutor(1, "measure", bind_thread, (cores,)) as thread:
         return {dtype: thread.submit(once, dtype).result() for dtype in (torch.bfloat16, torch.float32)}
 
 
 def bind_thread(cores: list[int]) -> None:
-    """Keep this thread, and the OpenMP team it will start, on its cores and at a lower priority than serving."""
+    """Bind this thread, and the OpenMP team it will start, to these cores, at a lower priority than serving."""
     os.sched_setaffinity(0, cores)
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
     torch.set_num_threads(len(cores))
