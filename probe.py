@@ -18,12 +18,12 @@ TEXT = (
     "of high and low water for centuries: a harbour with two metres of water at noon may be a field of mud by six."
 )
 PROMPTS = ("What is a bridge?", "Tell me about bees.", "How do I boil an egg?", "Write a sentence about the sea.")
-ANSWER_TOKENS = 12  # of an answer to one of them; each costs a pass of the model
+ANSWER_TOKENS = 12  # at most, in an answer to a prompt; each costs a forward pass
 
 
 @dataclass
 class Probe:
-    """TEXT and PROMPTS as token ids, and how the first weights do on them."""
+    """TEXT and PROMPTS as token ids, and the results of the first weights on them."""
 
     ids: list[int]  # (L,)
     prompts: list[list[int]]
@@ -31,7 +31,7 @@ class Probe:
     first: dict[str, float]  # see `measure`
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """How a model does now. guard.Refused where log-probs are not finite: there is nothing to sample from then."""
+        """Metrics of a model on the probe. guard.Refused if log-probs are not finite: nothing can be sampled then."""
         return measure(model, self.ids, self.prompts, self.first_logps)
 
     def logps(self, model: PreTrainedModel) -> Tensor:
@@ -40,7 +40,7 @@ class Probe:
 
 
 def make_probe(first: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Probe:
-    """For the model that training begins from."""
+    """The probe, for the first weights."""
     ids = tokenizer(TEXT)["input_ids"]
     asked = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
@@ -56,13 +56,13 @@ def token_logps(policy: PreTrainedModel, ids: list[int]) -> Tensor:
 
 @torch.no_grad()
 def text_logps(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Log-probs of the whole vocabulary at each place of a text but the first. (L - 1, V)"""
+    """Log-probs of the whole vocabulary at each position of a text but the first. (L - 1, V)"""
     return model(torch.tensor([ids], device=model.device)).logits[0, :-1].float().log_softmax(-1)
 
 
 @torch.no_grad()
 def sample_answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
-    """One sampled answer to each prompt, at most ANSWER_TOKENS, with its stop token; the same for the same weights."""
+    """A sampled answer to each prompt, at most ANSWER_TOKENS with its stop token. Deterministic for given weights."""
     longest, training = max(map(len, prompts)), model.training
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)  # (B, P), padded left
     seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -80,9 +80,9 @@ def sample_answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[lis
 
 
 def measure(model: PreTrainedModel, ids: list[int], prompts: list[list[int]], first: Tensor) -> dict[str, float]:
-    """How a model does on a text and on prompts. `first` (L - 1, V): the first weights' `text_logps`.
+    """Metrics of a model on a text and on prompts. `first` (L - 1, V): the first weights' `text_logps`.
 
-    guard.Refused where log-probs are not finite: there is nothing to sample from then."""
+    guard.Refused if log-probs are not finite: nothing can be sampled then."""
     logps = text_logps(model, ids)
     if not logps.isfinite().all():
         raise guard.Refused("the log-probs of the probe are not finite")
