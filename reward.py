@@ -1,10 +1,10 @@
 """The judge: it scores an answer good / bad / neutral from the message that follows it, and extracts a hint.
 
 A model too small to follow instructions judges by a linear head on its frozen first weights, fitted at the start on
-replies/fit.jsonl (`HeadJudge`), and its hints are the user's own words. One that follows instructions is asked in chat,
-and writes a rule: chat_judge.py.
+replies/fit.jsonl (`HeadJudge`); the hints are the user's own words. A model that follows instructions is asked in chat,
+and writes a rule as the hint: chat_judge.py.
 
-How often it is right: python -m evaluation.judge_accuracy
+To measure the judge's accuracy: python -m evaluation.judge_accuracy
 """
 
 import asyncio
@@ -24,13 +24,13 @@ from clients.sessions import words_of
 from durable.atomic import replacing
 
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
-HEAD_CHARS = 400  # of the next state that the head reads
-MIN_HINT, MAX_HINT = 11, 300  # characters, of a hint
-MAX_PARTS = 5  # of a complaint that are tried as hints
+HEAD_CHARS = 400  # the part of the next state that the head reads
+MIN_HINT, MAX_HINT = 11, 300  # characters in a hint
+MAX_PARTS = 5  # how many parts of a complaint are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
-QUESTION = "Is the feedback positive, negative or neutral?"  # what a small model reads before the next message
+QUESTION = "Is the feedback positive, negative or neutral?"  # the head's prompt before the next message
 
-# What a judge too small to write a hint goes by: words that give orders to a judge, and wishes that contradict.
+# Filters for the user's own words as hints: orders to a judge, and pairs of opposite wishes.
 ORDERS = re.compile(
     r"\b(judges?|grad(e|er|ing)s?|votes?|voting|scor(e|ing)s?|rat(e|ing) (this|every|it|all)|rewards?|verdicts?|"
     r"evaluat\w+|instructions?|ignore|disregard|developer|override|classify)\b|"
@@ -47,11 +47,11 @@ LISTS = r"\b(as|in|with|(?<!don't )use|make|give) (\w+ ){0,2}(list|bullet|bold|t
 OPPOSITES = [(SHORT, LONG), (LONG, SHORT), (PLAIN, LISTS), (LISTS, PLAIN)]
 
 
-# ---- what a judge reads of a turn ----
+# ---- the text that a judge reads ----
 
 
 def cut(text: str, chars: int) -> str:
-    """At most about `chars` characters: the head and the tail, where requests, errors and verdicts stand."""
+    """At most about `chars` characters: the beginning and the end, where requests, errors and verdicts usually are."""
     if len(text) <= chars:
         return text
     tail = chars // 3
@@ -59,19 +59,19 @@ def cut(text: str, chars: int) -> str:
 
 
 def defuse(text: str) -> str:
-    """One line, without anything that a chat template or `evidence` uses as a delimiter.
+    """The text in one line, without anything that a chat template or `evidence` uses as a delimiter.
 
-    The delimiters are line starts, so a part that is a single line can't open or close one; a label or role that
-    is spelled out inside a line loses its colon. "<" before a letter or a sign could be a special token.
+    `evidence` delimits parts by labels at line starts, so a single line can't open or close one; a label inside the
+    line loses its colon. "<" before a letter or a sign could start a special token.
     """
-    text = " / ".join(filter(None, map(str.strip, text.splitlines())))  # a regex would be quadratic in its spaces
+    text = " / ".join(filter(None, map(str.strip, text.splitlines())))  # a regex would be quadratic in spaces
     text = re.sub(r"<(?=[A-Za-z/|!])|\[(?=/?INST|/?SYS)", "‹", text)
     return re.sub(r"(?i)\b(request|answer|user reply|tool output|vote|feedback)\s*[:：]", r"\1 -", text)
 
 
 def evidence(request: str, answer: str, next_messages: list[dict], chars: int, bare: bool = False) -> str:
-    """What the judge sees of a turn. The next state says most, so it gets `chars`, the other two parts a quarter each;
-    `bare` leaves them out."""
+    """The text of a turn for the judge. The next state matters most and gets `chars` characters. Request and answer get
+    a quarter of that each, or are left out if `bare`."""
     parts = [] if bare else [("Request", request, chars // 4), ("Answer", answer, chars // 4)]
     each = chars // max(1, len(next_messages))
     for message in next_messages:
@@ -80,7 +80,7 @@ def evidence(request: str, answer: str, next_messages: list[dict], chars: int, b
     return "\n".join(f"{name}: {cut(defuse(text), budget)}" for name, text, budget in parts)
 
 
-Scored = tuple[int, list[int], float]  # the score in {+1, 0, -1}, the single votes, how sure the judge is of it
+Scored = tuple[int, list[int], float]  # the score in {+1, 0, -1}, the votes, the judge's confidence
 
 
 # ---- the head: a judge for a small model ----
@@ -104,8 +104,8 @@ class Head:
 def features(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, next_messages: list[dict]
 ) -> Tensor:
-    """What the frozen first weights make of the next state: hidden states from the middle of the model and from two
-    thirds of its depth, at the last token and on average. (D,) fp32 on the CPU"""
+    """The head's features of a next state: the frozen first weights' hidden states at half and two thirds of the
+    model's depth, at the last token and averaged over all. (D,) fp32 on the CPU"""
     text = f"{QUESTION}\n\nRequest: {cut(defuse(request), HEAD_CHARS // 3)}\n"
     text += f"{evidence('', '', next_messages, HEAD_CHARS, bare=True)}\nFeedback:"
     ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
@@ -115,7 +115,7 @@ def features(
 
 
 def fit_head(x: Tensor, labels: Tensor, l2: float = 100.0) -> Head:
-    """x (N, D), labels (N,) in 0..2. The problem is convex: LBFGS finds its minimum in about a second."""
+    """Fit a head to x (N, D), labels (N,) in 0..2. The problem is convex: LBFGS finds its minimum in about a second."""
     mean, std = x.mean(0), x.std(0) + 1e-3
     z = (x - mean) / std
     weight, bias = torch.zeros(x.shape[1], 3, requires_grad=True), torch.zeros(3, requires_grad=True)
@@ -139,9 +139,9 @@ def labelled(name: str) -> list[dict]:
 def make_head(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: Path, stopping: threading.Event | None = None
 ) -> Head:
-    """The head for a model. Reading the labelled replies takes minutes on one core, so their features are kept in
-    `kept`, whose name should tell the model, under a hash of the replies and of how they are read. InterruptedError
-    where `stopping` is set meanwhile."""
+    """The head for a model. Computing the features of the labelled replies takes minutes on one core, so they are
+    cached in a file. Its name is that of `kept`, which should identify the model, and a hash of the replies and the
+    prompt. InterruptedError if `stopping` is set meanwhile."""
     rows = labelled("fit")
     source = (REPLIES / "fit.jsonl").read_bytes() + f"{QUESTION} {HEAD_CHARS} 1".encode()
     kept = kept.with_name(f"{kept.name}-{hashlib.sha256(source).hexdigest()[:16]}.pt")
@@ -152,7 +152,7 @@ def make_head(
         read = []
         for row in rows:
             if stopping and stopping.is_set():
-                raise InterruptedError("the program stops")
+                raise InterruptedError("the program is stopping")
             read.append(features(model, tokenizer, row["request"], row["next"]))
         x = torch.stack(read)  # (N, D)
         with replacing(kept) as part:
@@ -163,7 +163,7 @@ def make_head(
 def head_verdict(
     head: Head, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, next_messages: list[dict]
 ) -> Scored:
-    """The likeliest score, as the one vote, and its probability."""
+    """The most likely score, the same as the only vote, and its probability."""
     p = head.probabilities(features(model, tokenizer, request, next_messages))
     score = list(VOTES.values())[int(p.argmax())]
     return score, [score], p.max().item()
@@ -171,9 +171,9 @@ def head_verdict(
 
 @dataclass
 class HeadJudge:
-    """The judge that a small model has: a head on its frozen first weights, and the user's own words as hints.
+    """The judge for a small model: a head on its frozen first weights, and the user's own words as hints.
 
-    `fitting`: the head, as soon as it is fitted. `threads`: where the model runs, next to serving and training."""
+    `fitting`: the head, when it is fitted. `threads`: these run the model, while the program serves and trains."""
 
     fitting: Future[Head]
     model: PreTrainedModel
@@ -194,11 +194,11 @@ class HeadJudge:
 
 
 def own_words(request: str, next_messages: list[dict]) -> list[str]:
-    """Candidate hints where the judge is too small to write one: the user's whole complaint, and its parts.
+    """Candidate hints if the judge is too small to write one: the user's whole complaint, and its parts.
 
-    "No, much too long. Redo it as one short sentence." replies to an answer; "Redo it as one short sentence." could
-    have been said before it. `distill.teach` takes the one that works best. [] for a tool's output, for
-    words that give orders to a judge, and for a wish that the request contradicts.
+    "No, much too long. Redo it as one short sentence." replies to an answer, but its part "Redo it as one short
+    sentence." could have been said before it. `distill.teach` uses the one with the most effect. [] for a tool's
+    output, for orders to a judge, and for a wish that contradicts the request.
     """
     if next_messages[-1].get("role") != "user":
         return []
