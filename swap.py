@@ -1,6 +1,6 @@
-"""The engine and its weights: start vLLM in our program, push new weights into it while it serves, prove they arrived.
+"""The engine and its weights: start vLLM in our program, push new weights while it serves, prove that they arrived.
 
-This file and server.py are the only ones that know vLLM's insides; what is relied on is said at its place (0.32.0).
+Only this file and server.py know vLLM's internals. "Relied on" says which ones (0.32.0).
 """
 
 import asyncio
@@ -32,8 +32,9 @@ from durable.model import tool_parser_of
 from machine import memory
 from machine.plan import Plan
 
-# Read by vLLM when it is imported, here and in its processes; what a person has set stays. At WARNING it says "Failed
-# to load weights" after every push, of the rotary embedding, which has none, and of a tied head; `push` looks itself.
+# vLLM reads these when it is imported, here and in its processes; values that the user has set stay. At WARNING it logs
+# "Failed to load weights" after every push, for a tied head and for the rotary embedding, which has none.
+# `receive_weights` checks that itself.
 for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items():
     os.environ.setdefault(name, value)
 
@@ -41,18 +42,18 @@ PR_SET_PDEATHSIG = 1
 
 if multiprocessing.current_process().name != "MainProcess":
     # vLLM's spawned processes import this file too (through run.py as their main module, or for the worker extension
-    # below). Without this, `VLLM::EngineCore` and `VLLM::Worker` live on as orphans when we are killed hard.
+    # below). Without this, `VLLM::EngineCore` and `VLLM::Worker` live on as orphans if we are killed with -9.
     # multiprocessing.parent_process() would not do: it is still None while a child imports its main module.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine under a running step
+    os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
 
 
 class PushError(RuntimeError):
-    """The engine did not take the weights it was sent; it must be given the ones before them again (`give_back`)."""
+    """The engine did not load the weights it was sent. It must be given the previous ones again (`give_back`)."""
 
 
 class EngineDied(RuntimeError):
-    """One of vLLM's processes is gone or broken; nothing can be served any more."""
+    """One of vLLM's processes has died or is broken; nothing can be served any more."""
 
 
 # ---- in vLLM's worker process ----
@@ -62,10 +63,10 @@ class WeightReceiver:
     """Methods that vLLM mixes into its worker class (`worker_extension_cls`); `self` is the worker."""
 
     def receive_weights(self, message: bytes) -> list[str]:
-        """Load tensors sent by `push`, return the names of the engine's parameters that were NOT loaded.
+        """Load the tensors that `load_all` sent. Returns the names of the engine's parameters that were NOT loaded.
 
         Relied on: layerwise reload runs each layer's own processing again (the CPU backend re-packs every matrix)
-        and copies results into the storages that CUDA graphs hold.
+        and copies the results into the storage that CUDA graphs use.
         """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -82,17 +83,17 @@ class WeightReceiver:
             finalize_layerwise_reload(model, self.vllm_config.model_config)
             head = getattr(model, "lm_head", None)
             if self.device.type == "cpu" and self.vllm_config.model_config.hf_config.tie_word_embeddings:
-                # The reload sees a tied head's matrix as the embedding's and leaves the head's own packed copy old:
-                # mean |dlogp| 4.2 against 0.03 in a fresh engine.
+                # The reload takes a tied head's matrix for the embedding's and doesn't update the head's own packed
+                # copy: mean |dlogp| 4.2, against 0.03 in a fresh engine.
                 dispatch_cpu_unquantized_gemm(head, remove_weight=False)
         return sorted(expected - loaded)
 
     def receive_adapter(self, message: bytes, adapter_id: int) -> list[str]:
-        """Take an adapter sent by `add_adapter`; requests ask for it by its id. Returns the layers that the engine does
-        not have: vLLM would leave them out without a word.
+        """Load an adapter that `add_adapter` sent; requests name it by its id. Returns the adapter's layers that the
+        engine does not have: vLLM would silently ignore them.
 
-        Relied on: the manager behind vLLM's own add_lora, which would read the tensors from a folder. It looks for that
-        folder only where an adapter is asked for that it doesn't hold."""
+        Relied on: the manager behind vLLM's own add_lora, which would read the tensors from a folder. It reads that
+        folder only if a request names an adapter that it doesn't have."""
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.peft_helper import PEFTHelper
 
@@ -109,12 +110,12 @@ class WeightReceiver:
             dtype=self.vllm_config.lora_config.lora_dtype,
             weights_mapper=mapper and mapper.get_rename_mapper(),
         )
-        manager.add_adapter(adapter)  # which merges q, k and v
+        manager.add_adapter(adapter)  # this merges q, k and v
         return sorted(adapter.loras.keys() - manager.modules.keys())
 
 
 def open_shared(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs from what `share_weights` made; tensors share memory with the sender."""
+    """(name, tensor) pairs from a message of `share_weights`. The tensors share memory with the sender."""
     kind, *rest = pickle.loads(message)
     if kind == "cuda":
         for name, (rebuild, arguments) in rest[0].items():
@@ -130,7 +131,8 @@ def open_shared(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def share_weights(weights: dict[str, torch.Tensor], path: str) -> bytes:
-    """Put weights where the worker can reach them: CUDA IPC handles, or one flat file in shared memory at `path`."""
+    """Share weights with the worker, by CUDA IPC handles or by one flat file in shared memory at `path`. Returns a
+    message for `open_shared`."""
     if next(iter(weights.values())).is_cuda:
         from torch.multiprocessing.reductions import reduce_tensor
 
@@ -138,10 +140,10 @@ def share_weights(weights: dict[str, torch.Tensor], path: str) -> bytes:
         return pickle.dumps(("cuda", {name: reduce_tensor(w.detach()) for name, w in weights.items()}))
     layout, end = {}, 0
     for name, w in weights.items():
-        start = -(-end // 64) * 64  # 64-byte lines, so that any dtype can be viewed in place
+        start = -(-end // 64) * 64  # aligned to 64 bytes, so that any dtype can be viewed in place
         end = start + w.numel() * w.element_size()
         layout[name] = (start, end, w.dtype, tuple(w.shape))
-    with open(path, "r+b") as file:  # from_file would crash where it is full (a container's /dev/shm has 64 MiB)
+    with open(path, "r+b") as file:  # from_file would crash if /dev/shm is full (a container's has 64 MiB)
         os.posix_fallocate(file.fileno(), 0, end)
     flat = torch.from_file(path, shared=True, size=end, dtype=torch.uint8)
     for name, w in weights.items():
@@ -150,19 +152,19 @@ def share_weights(weights: dict[str, torch.Tensor], path: str) -> bytes:
     return pickle.dumps(("file", path, end, layout))
 
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves space for
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank can have
 
 
 def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     """vLLM's own `vllm serve` arguments for the model in `folder`, which is trained while it serves."""
-    # They would lock our own judge out, and open endpoints that change the weights to any user's key.
+    # These would lock out our own judge, and let any user's key reach endpoints that change the weights.
     for name in ("VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         os.environ.pop(name, None)
 
     from vllm.renderers import chat_utils
 
-    # OpenClaw sends a tool call's id back as its letters and digits alone, so it gets none else ("chatcmpl-tool-...").
-    # Before all other imports of vLLM: its parsers import this function by name.
+    # OpenClaw sends back only the letters and digits of a tool call's id, so vLLM's "chatcmpl-tool-..." won't do.
+    # This must come before all other imports of vLLM: its parsers import this function by name.
     make_id = chat_utils.make_tool_call_id
     chat_utils.make_tool_call_id = lambda *a, **k: make_id(*a, **k).replace("chatcmpl-tool-", "call")
 
@@ -177,12 +179,12 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
         "max-model-len": str(config.max_model_len),
         "max-num-seqs": str(config.max_seqs),
         "seed": str(config.seed),
-        # The recorded log-prob is that of the distribution sampled from, and by default that is the plain policy:
-        # a model's own generation_config would slip a top_p in.
+        # Recorded log-probs are those of the distribution sampled from. By default that must be the plain policy, but a
+        # model's own generation_config may set a top_p.
         "logprobs-mode": "processed_logprobs",
         "generation-config": "vllm",
         "worker-extension-cls": "swap.WeightReceiver",
-        "sse-keep-alive-interval": "10",  # seconds: no client takes a swap, or a queue, for a dead server
+        "sse-keep-alive-interval": "10",  # seconds, so that no client times out during a swap or in the queue
     }
     if tool_parser:
         flags |= {"tool-call-parser": tool_parser}
@@ -194,7 +196,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
         flags |= {"max-lora-rank": str(min(rank for rank in LORA_RANKS if rank >= config.lora_rank))}
         flags |= {"max-loras": str(memory.in_a_batch(config.adapters))}
         flags |= {"max-cpu-loras": "1000"}  # `remove_unused` makes space
-        # With the head among them, a request for prompt_logprobs next to others kills vLLM 0.32.0's CPU engine.
+        # All but the head: with it, a request for prompt_logprobs next to others kills vLLM 0.32.0's CPU engine.
         layers = {
             name.rpartition(".")[2]
             for name in lora.adapted_layers(lora.without_weights(AutoConfig.from_pretrained(folder)))
@@ -203,7 +205,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     if plan.device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.engine_cores))
         flags |= {"kv-cache-memory-bytes": str(int(plan.engine * 2**30))}
-        switches += ["--enforce-eager"]  # compiling costs 95 s at start and gains 10 % on a small model
+        switches += ["--enforce-eager"]  # compiling takes 95 s at the start and gains 10 % on a small model
     else:
         flags |= {"gpu-memory-utilization": str(plan.engine * 2**30 / torch.cuda.mem_get_info()[1])}
     parser = make_arg_parser(FlexibleArgumentParser())
@@ -213,7 +215,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
 def start_engine(args: Namespace) -> Any:
     """An AsyncLLM in this program (its core and its worker are child processes). Call from a running event loop.
 
-    UsageError where vLLM finds fault with an option, such as a context longer than the model's."""
+    UsageError if vLLM rejects an option, such as a context longer than the model's."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -224,31 +226,31 @@ def start_engine(args: Namespace) -> Any:
 
 
 def stop_engine(engine: Any) -> None:
-    """End its processes, within seconds. A second call does nothing: vLLM makes one when Python ends, which would print
-    a traceback, since the modules it needs are gone by then."""
+    """End the engine's processes, within seconds. vLLM shuts down a second time when Python exits. That is turned off
+    here: it would print a traceback, since modules it needs are unloaded by then."""
     engine.shutdown(2)
     engine.shutdown = lambda timeout=None: None
 
 
 async def watch(engine: Any, died: asyncio.Event) -> None:
-    """Set `died` when a process of the engine is gone, and from then on let no call wait for its answer.
+    """Set `died` when a process of the engine has died, and from then on fail all calls that wait for its reply.
 
-    Relied on: AsyncLLM.errored, which vLLM's own launcher watches too; that calls like collective_rpc wait for a
-    future in `utility_results`, which vLLM leaves there when the engine dies.
+    Relied on: AsyncLLM.errored, which vLLM's own launcher watches too; calls like collective_rpc wait for a future in
+    `utility_results`, which vLLM never resolves if the engine dies.
     """
     while True:
         if engine.errored:
             died.set()
             for future in list(engine.engine_core.utility_results.values()):
                 if not future.done():
-                    future.set_exception(EngineDied("a process of the engine is gone"))
+                    future.set_exception(EngineDied("a process of the engine has died"))
         await asyncio.sleep(1)
 
 
 # ---- new weights: running requests pause while all of them are replaced ----
 
 
-swapping = asyncio.Lock()  # held while the engine's weights are replaced: a stop waits for the end
+swapping = asyncio.Lock()  # held while the engine's weights are replaced; a stop of the program waits for it
 loads = 0  # how often they were replaced
 
 Weights = dict[str, torch.Tensor]  # by name
@@ -256,33 +258,33 @@ Weights = dict[str, torch.Tensor]  # by name
 
 @dataclass(eq=False)
 class Version:
-    """Weights that the engine answers with: all of them, or an adapter."""
+    """Weights that the engine answers with: the whole model's, or an adapter."""
 
     step: int | None  # None: not proved yet, or unknown
     request: Any = None  # an adapter's LoRARequest, which `generate` takes
     running: int = 0  # requests that use this adapter
 
 
-# What new requests get, by owner of the weights. An owner who is missing here may have an adapter on the disk.
+# The version that new requests get, by owner of the weights. An owner missing here may have an adapter on disk.
 newest: dict[str, Version] = {"": Version(0)}
 
 
 @asynccontextmanager
 async def shared(weights: Weights) -> AsyncIterator[bytes]:
-    """The message by which the worker finds the weights in shared memory, which lasts as long as this."""
-    with tempfile.TemporaryFile(dir="/dev/shm") as file:  # without a name: nothing is left there by kill -9
+    """Share weights with the worker while the block runs. Yields the message for it."""
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:  # it has no name, so kill -9 leaves nothing behind
         yield await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 async def load(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
-    """Serve these weights from here on, without a proof. `owner`: whose adapter it is."""
+    """Serve these weights without a proof. `owner`: whose adapter it is."""
     version, _ = await send(engine, weights, step)
     await make_newest(engine, owner, version)
 
 
 async def send(engine: Any, weights: Weights, step: int) -> tuple[Version, tuple[float, float]]:
-    """Give the engine new weights. Also returns when the pause of running requests began and ended (time.time()): an
-    adapter, which no request uses yet, needs none."""
+    """Give the engine new weights. Also returns when the pause of running requests began and ended (time.time()). An
+    adapter needs no pause, as no request uses it yet."""
     if engine.vllm_config.lora_config:
         return await add_adapter(engine, weights, step), (time.time(), time.time())
     return Version(step), await load_all(engine, weights, step)
@@ -309,7 +311,7 @@ async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, flo
 # ---- adapters: nothing pauses, since a request keeps the version that it began with ----
 
 
-adapter_numbers = itertools.count(1)  # a repeated step gets a new one: the prefix cache tells adapters by their names
+adapter_numbers = itertools.count(1)  # a repeated step gets a new one: the prefix cache identifies adapters by name
 
 
 async def add_adapter(engine: Any, weights: Weights, step: int) -> Version:
@@ -327,14 +329,14 @@ async def add_adapter(engine: Any, weights: Weights, step: int) -> Version:
 
 
 async def make_newest(engine: Any, owner: str, version: Version) -> None:
-    """New requests of this owner get this adapter, or the first weights, from here on."""
+    """Serve this version to new requests of this owner. The previous one is removed when no request uses it."""
     before, newest[owner] = newest.get(owner), version
     if before:
         await remove_unused(engine, before)
 
 
 async def evict(engine: Any, owner: str) -> None:
-    """Remove an owner's adapter from the engine. It stays on the disk."""
+    """Remove an owner's adapter from the engine. It stays on disk."""
     if before := newest.pop(owner, None):
         await remove_unused(engine, before)
 
@@ -353,8 +355,8 @@ def generate(engine: Any, owner: str, *args: Any, lora_request: Any = None, **kw
     """The engine's outputs for a request. With LoRA it gets its owner's newest adapter, unless the first weights are
     asked for.
 
-    Relied on: `lora_request` is what stands in vLLM's list under the model's name in the request, and only the first
-    weights are in that list."""
+    Relied on: vLLM looks up the request's model name in its list of adapters and passes the entry as `lora_request`.
+    Only the first weights are in that list."""
     if engine.vllm_config.lora_config:
         return adapted(engine, Version(0) if lora_request else newest[owner], *args, **kwargs)
     return engine.generate(*args, **kwargs)
@@ -374,19 +376,19 @@ async def adapted(engine: Any, version: Version, *args: Any, **kwargs: Any) -> A
         await remove_unused(engine, version)
 
 
-FIRST_WEIGHTS = "@base"  # added to the model's name: asks for the weights that training began from
+FIRST_WEIGHTS = "@base"  # appended to the model's name, it selects the first weights
 
 
 def first_weights_request(name: str) -> Any:
-    """What stands in vLLM's list of adapters for the name by which clients ask for the first weights."""
+    """The entry in vLLM's list of adapters that lets clients ask for the first weights by name."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name + FIRST_WEIGHTS, 1, "none")
 
 
 async def greedy(engine: Any, owner: str, ids: list[int], most: int, first_weights: bool = False) -> list[int]:
-    """The likeliest answer to a prompt, at most `most` tokens, by the owner's newest weights. `first_weights`: by those
-    instead, where there are adapters."""
+    """The greedy answer to a prompt, at most `most` tokens, by the owner's newest weights. `first_weights`: by those
+    instead (only with LoRA)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -400,18 +402,18 @@ async def greedy(engine: Any, owner: str, ids: list[int], most: int, first_weigh
 
 
 def salted(prompt: dict, user: str) -> dict:
-    """The prompt, kept apart in vLLM's prefix cache from those that came before the last swap, and from other users':
-    how soon an answer comes would tell what they asked.
+    """The prompt with a salt, so that it shares vLLM's prefix cache neither with prompts from before the last swap nor
+    with other users': the time to the first token would reveal what they asked.
 
-    `reset_prefix_cache` does nothing as long as any request runs (it logs a warning and returns False), so on a busy
-    server new answers would keep reading the keys and values of old weights: mean |dlogp| 0.67 on a tiny model.
+    `reset_prefix_cache` does nothing while any request runs (it logs a warning and returns False), so on a busy server
+    new answers would keep using the KV cache of old weights: mean |dlogp| 0.67 on a tiny model.
     """
     return {**prompt, "cache_salt": json.dumps([loads, user, prompt.get("cache_salt")])}
 
 
 def usable_seed(engine: Any, seed: int | None) -> int | None:
-    """A request's seed, None on a CPU: when vLLM 0.32.0 prefills a seeded request there in more than one piece, the
-    engine dies ("CPU Generator does not use offset"). OpenAI promises best effort only."""
+    """A request's seed, or None on a CPU: there, vLLM 0.32.0's engine dies if it prefills a seeded request in more than
+    one chunk ("CPU Generator does not use offset"). OpenAI's API promises best effort only."""
     return None if engine.vllm_config.device_config.device_type == "cpu" else seed
 
 
@@ -435,13 +437,13 @@ MAX_GAP = 0.15  # mean |dlogp|; rounding makes it 0.04 to 0.06 for a model of 13
 async def push(
     engine: Any, weights: Weights, step: int, probe: tuple[list[int], torch.Tensor], owner: str = ""
 ) -> tuple[float, tuple[float, float]]:
-    """Serve new weights and prove it: returns mean |dlogp| between engine and trainer on the probe, and the pause as
-    `send` gives it.
+    """Serve new weights and prove it. Returns the mean |dlogp| between engine and trainer on the probe, and the pause
+    as `send` does.
 
     `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,) under the new weights. PushError if a
-    tensor was not loaded, shared memory is full, or the probe disagrees by more than MAX_GAP. An adapter is served only
-    after the proof. All weights are served before it, so `give_back` must follow an error, and a few tokens may come
-    from bad weights: their turns carry the version.
+    tensor was not loaded, shared memory is full, or engine and trainer differ by more than MAX_GAP. An adapter is
+    served only after the proof. Without LoRA the new weights are served before it: `give_back` must follow an error,
+    and a few tokens may come from bad weights. Their turns record that version.
     """
     (ids, expected), version = probe, None
     try:
@@ -460,7 +462,7 @@ async def push(
 async def give_back(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
     """After a push that failed, or a step that failed after its push: serve the weights of `step` again.
 
-    EngineDied if the engine does not take them: nobody knows then what it would serve."""
+    EngineDied if the engine does not load them: it is unknown then what it would serve."""
     try:
         await load(engine, weights, step, owner)
     except Exception as e:  # a reload that failed inside the worker can't be started again there
