@@ -1,8 +1,8 @@
-"""The weights in training: fp32 masters, Adam, one step on a batch, and the way back.
+"""Training: fp32 masters, Adam, one step on a batch, snapshot and restore, checkpoints.
 
-The served weights and those that the trainer computes with have the same bf16 values. fp32 masters collect updates that
-are too small for bf16, and `dithered` rounds them so that each update is served in full, on average. With LoRA all this
-is about the adapter alone: what does not require a gradient has no master.
+The served weights and those that the trainer computes with have the same bf16 values. fp32 masters accumulate updates
+that are too small for bf16, and `dithered` rounds them so that each update is served in full, on average. With LoRA
+only the adapter has masters and is trained.
 """
 
 import math
@@ -31,25 +31,25 @@ ROLL_BACK = "; python -m durable.admin rollback goes back to an earlier checkpoi
 
 
 class Stopped(Exception):
-    """The program stops: the step was left between two rows, and no weight has changed."""
+    """The program is stopping. The step was abandoned between two rows, and no weight has changed."""
 
 
 @dataclass
 class State:
-    """Everything that training changes, and what it is compared with."""
+    """Everything that training changes, and the frozen first weights that it is compared with."""
 
     tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
-    policy: PreTrainedModel  # what is served and what is trained through: bf16 values, whatever dtype holds them
+    policy: PreTrainedModel  # in training; its values are those served, bf16 in whatever dtype
     start: PreTrainedModel  # the frozen first weights: for the KL, the teacher, and a small model's judge
     firsts: list[Tensor]  # the masters before the first step
     masters: list[Tensor]  # fp32, in the order of `trained`
     adam: torch.optim.Adam
     probe: Probe
-    probed: dict[str, float]  # of `probe`, for the weights that are served
+    probed: dict[str, float]  # `probe.measure` of the weights that are served
     packs: bool  # may samples share a row? See machine/arithmetic.py
     lora_rank: int  # 0: full training
     kept: list[Tensor] = field(default_factory=list)  # the last `snapshot` of `mutable`, on the CPU
-    owner: str = ""  # the user whose adapter it is; "": all share it
+    owner: str = ""  # the user whose adapter it is; "": shared
     step: int = 0
     baselines: dict[str, float] = field(default_factory=dict)  # running mean reward, see grpo.baseline_key
     stopping: threading.Event = field(default_factory=threading.Event)  # set by the event loop, read between rows
@@ -57,11 +57,11 @@ class State:
 
 @dataclass
 class Lesson:
-    """A judged answer and what there is to learn from it."""
+    """A judged answer, its advantage and its hints."""
 
     turn: Turn
     adv: float
-    hinted: list[list[int]]  # a prompt for each candidate hint
+    hinted: list[list[int]]  # the prompt with each candidate hint
 
 
 # ---- one step ----
@@ -70,7 +70,7 @@ class Lesson:
 def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str, float]:
     """One step of Adam on a batch, row by row. Returns the step's metrics, per response token unless named otherwise.
 
-    guard.Refused where the batch's numbers mean nothing, Stopped where `state.stopping` is set: masters are unchanged.
+    guard.Refused from `guard.check_batch`, Stopped if `state.stopping` is set. Either leaves the masters unchanged.
     """
     turns = [lesson.turn for lesson in lessons]
     n, sums = sum(len(t.response_ids) for t in turns), Counter[str]()
@@ -91,16 +91,17 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
             raise Stopped
         # A long row recomputes its activations in the backward pass: less memory, a third more time.
         long = row["ids"].numel() > config.row_tokens
-        if long and not state.policy.is_gradient_checkpointing:  # each call adds a hook where there is an adapter
+        if long and not state.policy.is_gradient_checkpointing:  # with an adapter, each call would add a hook
             state.policy.gradient_checkpointing_enable({"use_reentrant": False})
         elif not long and state.policy.is_gradient_checkpointing:
             state.policy.gradient_checkpointing_disable()
         loss, found = row_loss(config, state, row, lessons)
-        # The mean over answers of the mean over an answer's tokens: in a mean over all tokens long answers would count
-        # for more. A gradient through logits / T is 1 / T as large: without this factor a cold turn would dominate.
+        # The mean over answers of the mean over an answer's tokens: with a mean over all tokens, long answers would
+        # count more. A gradient through logits / T is 1 / T as large: without the factor T, a turn sampled at a low
+        # temperature would dominate.
         (loss * per_token[row["sample"]] * row["temperature"]).sum().backward()
         accumulate_grads(state)
-        found["dlogp_max"] = max(0.0, found["dlogp_max"] - sums["dlogp_max"])  # `update` adds
+        found["dlogp_max"] = max(0.0, found["dlogp_max"] - sums["dlogp_max"])  # a maximum: `sums.update` adds
         sums.update(found)
     norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
     n_sampled = max(1, sum(len(t.response_ids) for t in turns if not t.no_rl))
@@ -122,8 +123,8 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
 
 
 def row_limits(config: Config, state: State) -> tuple[int, int]:
-    """Most tokens of a packed row, and of a tree with branches. Memory is planned for a sample as long as the tree. Its
-    mask replaces the model's own, which may have a window."""
+    """The most tokens in a packed row, and in a tree with branches. Memory is planned for a sample as long as such a
+    tree. A tree's mask replaces the model's own mask, so the tree must fit the model's attention window."""
     if not state.packs:
         return 1, 0
     shape = state.policy.config.get_text_config()
@@ -135,18 +136,18 @@ def row_limits(config: Config, state: State) -> tuple[int, int]:
 def row_loss(
     config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
 ) -> tuple[Tensor, dict[str, float]]:
-    """L = w_rl L_rl + w_opd L_opd + kl L_kl per response token (N,), and sums over those tokens for the metrics."""
+    """L = w_rl L_rl + w_opd L_opd + kl L_kl per response token (N,), and its sums over them for the metrics."""
     hinted = any(lessons[i].hinted for i in row["sample"].unique().tolist())
     clip, temperature = (config.clip_low, config.clip_high), row["temperature"]
     head, start_head = (m.get_output_embeddings().weight for m in (state.policy, state.start))  # (V, D)
     hidden, ids = grpo.response_hidden(state.policy, row), row["target"][:, None]  # (N, D), (N, 1)
     if hinted:
-        # First the sampled token, for L_rl and L_kl, then the tokens of L_opd: with opd_k = 0 the sampled one again.
+        # First the sampled token, for L_rl, then the tokens for L_opd: with opd_k = 0, the sampled one again.
         likely = distill.top_k(hidden.detach(), head, config.opd_k) if config.opd_k else ids  # (N, K)
         ids = torch.cat([ids, likely], 1)  # (N, 1 + K)
     logps = grpo.token_logps(hidden, head, ids, temperature)  # (N, 1 or 1 + K)
     logp = logps[:, 0]
-    # NaN marks the tokens of turns that learn from their hint alone: for them rho is 1 and the advantage 0.
+    # NaN marks the tokens of turns that are trained on their hint only: for them rho is 1 and the advantage 0.
     old_logp = torch.where(row["old_logp"].isnan(), logp.detach(), row["old_logp"])  # (N,)
     loss = config.w_rl * grpo.ppo_clip_loss(logp, old_logp, row["adv"], *clip, config.dual_clip)  # (N,)
     log_ratio = logp.detach() - old_logp  # (N,)
@@ -167,7 +168,7 @@ def row_loss(
         teacher, hint_mask = distill.teach(teacher_head, row, ids[:, 1:], candidates, plain)  # (N, K), (N,)
         if config.opd_k:
             opd = distill.top_k_loss(logps[:, 1:], student, teacher, config.opd_clip, *clip)  # (N,)
-        else:  # the paper's first form: an advantage for the sampled token
+        else:  # the paper's first version: an advantage for the sampled token
             adv = distill.advantage(student, teacher, config.opd_clip).squeeze(-1)  # (N,)
             opd = grpo.ppo_clip_loss(logp, old_logp, adv, *clip, config.dual_clip)  # (N,)
         loss = loss + config.w_opd * hint_mask * opd
@@ -183,8 +184,9 @@ def row_loss(
 def read(
     config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
 ) -> tuple[Tensor, dict[int, list[Tensor]]]:
-    """The passes without a gradient: the start's hidden states in the row (N, D), and by sample the teacher's in its
-    answer with each hint (T, D). A turn and its hinted prompts share all up to the hint, so they are one tree."""
+    """The forward passes without a gradient: the hidden states of the first weights in the row (N, D), and by sample
+    the teacher's in its answer with each hint (T, D). A turn and its hinted prompts share a prefix up to the hint, so
+    they can be one tree."""
     members = row["sample"].unique_consecutive().tolist()
     plain = [(i, lessons[i].turn.prompt_ids) for i in members]
     hinted = [(i, prompt) for i in members for prompt in lessons[i].hinted]
@@ -204,33 +206,33 @@ def read(
 
 
 def accumulate_grads(state: State) -> None:
-    """After a row's backward pass: add its bf16 gradients to the masters' fp32 ones, since bf16 is too coarse for sums
-    over many rows. fp32 gradients are there already: see `load_state`."""
+    """After a row's backward pass: add its bf16 gradients to the masters' fp32 gradients, since bf16 is too coarse for
+    sums over many rows. fp32 gradients need no copy: see `optimizer`."""
     for p, master in zip(trained(state.policy).values(), state.masters, strict=True):
         if p.grad is not master.grad:
             master.grad.add_(p.grad)
             p.grad = None
 
 
-# ---- from the masters to what is served ----
+# ---- from the masters to the served weights ----
 
 
 def trained(policy: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors that training changes, by name: all of them, or those of the adapter."""
+    """The tensors that training changes, by name: all of the model's, or the adapter's."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-CHUNK = 1 << 18  # weights that `dithered` rounds at a time: their random numbers stay in the processor's cache
+CHUNK = 1 << 18  # weights that `dithered` rounds at a time: their random bits fit the processor's cache
 
 
 @torch.no_grad()
 def dithered(master: Tensor, number: int) -> Tensor:
-    """Round a master to bf16 by adding 16 random low bits and cutting them off. Any shape, fp32 -> bf16.
+    """Round a master to bf16: add 16 random bits to the low bits, then truncate. Any shape, fp32 -> bf16.
 
-    Rounding to the nearest value would serve 2 to 8 % of the first updates at lr 1e-5 and the rest later in a lump,
-    since masters start on bf16 values and a weight would move only after half a bf16 step. Dithering is unbiased, and
-    it leaves values that bf16 can hold as they are. The random bits are a hash of the weight's place in the tensor and
-    of the tensor's `number`: the same masters give the same values at each push, after a restart, and on each device.
+    Rounding to the nearest value would serve only 2 to 8 % of the first updates at lr 1e-5, and the rest later all at
+    once: masters start on bf16 values, and a weight would move only after half a bf16 step. Dithering is unbiased, and
+    it keeps values that bf16 can represent. The random bits are a hash of the weight's index in the tensor and of the
+    tensor's `number`: the same masters give the same values at each push, after a restart, and on every device.
     """
     flat = master.detach().contiguous().view(-1)
     out = torch.empty_like(flat, dtype=torch.bfloat16)
@@ -238,7 +240,7 @@ def dithered(master: Tensor, number: int) -> Tensor:
         bits = flat[at : at + CHUNK].view(torch.int32)
         noise = torch.arange(at, at + len(bits), dtype=torch.int32, device=flat.device)
         noise.bitwise_xor_(number * 0x9E3779B1 & 0x7FFFFFFF)
-        noise.bitwise_xor_(noise >> 16).mul_(0x7FEB352D)  # int32 products wrap around, on each device alike
+        noise.bitwise_xor_(noise >> 16).mul_(0x7FEB352D)  # int32 products wrap around in the same way on every device
         noise.bitwise_xor_(noise >> 15).mul_(0x297A2D39)
         noise = (noise >> 16).bitwise_and_(0xFFFF)
         out[at : at + CHUNK] = (bits + noise).bitwise_and_(-0x10000).view(torch.float32)
@@ -247,14 +249,14 @@ def dithered(master: Tensor, number: int) -> Tensor:
 
 @torch.no_grad()
 def sync_bf16(masters: Iterable[Tensor], policy: PreTrainedModel) -> None:
-    """Round the masters to the bf16 values that are served, and compute with those from here on."""
+    """Round the masters to the bf16 values that are served, and put them into the policy."""
     for k, (master, p) in enumerate(zip(masters, trained(policy).values(), strict=True)):
         p.copy_(dithered(master, k))
 
 
 def served_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
-    """The policy's tensors by name in bf16, as the engine takes them. Exact: they hold bf16 values. Not copies where
-    the policy is in bf16."""
+    """The policy's tensors by name, in bf16 for the engine. This is exact, as they hold bf16 values. They are not
+    copies if the policy is in bf16."""
     return {name: p.detach().to(torch.bfloat16) for name, p in trained(policy).items()}
 
 
@@ -262,19 +264,19 @@ def served_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def mutable(state: State) -> list[Tensor]:
-    """All that a step changes: masters, and Adam's two moments and count of each."""
+    """All that a step changes: the masters, and for each Adam's two moments and step count."""
     return [*state.masters, *[t for m in state.masters for t in state.adam.state[m].values()]]
 
 
 def snapshot(state: State) -> None:
-    """Keep a copy of what a step changes: `restore` goes back to it, and `save` writes it."""
+    """Copy everything that a step changes. `restore` returns to this copy, and `save` writes it."""
     if not state.kept:
         state.kept = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in mutable(state)]
     copy_tensors(mutable(state), state.kept)
 
 
 def restore(state: State) -> None:
-    """Go back to the last snapshot."""
+    """Return to the last snapshot."""
     copy_tensors(state.kept, mutable(state))
     for p, master in zip(trained(state.policy).values(), state.masters, strict=True):
         if p.grad is not master.grad:  # left by a row that ran out of memory
@@ -295,14 +297,14 @@ def snapshot_weights(state: State) -> dict[str, Tensor]:
 
 
 def save(state: State, folder: Path) -> None:
-    """Write the last snapshot: a Hugging Face folder, or peft's own for an adapter, with the trainer's state in
+    """Write the last snapshot: a Hugging Face folder, or peft's format for an adapter, with the trainer's state in
     trainer.pt."""
     if state.lora_rank:
         lora.write(snapshot_weights(state), folder, state.start.name_or_path)
     else:
         state.policy.save_pretrained(folder, state_dict=snapshot_weights(state))
         config = AutoConfig.from_pretrained(folder)
-        config.dtype = torch.bfloat16  # of the weights in the file, not of the trainer's arithmetic
+        config.dtype = torch.bfloat16  # of the weights in the file; the trainer may compute in another
         config.save_pretrained(folder)
     state.tokenizer.save_pretrained(folder)
     saved = {"state": state.kept, "step": state.step, "baselines": state.baselines}
@@ -310,15 +312,15 @@ def save(state: State, folder: Path) -> None:
 
 
 def saved_bytes(state: State) -> int:
-    """The size of a checkpoint: per weight, bf16 and three fp32 numbers."""
+    """The size of a checkpoint in bytes: for each weight a bf16 and three fp32 numbers."""
     return 14 * sum(m.numel() for m in state.masters)
 
 
 def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, float]]:
-    """Put the tensors of a checkpoint into the masters, Adam and the policy; None: of the first weights. Returns its
-    step and baselines. `restore` undoes it until `commit`.
+    """Load a checkpoint (None: the first weights) into the masters, Adam and the policy. Returns its step and
+    baselines. Until `commit`, `restore` undoes this.
 
-    UsageError where its file is damaged."""
+    UsageError if its file is damaged."""
     if folder is None:
         zeros = [torch.zeros_like(t) for t in mutable(state)[len(state.firsts) :]]
         saved = {"state": [*state.firsts, *zeros], "step": 0, "baselines": {}}
@@ -333,7 +335,7 @@ def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, f
 
 
 def commit(state: State, step: int, baselines: dict[str, float], probed: dict[str, float]) -> None:
-    """The weights as they are now are those of `step`: `restore` returns to them from here on."""
+    """Make the current weights those of `step`: `restore` will return to them."""
     snapshot(state)
     state.step, state.baselines, state.probed = step, baselines, probed
 
@@ -341,9 +343,9 @@ def commit(state: State, step: int, baselines: dict[str, float], probed: dict[st
 def load_state(
     config: Config, folder: Path | None, start: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> State:
-    """The trainer's state: for the checkpoint in `folder`, or for the weights in `start`, which training began from.
+    """The trainer's state, from the checkpoint in `folder` if there is one. `start`: the folder of the first weights.
 
-    `dtype`: of the arithmetic. UsageError where a file is damaged.
+    `dtype`: of the arithmetic. UsageError if a file is damaged.
     """
 
     def load() -> PreTrainedModel:
@@ -371,7 +373,7 @@ def load_state(
 
 
 def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> State:
-    """The state of a user's own adapter: on the same base, from their checkpoint or as all adapters begin."""
+    """The state of a user's own adapter on the shared base: from their checkpoint in `folder`, or new."""
     policy = lora.with_adapter(shared.start, config.lora_rank, config.seed).train()
     masters, adam = optimizer(config, policy)
     state = replace(shared, policy=policy, masters=masters, adam=adam, kept=[], owner=owner, step=0, baselines={})
@@ -379,24 +381,24 @@ def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> S
 
 
 def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], torch.optim.Adam]:
-    """fp32 masters of what is trained, with gradients of zero, and their Adam."""
+    """fp32 masters of the trained tensors, with zero gradients, and their Adam."""
     masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
     sync_bf16(masters, policy)
     for p, master in zip(trained(policy).values(), masters, strict=True):
         master.grad = torch.zeros_like(master)
         if p.dtype == torch.float32:
-            p.grad = master.grad  # the backward pass adds up in place; for bf16 `accumulate_grads` does
+            p.grad = master.grad  # the backward pass adds to it in place; for bf16, `accumulate_grads` does
     # fused: without temporary copies of all weights
     lr = config.lr or (3e-4 if config.lora_rank else 2.5e-5)
     adam = torch.optim.Adam(masters, lr=lr, betas=(config.beta1, config.beta2), fused=True)
-    for m in masters:  # as Adam's first step would, so that `restore` works before it
+    for m in masters:  # make Adam's state now, as its first step would, so that `restore` works before that
         step = torch.zeros((), device=m.device)
         adam.state[m] = {"step": step, "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
     return masters, adam
 
 
 def begin(state: State, folder: Path | None) -> State:
-    """From a checkpoint, if there is one."""
+    """Load the checkpoint in `folder`, if there is one, and take the first snapshot."""
     if folder:
         step, baselines = load_checkpoint(state, folder)
         commit(state, step, baselines, state.probe.measure(state.policy))
