@@ -2,6 +2,7 @@
 
 python -m durable.admin show --out=mine                      the last 20 answers and what became of each
 python -m durable.admin show --out=mine --session=SESSION    one conversation, whole
+python -m durable.admin learned --out=mine                   what people said against answers, and how often
 python -m durable.admin rollback --out=mine --step=50        the checkpoint of step 50 is the current one again
 python -m durable.admin forget --out=mine --session=SESSION  a conversation leaves the journal for good; --user=: all
 python -m durable.admin export --out=mine --folder=mymodel   the trained model, as a Hugging Face folder
@@ -24,7 +25,7 @@ import tyro
 
 from clients import keys
 from clients.sessions import last_request, without_thinking, words_of
-from durable import checkpoint, journal, upkeep
+from durable import checkpoint, journal, look, upkeep
 from durable.errors import UsageError
 
 QUERY = "SELECT * FROM readable"
@@ -74,6 +75,13 @@ class Show(OfRun):
     """Print the last 20 answers, or one conversation. A running program is not disturbed."""
 
     session: str = ""  # of one conversation, as printed here; all of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(OfRun):
+    """Print what people said against answers, and how often. A running program is not disturbed."""
+
+    user: str = ""  # what this user alone said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +143,7 @@ class Key(OfRun):
     revoke: str = ""  # the user who loses all
 
 
-Command = Show | Rollback | Forget | Pause | Resume | Train | Export | Turns | Key
+Command = Show | Learned | Rollback | Forget | Pause | Resume | Train | Export | Turns | Key
 
 
 def main(command: Command) -> None:
@@ -145,11 +153,13 @@ def main(command: Command) -> None:
         return
     if not (out / "journal.db").exists():
         raise UsageError(f"--out={out}: there is no journal.db in it")
-    if isinstance(command, Show | Export | Turns):
+    if isinstance(command, Show | Learned | Export | Turns):
         with closing(sqlite3.connect(f"file:{out / 'journal.db'}?mode=ro", uri=True)) as db:
             db.row_factory = sqlite3.Row
             if isinstance(command, Show):
                 show(db, command.session)
+            elif isinstance(command, Learned):
+                print_learned(db, command.user)
             elif isinstance(command, Turns):
                 print_turns(db, command.since)
             else:
@@ -214,6 +224,13 @@ def show(db: sqlite3.Connection, session: str) -> None:
     if not rows:
         raise UsageError(f"--session={session}: no such session" if session else "the journal is empty")
     print(printable("\n\n".join(map(describe, rows))))
+
+
+def print_learned(db: sqlite3.Connection, user: str) -> None:
+    if not (found := look.rules(db, user or None)):
+        raise UsageError("nobody has said what is wrong with an answer")
+    for rule in found:
+        print(printable(f"{rule['times']:>5} x  {one_line(rule['hint'])}  ({rule['user']})"))
 
 
 def export(db: sqlite3.Connection, out: Path, command: Export) -> None:

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -172,6 +173,21 @@ def test_show_passes_no_commands_on_to_the_terminal(db, tmp_path):
     say(db, bad, [user(bad)], bad)
     out = run_admin(tmp_path, "show").decode()
     assert all(c.isprintable() or c == "\n" for c in out) and r"a\x1b]52;c;cm0=\x07b\x9b31mc\u202ed" in out
+
+
+def test_learned_counts_what_was_said(db, tmp_path):
+    """Each user's own words in their smallest parts, the most frequent first; no commands for the terminal."""
+    brief = ["Too long. Be brief.", "Too long.", "Be brief."]
+    for name, hints in (("alice", brief), ("alice", ["be brief"]), ("bob\x1b[2J", ["Use\x1b[2J lists."])):
+        judged = say(db, "a", [user("one")], "1", user=name)
+        journal.record_verdict(db, judged, replace(BAD, hints=hints))
+    say(db, "a", [user("nobody says anything about it")], "1")
+    lines = run_admin(tmp_path, "learned").decode().splitlines()
+    assert lines[0] == "    2 x  be brief  (alice)"
+    assert set(lines[1:]) == {"    1 x  Too long.  (alice)", r"    1 x  Use\x1b[2J lists.  (bob\x1b[2J)"}
+    assert len(run_admin(tmp_path, "learned", "--user=alice").splitlines()) == 2
+    with pytest.raises(subprocess.CalledProcessError):
+        run_admin(tmp_path, "learned", "--user=carol")
 
 
 def test_export(db, tmp_path):

@@ -1,4 +1,4 @@
-"""What was learned: a user's corrections, and their own requests asked again, of the first weights and of today's.
+"""What was learned: a user's own requests asked again, of the first weights and of today's.
 
 The first weights read the complaint behind both answers. A model that does untold what it was told makes it less
 likely.
@@ -15,33 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import grpo
 import reward
 import swap
-from clients.sessions import letters, request_of, without_thinking, words_of
+from clients.sessions import request_of, without_thinking, words_of
 from durable import journal
+from durable.look import LONGEST_PROMPT
 from program import Program
-from web import turns
 
-LIKELIEST = 10  # rules that are listed
-EXAMPLES = 3  # turns of each
 MAX_TOKENS = 128  # of an answer that is asked for again
-LONGEST_PROMPT = 4096  # tokens, of a request that is asked again
 CHARS = 4000  # of what the judge reads of a turn
-
-
-def rules(db: sqlite3.Connection, user: str | None) -> list[dict[str, Any]]:
-    """What was said most often, of the newest answers: whose rule, how often it was said, the newest turns with it."""
-    numbers = turns.newest(db, turns.SCORED_AMONG, user=user)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in turns.rows(db, "number, user, score, hints, hinted_by, prompt_tokens", numbers):
-        hints = json.loads(row["hints"] or "[]") if row["score"] == -1 else []
-        # Own words: a complaint and its parts, of which the smallest count. A judge's: several wordings of one rule.
-        smallest = [hint for hint in hints if not any(part != hint and part in hint for part in hints)]
-        for hint in smallest if row["hinted_by"] == "own words" else hints[:1]:
-            new = {"user": row["user"], "hint": hint, "times": 0, "numbers": []}
-            rule = found.setdefault((row["user"], letters(hint)), new)
-            rule["times"] += 1
-            if row["prompt_tokens"] <= LONGEST_PROMPT:
-                rule["numbers"] = [*rule["numbers"], row["number"]][:EXAMPLES]
-    return sorted(found.values(), key=lambda rule: -rule["times"])[:LIKELIEST]
 
 
 def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tuple[journal.Turn, str] | None:

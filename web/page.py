@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from clients.bodies import openai_error
 from clients.keys import sees_all
-from durable import journal
+from durable import journal, look
 from program import Program
 from web import learned, turns
 from web.why import why_nothing
@@ -42,7 +42,7 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
     """What the page shows at a glance, and what `why_nothing` is answered from. `training`: `Program.training_of`, and
     the journal's version."""
     failing = p.judge_health.failing
-    newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, RECENT, user=user))
+    newest = look.rows(db, "state, reason, no_rl", look.newest(db, RECENT, user=user))
     now = {
         "model": p.config.name,
         "folder": Path(p.config.model).name or "SmolLM2-135M-Instruct",
@@ -124,8 +124,8 @@ def routes(p: Program) -> list[Route]:
             where["before"] = float(asked.get("before") or 0)
         except ValueError:
             return openai_error(400, "before: expected a time in seconds")
-        if where["state"] not in (None, *turns.STATES):
-            return openai_error(400, f"state: expected one of {', '.join(turns.STATES)}")
+        if where["state"] not in (None, *look.STATES):
+            return openai_error(400, f"state: expected one of {', '.join(look.STATES)}")
         return answer(await in_thread(turns.listed, **where))
 
     async def tokens(request: Request) -> Response:
@@ -167,7 +167,7 @@ def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
     async def rules(request: Request) -> Response:
         user = whose(request)
         asked_for = request.query_params.get("user") or None
-        return answer(await in_thread(learned.rules, asked_for if user is None else user))
+        return answer(await in_thread(look.rules, asked_for if user is None else user))
 
     async def replay(request: Request) -> Response:
         number = number_of(request)

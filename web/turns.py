@@ -12,10 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from clients.sessions import last_request, words_of
 from durable import journal, pieces
+from durable.look import AMONG, newest, rows
 
-STATES = ("waiting", "judging", "queued", "training", "trained", "dropped")
 AT_ONCE = 30  # turns in an answer
-SCORED_AMONG = 5000  # newest turns, for the share of pleased replies
 POINTS, WINDOW = 100, 10  # of a curve; the fewest replies that a share is of
 LAST_MESSAGES, LONGEST = 6, 32 << 10  # of a request that are looked at, and the letters of one
 SHOWN = 4000  # letters of a text
@@ -31,30 +30,6 @@ def connect(path: Path) -> sqlite3.Connection:
     db.row_factory = sqlite3.Row
     db.text_factory = lambda text: text.decode(errors="replace")  # substr may cut a surrogate pair
     return db
-
-
-def newest(db: sqlite3.Connection, limit: int, **where: Any) -> str:
-    """The numbers of the newest turns, as a JSON list. `where`: user, session, state and before (a time), each may be
-    None. Of each state the newest ones are read from an index, then the newest of these are taken."""
-    user, session, state, before = (where.get(name) for name in ("user", "session", "state", "before"))
-    values = {"user": user, "session": session, "before": before or 1e12, "limit": limit}
-    if session:
-        from_index = "INDEXED BY by_session WHERE session = :session AND (:user IS NULL OR user = :user)"
-    else:
-        from_index = "INDEXED BY by_state WHERE 1" if user is None else "INDEXED BY by_user WHERE user = :user"
-    each = (
-        f"SELECT * FROM (SELECT number, created FROM turns {from_index} AND state = '{name}' AND created < :before "
-        "ORDER BY created DESC LIMIT :limit)"
-        for name in STATES
-        if state in (None, name)
-    )
-    found = db.execute(f"SELECT number FROM ({' UNION ALL '.join(each)}) ORDER BY created DESC LIMIT :limit", values)
-    return json.dumps([r["number"] for r in found])
-
-
-def rows(db: sqlite3.Connection, columns: str, numbers: str) -> list[sqlite3.Row]:
-    where = "number IN (SELECT value FROM json_each(?)) ORDER BY created DESC"
-    return db.execute(f"SELECT {columns} FROM turns WHERE {where}", (numbers,)).fetchall()
 
 
 def listed(db: sqlite3.Connection, **where: Any) -> list[dict[str, Any]]:
@@ -108,7 +83,7 @@ def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: i
 def pleased(db: sqlite3.Connection, user: str | None) -> dict[str, Any]:
     """Of the newest answers, in the order of their time: when, and the share of pleased replies among the last `window`
     of those that were pleased or not."""
-    found = rows(db, "created, score", newest(db, SCORED_AMONG, user=user))
+    found = rows(db, "created, score", newest(db, AMONG, user=user))
     scored = [(r["created"], r["score"] > 0) for r in reversed(found) if r["score"]]
     apart = -(-len(scored) // POINTS) or 1
     window = max(WINDOW, apart)
