@@ -21,6 +21,7 @@ from durable import guard, journal
 from tests.conftest import ROOT
 from tests.records import GOOD, turn
 from tests.talking import ALICE, BOB, ask, client, glance, query, rated, rows, until, user
+from tests.test_users import Talker, started
 from web import learned, terminal, turns
 from web.why import why_nothing
 
@@ -167,7 +168,7 @@ async def test_why_nothing_is_training(fresh):
     )
     old = await answer("stale")
     rate("fine", await answer("fine"))
-    assert why("fine") == "Waiting for the batch: 1 of yours, and a step takes 2."
+    assert why("fine") == "Waiting for the batch: 1 of fine, and a step takes 2."
     assert glance(program, admin_key(program))["why"] == "Waiting for the batch: 1 of 2 turns until the next step."
     rate("fine", await answer("fine"))
     await until(lambda: program.status()["step"] == 1)
@@ -181,7 +182,7 @@ async def test_why_nothing_is_training(fresh):
 def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
     """The others: judge down and stopped by the guard in tests/test_program.py, disk full in tests/trials."""
     db = journal.open_journal(tmp_path / "j.db")
-    idle = {"training": "on", "stepping": False, "batch_size": 4, "judge_error": "", "disk_full": False, "admin": True}
+    idle = {"training": "on", "stepping": False, "batch_size": 4, "judge_error": "", "disk_full": False, "user": None}
 
     def why(**changes):
         newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, 20))
@@ -221,7 +222,7 @@ def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
 
 async def test_who_sees_and_rates_what(program):
     """The page's files need no key; its data does, and a user's key opens that user's turns alone."""
-    for path in ("/", "/web/page.js", "/web/page.css", "/web/uPlot.js", "/web/uPlot.css"):
+    for path in ("/", "/web/page.js", "/web/page.css"):
         reply = httpx.get(program.url + path)
         policy = reply.headers["content-security-policy"]
         assert (
@@ -230,7 +231,7 @@ async def test_who_sees_and_rates_what(program):
     reply = await ask(client(program), [user("a secret of alice")])
     (mine,) = rows(program, "id = ?", reply.id)
     number = query(program, "SELECT number FROM turns WHERE id = ?", reply.id)[0]["number"]
-    for path in ("/web/events", "/web/turns", f"/web/turns/{number}", "/web/curves"):
+    for path in ("/web/events", "/web/turns", f"/web/turns/{number}", "/web/learned"):
         assert get(program, path).status_code == 401
     assert post(program, "/web/leave_out", {"session": mine["session"]}).status_code == 401
     seen = {key: get(program, "/web/turns", key) for key in (ALICE, BOB, admin_key(program))}
@@ -266,6 +267,51 @@ async def test_the_page_asks_for_a_key(program, browser):
     await expect(browser.get_by_text("only alice reads this").first).to_be_visible()
     await expect(browser.locator("#orders")).to_be_hidden()
     assert await browser.evaluate("sessionStorage.getItem('key')") == ALICE
+
+
+@needs_browser
+@pytest.mark.timeout(600)
+async def test_the_admin_picks_a_user_with_an_adapter(fresh, browser):
+    """Then the page shows that user's steps, and its orders are about them alone."""
+    program = started(fresh, ("alice", "bob"), save_every=1)
+    alice, bob = Talker(program, "alice"), Talker(program, "bob")
+    await alice.learn(2)
+    await bob.learn()
+    page = browser
+    await page.goto(program.url)
+    await page.get_by_label("API key").fill(admin_key(program))
+    await page.get_by_role("button", name="Continue").click()
+    await expect(page.locator("#step")).to_have_text("step 3")
+    for of_one in ("#checkpoint", "#probe_kl"):
+        await expect(page.locator(of_one)).to_be_hidden()
+    await page.locator(".turn").get_by_role("button", name="alice").first.click()
+    await expect(page.locator("#step")).to_have_text("step 2 of alice")
+    await expect(page.locator(".turn")).to_have_count(2)
+    await expect(page.locator("#checkpoint option")).to_have_text(["step 2", "step 1", "the start"])
+    await expect(page.locator("#probe_kl canvas")).to_be_visible()
+
+    await page.get_by_role("button", name="Pause").click()
+    await expect(page.locator("#why")).to_contain_text("Training is paused by the admin.")
+    alice.complain("while paused")
+    await expect(page.locator("#until")).to_have_text("1 of 1 turns until the next step")
+    await bob.learn()
+    assert alice.status()["step"] == 2
+    await page.get_by_role("button", name="Resume").click()
+    await expect(page.locator("#step")).to_have_text("step 3 of alice")
+
+    await page.select_option("#checkpoint", "1")
+    await page.locator("[data-order=rollback]").click()
+    await expect(page.locator("#step")).to_have_text("step 1 of alice")
+    assert [who.status()["step"] for who in (alice, bob)] == [1, 2]
+    await page.get_by_role("button", name="Clear").click()
+    await expect(page.locator("#step")).to_have_text("step 3")
+    await expect(page.locator("#checkpoint")).to_be_hidden()
+    for key, seen in ((admin_key(program), ["alice"]), ("key-bob", ["bob"])):  # a user's key picks nobody
+        headers = {"Authorization": f"Bearer {key}"}
+        with httpx.stream("GET", f"{program.url}/web/events?user=alice", headers=headers) as reply:
+            event = json.loads(next(reply.iter_lines())[6:])
+        assert ([event["user"]], {t["user"] for t in event["listed"]}) == (seen, set(seen))
+        assert [s["step"] for s in event["curves"]["steps"]] == {"alice": [1], "bob": [1, 2]}[seen[0]]
 
 
 async def test_what_was_learned(program):

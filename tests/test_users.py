@@ -162,6 +162,10 @@ async def test_nobody_meets_what_another_taught(fresh):
     assert order(program, "resume", user="alice").status_code == 200
     await until(lambda: alice.status()["step"] == 3)
 
+    order(program, "pause")
+    assert "when everybody's does" in order(program, "resume", user="alice").text
+    assert order(program, "resume").json()["done"] == "training is on"
+
     # Rollback and forget
     bobs = bob.logp()
     assert "give --user" in order(program, "rollback", step=0).text

@@ -67,7 +67,7 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
         if p.training == "off":
             raise UsageError(f"training has ended, by --steps={p.config.steps}")
         p.resume_training(user)
-        return "training is on"
+        return "training is on" if p.training == "on" else f"training of {user} goes on when everybody's does"
     if command == "train":
         p.to_train.put_nowait(TRAIN_NOW)
         return "the next step begins with the turns that are judged by now"

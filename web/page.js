@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 const signed = (n) => (n > 0 ? "+" : "") + n;
-let now = null; // what /web/events said last
+let now; // what /web/events said last
 
 /** An element with these properties and children; strings become text. */
 function el(tag, properties = {}, ...children) {
@@ -30,12 +30,12 @@ function askForKey() {
 }
 
 /** fetch, with the key in its header; an Error with what the server says against it. */
-async function call(path, body) {
+async function call(path, body, signal) {
   for (;;) {
     const key = sessionStorage.getItem("key");
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
-    const options = body === undefined ? { headers } : { headers, method: "POST", body: JSON.stringify(body) };
-    const reply = await fetch(path, options);
+    const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
+    const reply = await fetch(path, { headers, signal, ...options });
     if (reply.status === 401) await askForKey();
     else if (reply.ok) return reply;
     else throw new Error((await reply.json().catch(() => null))?.error?.message ?? `${path}: ${reply.status}`);
@@ -61,8 +61,8 @@ async function act(path, body) {
 }
 
 /** Server-sent events by fetch: an EventSource could not send the key. */
-async function* events(path) {
-  const reader = (await call(path)).body.pipeThrough(new TextDecoderStream()).getReader();
+async function* events(path, signal) {
+  const reader = (await call(path, undefined, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = ""; ; ) {
     const { value, done } = await reader.read();
     if (done) return;
@@ -75,18 +75,17 @@ async function* events(path) {
 // ---- at a glance ----
 
 function showGlance() {
-  const queued = now.turns.queued ?? 0;
-  const size = now.batch_size;
+  const [queued, size] = [now.turns.queued ?? 0, now.batch_size];
   document.title = `step ${now.step} · ${now.model}`;
   $("model").textContent = `${now.model} (${now.folder})`;
-  $("step").textContent = `step ${now.step}`;
+  $("step").textContent = `step ${now.step}${now.owner && ` of ${now.owner}`}`;
   $("training").textContent = now.stepping ? "a step is running" : `training ${now.training.split(":")[0]}`;
   $("training").className = "badge " + (now.training === "on" ? "good" : "bad");
   $("swap").textContent = now.pause_s ? `the last swap paused streams for ${now.pause_s.toFixed(2)} s` : "";
   $("batch").max = size;
   $("batch").value = Math.min(queued, size);
-  const [filled, mine] = [Math.min(queued, size), "of your turns wait, and a step takes"];
-  $("until").textContent = now.admin ? `${filled} of ${size} turns until the next step` : `${queued} ${mine} ${size}`;
+  $("until").textContent = now.user === null || now.owner ? `${$("batch").value} of ${size} turns until the next step`
+    : `${queued} turns of ${now.user} wait, and a step takes ${size}`;
   $("why").textContent = now.why;
   $("orders").hidden = !now.admin;
   for (const part of document.querySelectorAll("[data-shared]")) part.hidden = Boolean(now.steps); // a step has an owner
@@ -108,9 +107,9 @@ function showGlance() {
 for (const button of document.querySelectorAll("[data-order]")) {
   button.onclick = () => {
     const order = button.dataset.order;
-    const step = Number($("checkpoint").value);
-    const sure = "The steps after it are undone, and their turns are dropped. Roll back?";
-    if (order !== "rollback" || confirm(sure)) act(`/admin/${order}`, order === "rollback" ? { step } : {});
+    const body = { user: now.owner, step: Number($("checkpoint").value) };
+    const sure = `The steps after it are undone, and their turns are dropped. Roll back ${now.owner || "the model"}?`;
+    if (order !== "rollback" || confirm(sure)) act(`/admin/${order}`, body);
   };
 }
 
@@ -122,7 +121,7 @@ const plots = {};
 /** A curve in the element with this id; for `time` x is in seconds, and `marks` are vertical lines. */
 function plot(id, x, y, { time = false, marks = [], range } = {}) {
   const box = $(id);
-  box.closest("figure").hidden = !y.some((value) => value != null);
+  if ((box.closest("figure").hidden = !y.some((value) => value != null))) return;
   const height = id === "pleased" ? 200 : 150;
   if (!plots[id]) {
     const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 }, font: "11px system-ui" };
@@ -143,7 +142,8 @@ function plot(id, x, y, { time = false, marks = [], range } = {}) {
         series: [{}, line], axes: [{ ...axis, size: time ? 46 : 26 }, { ...axis, size: 46 }] },
       [[], []], box,
     );
-    new ResizeObserver(() => plots[id].setSize({ width: box.clientWidth, height })).observe(box);
+    const fit = () => plots[id].width === box.clientWidth || plots[id].setSize({ width: box.clientWidth, height });
+    new ResizeObserver(fit).observe(box);
   }
   plots[id].marks = marks;
   plots[id].setData([x, y]);
@@ -152,8 +152,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   for (const plotted of Object.values(plots)) plotted.redraw(false, true);
 });
 
-async function showCurves() {
-  const { pleased, steps } = await read("/web/curves");
+function showCurves({ pleased, steps }) {
   const of = (name) => steps.map((s) => s[name] ?? null);
   $("of_pleased").textContent = `Pleased among the last ${pleased.window} replies, %; each line a step`;
   const [times, percent] = [pleased.shares.map(([at]) => at), pleased.shares.map(([, share]) => 100 * share)];
@@ -163,14 +162,6 @@ async function showCurves() {
   $("of_length").textContent = now.admin ? "Length of answers, tokens" : "Length of answers to fixed prompts, tokens";
   plot("length", of("step"), of(length));
   plot("dlogp", of("step"), of("dlogp"));
-}
-
-let due = null;
-function curvesSoon(ms) {
-  due ??= setTimeout(async () => {
-    if (now) await showCurves().catch((error) => say(error.message));
-    due = null;
-  }, ms);
 }
 
 // ---- turns ----
@@ -222,8 +213,7 @@ function card(turn) {
       button("Tokens", () => showTokens(opened, turn)),
       correct),
     opened);
-  made.data = JSON.stringify(turn);
-  return made;
+  return Object.assign(made, { created: turn.created, number: turn.number, data: JSON.stringify(turn) });
 }
 
 /** Control characters as their escapes. */
@@ -261,34 +251,32 @@ function put(turns, append) {
     if (old) old.replaceWith(made);
     else if (append) $("turns").append(made);
     else {
-      const after = [...$("turns").children].find((other) => JSON.parse(other.data).created < turn.created);
+      const after = [...$("turns").children].find((other) => other.created < turn.created);
       $("turns").insertBefore(made, after ?? null);
       if (cards.size > MOST) {
-        cards.delete(JSON.parse($("turns").lastElementChild.data).number);
+        cards.delete($("turns").lastElementChild.number);
         $("turns").lastElementChild.remove();
       }
     }
   }
 }
 
-async function showTurns() {
-  const query = asked();
-  const turns = await read(`/web/turns?${query}`);
-  if (`${query}` !== `${asked()}`) return;
+/** Put the newest turns into the list; those that are no longer among them, forgotten or in another state, leave it. */
+function showTurns(turns) {
   put(turns);
   const oldest = turns.length < AT_ONCE ? 0 : turns.at(-1).created;
   const found = new Set(turns.map((turn) => turn.number));
   for (const [number, old] of cards) {
-    if (found.has(number) || JSON.parse(old.data).created < oldest || isBusy(old)) continue;
-    old.remove(); // forgotten, or no longer in the state that is asked for
+    if (found.has(number) || old.created < oldest || isBusy(old)) continue;
+    old.remove();
     cards.delete(number);
   }
 }
 
-async function refilter() {
+function refilter() {
   cards.clear();
   $("turns").replaceChildren();
-  await showTurns().catch((error) => say(error.message));
+  stream.abort(); // and `live` begins another one
 }
 function filter(name, value) {
   $("filters").elements[name].value = value;
@@ -300,7 +288,7 @@ $("filters").onreset = () => setTimeout(refilter);
 $("older").onclick = async () => {
   const last = $("turns").lastElementChild;
   const query = asked();
-  if (last) query.set("before", JSON.parse(last.data).created);
+  if (last) query.set("before", last.created);
   put(await read(`/web/turns?${query}`), true);
 };
 
@@ -333,7 +321,7 @@ async function askAgain(rule, box, button) {
       box.append(
         said("user", request),
         el("div", { className: "quiet" }, `first weights, ${words(first)}`), said("assistant", first || "(empty)"),
-        el("div", { className: "quiet" }, `step ${now?.step}, ${words(today)}`), said("assistant", today || "(empty)"),
+        el("div", { className: "quiet" }, `step ${now.step}, ${words(today)}`), said("assistant", today || "(empty)"),
         el("div", { className: "verdict quiet" }, found),
       );
     }
@@ -345,21 +333,24 @@ async function askAgain(rule, box, button) {
 
 // ---- live ----
 
+let stream; // aborted where other turns are to be shown
 async function live() {
   for (;;) {
+    stream = new AbortController();
+    const { signal } = stream;
+    let ended = "The program has stopped: trying again.";
     try {
-      for await (const event of events("/web/events")) {
-        const before = now;
-        now = event;
+      for await (now of events(`/web/events?${asked()}`, signal)) {
+        if (signal.aborted) break;
         showGlance();
-        await showTurns();
-        curvesSoon(before ? 5000 : 0);
+        showTurns(now.listed);
+        if (now.curves) showCurves(now.curves);
       }
-      $("why").textContent = "The program has stopped: trying again.";
     } catch (error) {
-      $("why").textContent = `No connection to the program, trying again: ${error.message}`;
+      ended = `No connection to the program, trying again: ${error.message}`;
     }
-    now = null;
+    if (signal.aborted) continue;
+    $("why").textContent = ended;
     await sleep(2000);
   }
 }

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from clients.bodies import openai_error
@@ -24,8 +25,11 @@ from web import learned, turns
 from web.why import why_nothing
 
 HERE = Path(__file__).parent
-FILES = {"/": "page.html", "/web/page.js": "page.js", "/web/page.css": "page.css"}
-FILES |= {"/web/uPlot.js": "uPlot.iife.min.js", "/web/uPlot.css": "uPlot.min.css"}
+FILES = {  # few, each request takes a browser some ms; page.js is first for its "use strict"
+    "/": ("text/html", "page.html"),
+    "/web/page.js": ("text/javascript", "page.js", "uPlot.iife.min.js"),
+    "/web/page.css": ("text/css", "uPlot.min.css", "page.css"),
+}
 HEADERS = {
     # Own files alone, and no script or style inside the page: a conversation's text can't run.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -35,17 +39,20 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 EVERY = 1.0  # seconds between two looks for something new
+REDRAWN = 5.0  # seconds between two drawings of the curves
 RECENT = 20  # newest turns that say why nothing is training
 
 
 def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows at a glance, and what `why_nothing` is answered from. `training`: `Program.training_of`, and
-    the journal's version."""
+    """What the page shows at a glance, and what `why_nothing` is answered from. `training`: `Program.training_of`, the
+    journal's version, and whether it is the admin who looks."""
     failing = p.judge_health.failing
     newest = look.rows(db, "state, reason, no_rl", look.newest(db, RECENT, user=user))
     now = {
         "model": p.config.name,
         "folder": Path(p.config.model).name or "SmolLM2-135M-Instruct",
+        "user": user,
+        "owner": owner_of(p, user),
         "stepping": p.stepping.locked(),
         "judge_error": p.judge_health.error if failing else "",
         "disk_full": not journal.has_disk_space(db),
@@ -53,12 +60,16 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
         "dropped": journal.drop_reasons(db, user),
         "newest": [dict(r) for r in newest],
         "together": together(db, p, user),
-        "checkpoints": journal.checkpoints(db, "") if user is None else [],
+        "checkpoints": journal.checkpoints(db, owner_of(p, user)) if training["admin"] else [],
         "pause_s": p.pause[1] - p.pause[0],
-        "admin": user is None,
     }
     now |= training
     return now | {"why": why_nothing(now)}
+
+
+def owner_of(p: Program, user: str | None) -> str:
+    """Whose weights answer this user; "" for those that all share, and for everybody."""
+    return p.owner_of(user) if user else ""
 
 
 def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
@@ -69,15 +80,40 @@ def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
     return max((r["n"] for r in queued if r["user"] not in p.paused), default=0)
 
 
+def curves(db: sqlite3.Connection, p: Program, user: str | None, admin: bool) -> dict[str, Any]:
+    """Of one user or of all. With an adapter for each user there are no steps of all."""
+    owner, steps = owner_of(p, user), []
+    if owner or p.config.adapters == "shared":
+        steps = turns.steps(Path(p.config.out) / "metrics.jsonl", admin, owner)
+    return {"pleased": turns.pleased(db, user), "steps": steps}
+
+
+def file(media_type: str, *names: str) -> Response:
+    return Response(b"\n".join((HERE / name).read_bytes() for name in names), media_type=media_type, headers=HEADERS)
+
+
 def answer(found: Any) -> Response:
     """As ASCII: half a surrogate pair, which a client's cut text may end in, has no UTF-8."""
     return Response(json.dumps(found), media_type="application/json", headers=HEADERS)
 
 
+def is_admin(request: Request) -> bool:
+    return sees_all(request.scope["state"]["user"])
+
+
 def whose(request: Request) -> str | None:
-    """Whose turns a request may see; None: everybody's."""
-    user = request.scope["state"]["user"]
-    return None if sees_all(user) else user.name
+    """Whose turns a request is about: with a user's key theirs, else those of the user that is asked for; None:
+    everybody's."""
+    return request.query_params.get("user") or None if is_admin(request) else request.scope["state"]["user"].name
+
+
+def wanted(request: Request) -> dict[str, Any]:
+    """Which turns are to be listed. ValueError where that can't be."""
+    asked = request.query_params
+    if (state := asked.get("state") or None) not in (None, *look.STATES):
+        raise ValueError(f"state: expected one of {', '.join(look.STATES)}")
+    where = {"user": whose(request), "session": asked.get("session") or None, "state": state}
+    return where | {"before": float(asked.get("before") or 0)}
 
 
 def number_of(request: Request) -> int:
@@ -98,17 +134,27 @@ def routes(p: Program) -> list[Route]:
 
         return await asyncio.get_running_loop().run_in_executor(reading, run)
 
-    async def events(request: Request) -> StreamingResponse:
-        user = whose(request)
+    async def events(request: Request) -> Response:
+        """All that the page shows, as soon as there is something new; the curves with it, or some seconds later."""
+        try:
+            where = wanted(request)
+        except ValueError as e:
+            return openai_error(400, str(e))
+        user, admin = where["user"], is_admin(request)
 
         async def stream() -> AsyncIterator[str]:
-            last, silent = None, 0
+            last, silent, redraw_at, drawn = None, 0, 0.0, None
             while not p.state.stopping.is_set():
-                training = p.training_of(user) | {"version": p.db.total_changes}
+                training = p.training_of(user) | {"version": p.db.total_changes, "admin": admin}
                 now = await in_thread(glance, p, user, training)
+                redraw = now != drawn and time.monotonic() >= redraw_at
                 silent = silent + 1 if now == last else 0
-                if now != last:
-                    yield f"data: {json.dumps(now)}\n\n"
+                if now != last or redraw:
+                    event = now | {"listed": await in_thread(turns.listed, **where)}
+                    if redraw:
+                        event["curves"] = await in_thread(curves, p, user, admin)
+                        redraw_at, drawn = time.monotonic() + REDRAWN, now
+                    yield f"data: {json.dumps(event)}\n\n"
                 elif silent % 15 == 0:  # a client that hung up is noticed by this
                     yield ": nothing new\n\n"
                 last = now
@@ -117,30 +163,15 @@ def routes(p: Program) -> list[Route]:
         return StreamingResponse(stream(), media_type="text/event-stream", headers=HEADERS)
 
     async def listed(request: Request) -> Response:
-        asked, user = request.query_params, whose(request)
-        where = {name: asked.get(name) or None for name in ("user", "session", "state")}
-        where["user"] = where["user"] if user is None else user
         try:
-            where["before"] = float(asked.get("before") or 0)
-        except ValueError:
-            return openai_error(400, "before: expected a time in seconds")
-        if where["state"] not in (None, *look.STATES):
-            return openai_error(400, f"state: expected one of {', '.join(look.STATES)}")
-        return answer(await in_thread(turns.listed, **where))
+            return answer(await in_thread(turns.listed, **wanted(request)))
+        except ValueError as e:
+            return openai_error(400, str(e))
 
     async def tokens(request: Request) -> Response:
         number = number_of(request)
         found = await in_thread(turns.tokens, p.state.tokenizer, number, whose(request))
         return answer(found) if found else openai_error(404, f"no turn {number} of yours")
-
-    async def curves(request: Request) -> Response:
-        user = whose(request)
-        owner = p.owner_of(user) if user else ""
-        if user is None and p.config.adapters == "user":
-            return answer({"pleased": await in_thread(turns.pleased, user), "steps": []})  # many curves in one
-        steps = lambda db: turns.steps(path.with_name("metrics.jsonl"), user is None, owner)  # noqa: E731
-        found = {"pleased": await in_thread(turns.pleased, user), "steps": await in_thread(steps)}
-        return answer(found)
 
     async def leave_out(request: Request) -> Response:
         try:
@@ -151,11 +182,10 @@ def routes(p: Program) -> list[Route]:
         return answer({"done": f"{count} answers of this conversation will not be trained on"})
 
     return [
-        *[Route(at, lambda _, name=name: FileResponse(HERE / name, headers=HEADERS)) for at, name in FILES.items()],
+        *[Route(at, lambda _, parts=parts: file(*parts)) for at, parts in FILES.items()],
         Route("/web/events", events),
         Route("/web/turns", listed),
         Route("/web/turns/{number}", tokens),
-        Route("/web/curves", curves),
         Route("/web/leave_out", leave_out, methods=["POST"]),
         *learned_routes(p, in_thread),
     ]
@@ -165,9 +195,7 @@ def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
     one_at_a_time = asyncio.Lock()
 
     async def rules(request: Request) -> Response:
-        user = whose(request)
-        asked_for = request.query_params.get("user") or None
-        return answer(await in_thread(look.rules, asked_for if user is None else user))
+        return answer(await in_thread(look.rules, whose(request)))
 
     async def replay(request: Request) -> Response:
         number = number_of(request)

@@ -39,8 +39,9 @@ def why_nothing(now: dict[str, Any]) -> str:
     if paused := now.get("paused"):
         return f"Training is paused or stopped for {', '.join(paused)}; {queued} judged turns wait."
     if queued:
-        of_all = f"{now['together']} of {size} turns until the next step"
-        return f"Waiting for the batch: {of_all if now['admin'] else f'{queued} of yours, and a step takes {size}'}."
+        if now["user"] is None or now["owner"]:  # all that a batch can be of
+            return f"Waiting for the batch: {now['together']} of {size} turns until the next step."
+        return f"Waiting for the batch: {queued} of {now['user']}, and a step takes {size}."
     if judging:
         return f"The judge is reading {judging} turns."
     return why_no_evidence(waiting, now["newest"])
