@@ -34,7 +34,7 @@ from durable.journal import Turn
 
 CHAT = "/v1/chat/completions"
 CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
-OPEN_PATHS = ("/health", "/", "/web/page.js", "/web/page.css", "/web/uPlot.js", "/web/uPlot.css")  # they hold no data
+OPEN_PATHS = ("/health", "/", "/web/page.js", "/web/page.css")  # they hold no data
 SESSION_HEADERS = ("x-session-id", "x-session-affinity", "x-openwebui-chat-id")
 # Fields of a chat request, besides its messages, that change the prompt. vLLM's /tokenize has the same ones.
 TEMPLATE_FIELDS = ("tools", "chat_template", "add_generation_prompt", "continue_final_message")
