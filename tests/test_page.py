@@ -182,7 +182,15 @@ async def test_why_nothing_is_training(fresh):
 def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
     """The others: judge down and stopped by the guard in tests/test_program.py, disk full in tests/trials."""
     db = journal.open_journal(tmp_path / "j.db")
-    idle = {"training": "on", "stepping": False, "batch_size": 4, "judge_error": "", "disk_full": False, "user": None}
+    idle = {
+        "training": "on",
+        "stepping": False,
+        "batch_size": 4,
+        "batch_wait": 0,
+        "judge_error": "",
+        "disk_full": False,
+        "user": None,
+    }
 
     def why(**changes):
         newest = turns.rows(db, "state, reason, no_rl", turns.newest(db, 20))
@@ -215,6 +223,7 @@ def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
     journal.record_turn(db, turn("t4"))
     journal.record_verdict(db, "t4", GOOD)
     assert why() == "Waiting for the batch: 1 of 4 turns until the next step."
+    assert why(batch_wait=60.0).endswith("It starts without the rest if no turn comes for 60 s.")
     assert why(stepping=True) == "A step is running." and why(training="off").startswith("Training has ended")
     said = f"stopped: {guard.IN_A_ROW} steps in a row reverted, the last one: on the probe, nll is 9.00"
     assert why(training=said).startswith("Training is stopped by the guard: 3 steps in a row reverted")

@@ -61,6 +61,7 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
         "newest": [dict(r) for r in newest],
         "together": together(db, p, user),
         "checkpoints": journal.checkpoints(db, owner_of(p, user)) if training["admin"] else [],
+        "batch_wait": p.config.batch_wait,
         "pause_s": p.pause[1] - p.pause[0],
     }
     now |= training

@@ -21,8 +21,9 @@ def why_nothing(now: dict[str, Any]) -> str:
     """What training waits for. `now`: what /web/events sends, see `page.glance`; one user's, or everybody's."""
     turns, training, size = now["turns"], now["training"], now["batch_size"]
     waiting, judging, queued = (turns.get(state, 0) for state in ("waiting", "judging", "queued"))
+    wait = now["batch_wait"]
     if now["disk_full"] or training.startswith("waits: the disk is full"):
-        return "The disk is full: nothing more can be written down, so nothing is judged or trained on."
+        return "The disk is full: nothing more can be recorded, so nothing is judged or trained on."
     if training.startswith("paused"):
         return f"Training is {training}. {queued} judged turns wait for it."
     if training.startswith("stopped"):
@@ -40,7 +41,8 @@ def why_nothing(now: dict[str, Any]) -> str:
         return f"Training is paused or stopped for {', '.join(paused)}; {queued} judged turns wait."
     if queued:
         if now["user"] is None or now["owner"]:  # all that a batch can be of
-            return f"Waiting for the batch: {now['together']} of {size} turns until the next step."
+            soon = f" It starts without the rest if no turn comes for {wait:g} s." if wait else ""
+            return f"Waiting for the batch: {now['together']} of {size} turns until the next step.{soon}"
         return f"Waiting for the batch: {queued} of {now['user']}, and a step takes {size}."
     if judging:
         return f"The judge is reading {judging} turns."
