@@ -9,7 +9,7 @@ import tyro
 
 
 @dataclass(frozen=True)
-class Program:
+class Service:
     """The program."""
 
     out: str = "out"  # folder for journal, metrics and checkpoints
@@ -29,7 +29,7 @@ class Engine:
 
     model: str = ""  # folder of a Hugging Face model; empty: SmolLM2-135M-Instruct, prepared once
     name: str = "policy"  # the model name that clients ask for
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     seed: int = 0  # random seed of the sampler and of new adapters
     max_model_len: int = 8192  # most tokens of prompt and answer together
     max_seqs: int = 64  # most answers generated at the same time
@@ -68,7 +68,7 @@ class Step:
     batch_wait: float = 60.0  # seconds without another turn after which a smaller batch is trained on; 0: never
     row_tokens: int = 0  # most tokens in a packed row (micro-batch); a longer sample gets its own row; 0: by the device
     lora_rank: int = 0  # train a LoRA adapter of this rank on the frozen model; 0: train all weights
-    adapters: Literal["shared", "user"] = "shared"  # user: each user, by API key, gets their own adapter
+    adapters: Literal["shared", "user"] = "shared"  # user: each user named in OUT/keys has their own adapter
     lr: float = 0.0  # constant learning rate of Adam; 0: 2.5e-5, or 3e-4 for an adapter
     beta1: float = 0.9  # of Adam
     beta2: float = 0.98  # of Adam
@@ -95,7 +95,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Config(Program, Engine, Judge, Turns, Step, Losses):
+class Config(Service, Engine, Judge, Turns, Step, Losses):
     """All options in one flat record."""
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class Config(Program, Engine, Judge, Turns, Step, Losses):
             value = getattr(self, f.name)
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"--{f.name}={value}: expected a finite number that is not negative")
-        for name in ("batch_size", "votes", "keep", "max_seqs", "max_model_len", "save_every"):
+        for name in ("port", "batch_size", "votes", "keep", "max_seqs", "max_model_len", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: expected at least 1")
         for name in ("expire", "grad_clip"):
@@ -123,6 +123,8 @@ class Config(Program, Engine, Judge, Turns, Step, Losses):
             raise ValueError(f"--port={self.port}: expected at most 65535")
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             raise ValueError("--ssl_certfile and --ssl_keyfile: give both, or none")
+        if self.judge_url and self.judge_style == "head":
+            raise ValueError("--judge_style=head judges with the model's own weights: it takes no --judge_url")
         if self.judge_url and not self.judge_model:
             raise ValueError("--judge_url needs --judge_model, the model's name at that endpoint")
         for name in ("user_share", "session_share", "truncated_share"):
@@ -135,7 +137,7 @@ class Config(Program, Engine, Judge, Turns, Step, Losses):
 class Groups:
     """The options in groups, for --help."""
 
-    program: Program
+    program: Service
     engine: Engine
     judge: Judge
     turns: Turns

@@ -101,22 +101,27 @@ class Program:
                 break
             await swap.evict(self.engine, idle[0])
         while owner not in swap.newest:
-            version = swap.Version(0)
-            if step := journal.saved_step(self.db, owner):
-                folder = checkpoint.folder_of(Path(self.config.out), owner, step)
-                try:
-                    weights = await asyncio.to_thread(lora.read, folder)
-                except FileNotFoundError:
-                    if step != journal.saved_step(self.db, owner):
-                        continue  # reverted or forgotten meanwhile
-                    raise
-                version = await swap.add_adapter(self.engine, weights, step)
-            # Meanwhile a newer one may have been pushed, or this one reverted or forgotten.
-            if owner not in swap.newest and step == journal.saved_step(self.db, owner):
-                await swap.make_newest(self.engine, owner, version)
-            else:
-                await swap.remove_unused(self.engine, version)
+            # A client that hangs up must not end this: the engine would keep an adapter that nobody knows of.
+            await asyncio.shield(self.load_saved(owner))
         swap.newest[owner] = swap.newest.pop(owner)
+
+    async def load_saved(self, owner: str) -> None:
+        """Load an owner's saved adapter, or the first weights, into the engine."""
+        version = swap.Version(0)
+        if step := journal.saved_step(self.db, owner):
+            folder = checkpoint.folder_of(Path(self.config.out), owner, step)
+            try:
+                weights = await asyncio.to_thread(lora.read, folder)
+            except FileNotFoundError:
+                if step != journal.saved_step(self.db, owner):
+                    return  # reverted or forgotten meanwhile
+                raise
+            version = await swap.add_adapter(self.engine, weights, step)
+        # Meanwhile a newer one may have been pushed, or this one reverted or forgotten.
+        if owner not in swap.newest and step == journal.saved_step(self.db, owner):
+            await swap.make_newest(self.engine, owner, version)
+        else:
+            await swap.remove_unused(self.engine, version)
 
     async def forget_adapter(self, owner: str) -> None:
         """Train and answer this user from the first weights again. Hold `stepping`."""

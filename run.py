@@ -238,8 +238,12 @@ async def keep_running(p: Program, name: str, work: Callable[[], Awaitable[None]
     while True:
         try:
             return await work()
-        except (trainer.Stopped, swap.EngineDied):
+        except trainer.Stopped:
             raise
+        except swap.EngineDied as e:
+            print(e, file=sys.stderr)
+            p.died.set()
+            return
         except Exception as e:
             traceback.print_exception(e)
             if name == "train":
@@ -270,22 +274,21 @@ async def stop(p: Program, web: WebServer, tasks: list[asyncio.Task], watch: asy
         web.should_exit = True
         for task in tasks[1:]:  # the server ends by itself
             task.cancel()
-    shutdown = asyncio.create_task(asyncio.to_thread(swap.stop_engine, p.engine))
+    async with p.stepping:  # an admin's rollback is finished first
+        shutdown = asyncio.create_task(asyncio.to_thread(swap.stop_engine, p.engine))
     await asyncio.gather(*tasks, return_exceptions=True)
     await p.on_trainer(lambda: None)  # wait for a `commit` that has begun, so that its step is in the checkpoint
-    watch.cancel()
     try:
         await asyncio.wait_for(journal.patiently(journal.leave_step, p.db), LOCKED_S)
     except TimeoutError:
         why = "another program is writing to the journal; the next start repeats the steps since the last checkpoint"
         for state in p.states.values():
             print(f"no checkpoint of step {state.step}: {why}", file=sys.stderr)
-        await shutdown
-        return
-    async with p.stepping:  # an admin's command is finished first
+    else:
         for state in p.states.values():
             await p.save(state)
     await shutdown
+    watch.cancel()
 
 
 async def expire_turns(p: Program) -> None:

@@ -39,20 +39,9 @@ SESSION_HEADERS = ("x-session-id", "x-session-affinity", "x-openwebui-chat-id")
 # Fields of a chat request, besides its messages, that change the prompt. vLLM's /tokenize has the same ones.
 TEMPLATE_FIELDS = ("tools", "chat_template", "add_generation_prompt", "continue_final_message")
 
-SAMPLING_DEFAULTS = {
-    "top_p": 1.0,
-    "top_k": 0,  # off, as is -1
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "logit_bias": None,
-    "allowed_token_ids": None,
-    "bad_words": None,
-    "structured_outputs": None,
-    "min_tokens": 0,
-    "thinking_token_budget": None,
-}
+# Sampling parameters by which an answer is not sampled from the plain policy, unless they have vLLM's default values.
+CHANGING = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+CHANGING += ("allowed_token_ids", "bad_words", "structured_outputs", "min_tokens", "thinking_token_budget")
 MIN_TEMPERATURE = 0.3  # below it, rounding alone changes log-probs by more than PPO's clip range
 
 
@@ -227,10 +216,13 @@ def note_rendered(renderer: Any) -> None:
 
 def why_no_rl(params: Any) -> str:
     """Why an answer sampled with these vLLM SamplingParams is not a sample of the plain policy; "" if it is."""
+    from vllm import SamplingParams
+
     if params.temperature < MIN_TEMPERATURE:
         return f"temperature {params.temperature:g} is below {MIN_TEMPERATURE}"
-    changed = [k for k, v in SAMPLING_DEFAULTS.items() if (getattr(params, k) or v) != v]
-    if "top_k" in changed and params.top_k == -1:
+    plain = SamplingParams()
+    changed = [name for name in CHANGING if getattr(params, name) not in (None, [], {}, getattr(plain, name))]
+    if "top_k" in changed and params.top_k == -1:  # off, as is the default
         changed.remove("top_k")
     return f"sampled with {', '.join(changed)}" if changed else ""
 

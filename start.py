@@ -63,8 +63,7 @@ async def setup(config: Config) -> Program:
         engine = swap.start_engine(engine_args)
         state = await asyncio.wrap_future(loading)
         state.stopping = stopping
-        await engine.update_weight_version(str(state.step))
-        swap.newest[""] = swap.Version(0 if config.lora_rank else state.step)
+        await swap.begin_with(engine, 0 if config.lora_rank else state.step)
         if config.lora_rank and saved:
             await swap.load(engine, trainer.served_weights(state.policy), state.step)
     except BaseException:

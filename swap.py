@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pydantic import ValidationError
@@ -130,9 +130,9 @@ def open_shared(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
 # ---- in our process ----
 
 
-def share_weights(weights: dict[str, torch.Tensor], path: str) -> bytes:
-    """Share weights with the worker, by CUDA IPC handles or by one flat file in shared memory at `path`. Returns a
-    message for `open_shared`."""
+def share_weights(weights: dict[str, torch.Tensor], file: IO[bytes]) -> bytes:
+    """Share weights with the worker, by CUDA IPC handles or in a file in shared memory. Returns a message for
+    `open_shared`."""
     if next(iter(weights.values())).is_cuda:
         from torch.multiprocessing.reductions import reduce_tensor
 
@@ -143,8 +143,8 @@ def share_weights(weights: dict[str, torch.Tensor], path: str) -> bytes:
         start = -(-end // 64) * 64  # aligned to 64 bytes, so that any dtype can be viewed in place
         end = start + w.numel() * w.element_size()
         layout[name] = (start, end, w.dtype, tuple(w.shape))
-    with open(path, "r+b") as file:  # from_file would crash if /dev/shm is full (a container's has 64 MiB)
-        os.posix_fallocate(file.fileno(), 0, end)
+    path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+    os.posix_fallocate(file.fileno(), 0, end)  # from_file would crash if /dev/shm is full (a container's has 64 MiB)
     flat = torch.from_file(path, shared=True, size=end, dtype=torch.uint8)
     for name, w in weights.items():
         start, stop, dtype, shape = layout[name]
@@ -250,7 +250,9 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
 # ---- new weights: running requests pause while all of them are replaced ----
 
 
-swapping = asyncio.Lock()  # held while the engine's weights are replaced; a stop of the program waits for it
+# Held while weights go to the engine. A stop waits for it: the worker opens the shared file by its number in our
+# process, and that would be another file's if a cancelled task had closed it.
+swapping = asyncio.Lock()
 loads = 0  # how often they were replaced
 
 Weights = dict[str, torch.Tensor]  # by name
@@ -273,7 +275,13 @@ newest: dict[str, Version] = {"": Version(0)}
 async def shared(weights: Weights) -> AsyncIterator[bytes]:
     """Share weights with the worker while the block runs. Yields the message for it."""
     with tempfile.TemporaryFile(dir="/dev/shm") as file:  # it has no name, so kill -9 leaves nothing behind
-        yield await asyncio.to_thread(share_weights, weights, f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        yield await asyncio.to_thread(share_weights, weights, file)
+
+
+async def begin_with(engine: Any, step: int) -> None:
+    """The engine was started with the weights of this step."""
+    await engine.update_weight_version(str(step))
+    newest[""] = Version(step)
 
 
 async def load(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
@@ -293,16 +301,15 @@ async def send(engine: Any, weights: Weights, step: int) -> tuple[Version, tuple
 async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, float]:
     """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped."""
     global loads
-    async with shared(weights) as message:
-        async with swapping:
-            began = time.time()
-            await engine.pause_generation(mode="keep", clear_cache=False)
-            loads, newest[""] = loads + 1, Version(None)
-            try:
-                missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
-                await engine.update_weight_version(str(step))
-            finally:
-                await engine.resume_generation()
+    async with swapping, shared(weights) as message:
+        began = time.time()
+        await engine.pause_generation(mode="keep", clear_cache=False)
+        loads, newest[""] = loads + 1, Version(None)
+        try:
+            missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
+            await engine.update_weight_version(str(step))
+        finally:
+            await engine.resume_generation()
     if missed:
         raise PushError(f"the engine did not load {missed}")
     return began, time.time()
@@ -319,7 +326,7 @@ async def add_adapter(engine: Any, weights: Weights, step: int) -> Version:
     from vllm.lora.request import LoRARequest
 
     number = next(adapter_numbers)
-    async with shared({name: w.cpu() for name, w in weights.items()}) as message:
+    async with swapping, shared({name: w.cpu() for name, w in weights.items()}) as message:
         unused = (await engine.collective_rpc("receive_adapter", args=(message, number)))[0]
     adapter = Version(step, LoRARequest(f"step-{step}-{number}", number, "sent by collective_rpc"))
     if unused:
@@ -389,13 +396,18 @@ def first_weights_request(name: str) -> Any:
 async def greedy(engine: Any, owner: str, ids: list[int], most: int, first_weights: bool = False) -> list[int]:
     """The greedy answer to a prompt, at most `most` tokens, by the owner's newest weights. `first_weights`: by those
     instead (only with LoRA)."""
+    prompt, params = salted({"prompt_token_ids": ids}, ""), final_only(max_tokens=most, temperature=0.0)
+    outputs = generate(engine, owner, prompt, params, f"greedy-{uuid.uuid4().hex}", lora_request=first_weights)
+    (output,) = [output async for output in outputs]
+    return list(output.outputs[0].token_ids)
+
+
+def final_only(**options: Any) -> Any:
+    """vLLM's SamplingParams for a request that yields one output."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    params = SamplingParams(max_tokens=most, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
-    prompt, name = salted({"prompt_token_ids": ids}, ""), f"greedy-{uuid.uuid4().hex}"
-    (output,) = [o async for o in generate(engine, owner, prompt, params, name, lora_request=first_weights)]
-    return list(output.outputs[0].token_ids)
+    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **options)
 
 
 # ---- in each request ----
@@ -422,10 +434,7 @@ def usable_seed(engine: Any, seed: int | None) -> int | None:
 
 async def prompt_logps(engine: Any, ids: list[int], request_id: str, adapter: Any = None) -> torch.Tensor:
     """The engine's own log-probs of ids[1:], each given the ids before it. (L - 1,) `adapter`: a LoRARequest."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+    params = final_only(max_tokens=1, temperature=1.0, prompt_logprobs=0)
     outputs = engine.generate({"prompt_token_ids": ids}, params, request_id, lora_request=adapter)
     (output,) = [output async for output in outputs]
     return torch.tensor([p[i].logprob for p, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])

@@ -353,7 +353,10 @@ def load_state(
 
     tokenizer = AutoTokenizer.from_pretrained(start)
     first = load().eval().requires_grad_(False)
-    probe = make_probe(first, tokenizer)
+    try:
+        probe = make_probe(first, tokenizer)
+    except guard.Refused as e:
+        raise UsageError(f"--model={start}: {e}") from e
     packs = check_arithmetic(first, probe.ids)
     policy = (lora.with_adapter(first, config.lora_rank, config.seed) if config.lora_rank else load()).train()
     masters, adam = optimizer(config, policy)

@@ -25,7 +25,7 @@ def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
     alone = [probe.token_logps(model, text) for text in texts]
     own = [probe.text_logps(model, text).cpu().gather(1, torch.tensor(text[1:])[:, None])[:, 0] for text in texts]
     gap = (torch.cat(own) - torch.cat(alone)).abs().max().item()
-    if gap > most:
+    if not gap <= most:  # also for NaN
         raise UsageError(
             f"{type(model).__name__} can't be trained here: its logits are not just the product of hidden state and "
             f"head (scaled, capped or shifted: log-probs differ by {gap:.2g})"

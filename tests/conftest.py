@@ -142,7 +142,11 @@ class Program:
 
     def wait_end(self) -> float:
         started = time.monotonic()
-        self.process.wait(60)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
         return time.monotonic() - started
 
 
@@ -189,6 +193,7 @@ def fresh(tiny_model, tmp_path):
     for p in started:
         if p.process.poll() is None:
             p.process.kill()
+            p.process.wait()
 
 
 @pytest.fixture(autouse=True)

@@ -597,6 +597,8 @@ async def test_with_a_full_disk_no_answer_is_begun(monkeypatch, tmp_path):
         (["--beta1=1"], "--beta1=1.0: expected less than 1"),
         (["--batch_size=2.5"], "--batch_size"),
         (["--judge_url=http://127.0.0.1:9/v1"], "--judge_url needs --judge_model"),
+        (["--judge_url=http://127.0.0.1:9/v1", "--judge_style=head"], "it takes no --judge_url"),
+        (["--port=0"], "--port=0: expected at least 1"),
         (["--w_rl=0", "--w_opd=0"], "at least one must be above 0"),
         (["lr=1"], "lr=1"),
         (["--keep=0"], "--keep=0: expected at least 1"),

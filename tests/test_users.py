@@ -5,14 +5,18 @@ import json
 import signal
 import sqlite3
 from contextlib import closing
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+import run
+import swap
 from clients.keys import write_private
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from machine import memory
+from program import Program
 from tests.records import GOOD, turn
 from tests.talking import rows, until, user
 
@@ -86,6 +90,30 @@ def test_folders_of_users_are_told_apart_and_stay_inside(tmp_path):
 
 
 # ---- the program ----
+
+
+async def test_a_client_that_hangs_up_does_not_end_the_loading_of_an_adapter(monkeypatch):
+    """The engine would keep an adapter that nobody knows of, and the worker could read another file than ours."""
+
+    async def load_saved(owner):
+        await asyncio.sleep(0.1)
+        swap.newest[owner] = swap.Version(0)
+
+    monkeypatch.setattr(swap, "newest", {"": swap.Version(0)})
+    p = SimpleNamespace(owner_of=lambda name: name, states={}, engine=None, load_saved=load_saved)
+    asking = asyncio.create_task(Program.load_adapter(p, "alice"))
+    await asyncio.sleep(0.02)
+    asking.cancel()
+    await until(lambda: "alice" in swap.newest, 5)
+
+
+async def test_a_step_that_kills_the_engine_asks_for_a_restart():
+    async def work():
+        raise swap.EngineDied("it did not take the old weights")
+
+    p = SimpleNamespace(died=asyncio.Event())
+    await run.keep_running(p, "train", work)
+    assert p.died.is_set()
 
 
 class Talker:
