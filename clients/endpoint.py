@@ -117,20 +117,20 @@ class Endpoint:
         """The result of `ask(fields)`, with up to `retries` more tries if it fails or is slow; JudgeError if all fail.
 
         After a "bad request" error, the next of `all_fields` is tried: the endpoint may refuse a field that it doesn't
-        know. If that works, the refused ones are not sent again.
+        know. If that works, the refused ones are removed from `all_fields`, which parallel calls share.
         """
-        failures = refused = 0
+        failures, left = 0, list(all_fields)
         while True:
             try:
                 async with asyncio.timeout(self.timeout_s):  # in total; the client's own timeout is per read
-                    result = await ask(all_fields[refused])
-                del all_fields[:refused]
+                    result = await ask(left[0])
+                all_fields[:] = [fields for fields in all_fields if fields in left]
                 return result
             except (openai.APIError, TimeoutError, ValueError, AttributeError, TypeError, LookupError) as error:
                 # The last three: JSON that is not a chat completion, which the client doesn't check.
                 bad_request = isinstance(error, BAD_REQUEST)
-                if bad_request and refused + 1 < len(all_fields):
-                    refused += 1
+                if bad_request and len(left) > 1:
+                    del left[0]
                     continue
                 failures += 1
                 status = error.status_code if isinstance(error, openai.APIStatusError) else 0

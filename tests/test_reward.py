@@ -232,6 +232,20 @@ def test_an_endpoint_that_refuses_log_probs_still_gets_the_constraint() -> None:
     ]
 
 
+def test_parallel_turns_that_learn_the_same_refusal_leave_a_form_to_ask_in() -> None:
+    async def judged(client: openai.AsyncOpenAI) -> tuple[list, list]:
+        async with client:
+            judge = chat_judge.ChatJudge(client, "m", votes=1)
+            return await asyncio.gather(*[judge.score("r", "a", NEXT) for _ in range(8)]), judge.score_fields
+
+    def play(number: int, body: dict) -> Response:
+        refused = "logprobs" in body or "structured_outputs" in body
+        return JSONResponse({"error": "unknown field"}, 400) if refused else said("good")
+
+    with endpoint(play) as (client, _):
+        assert asyncio.run(judged(client)) == ([(1, [1], 1.0)] * 8, [{}])
+
+
 def test_a_request_that_is_refused_in_every_form_keeps_every_form() -> None:
     """Too long, say: the next turn is asked for log-probs again."""
 
