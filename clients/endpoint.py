@@ -103,7 +103,8 @@ class Endpoint:
                 reply = await self.client.chat.completions.create(model=self.model, **fields)
             except BAD_REQUEST as e:
                 left = [name for name in INSTEAD if name in fields]
-                named = [name for name in left if re.search(rf"\b{name}\b", e.response.text)]
+                said = re.sub(r"\\+[a-z]", " ", e.response.text)  # JSON's "\n" for a newline does not name n
+                named = [name for name in left if re.search(rf"\b{name}\b", said)]
                 if not (named or left and not request["extra_body"]):
                     raise
                 refused.append((named or left)[0])

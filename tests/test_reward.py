@@ -300,6 +300,18 @@ def test_what_an_endpoint_takes_is_found_out_once(refused: str, named: bool, cap
     assert refused in out and out.count("the endpoint refuses") == 1
 
 
+def test_a_line_break_in_an_error_does_not_blame_n() -> None:
+    """In the reply's JSON, a line break is written as a backslash and an n."""
+
+    def play(number: int, body: dict) -> Response:
+        error = {"message": "not supported:\nmax_tokens\n", "param": None}
+        return JSONResponse({"error": error}, 400) if "max_tokens" in body else said("good", "good")
+
+    with endpoint(play) as (client, seen):
+        assert ask(client, votes=2) == [(1, [1, 1], 1.0)]
+    assert len(seen) == 2 and seen[-1]["n"] == 2 and "structured_outputs" in seen[-1]
+
+
 @pytest.mark.parametrize("reply", ["Not good.", "isn't bad", "good or bad", "It is good", ""])
 def test_more_than_a_label_is_no_vote(reply: str) -> None:
     with pytest.raises(ValueError, match="not exactly one"):
