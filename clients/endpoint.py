@@ -44,7 +44,7 @@ class Health:
     tries: Counter[str] = field(default_factory=Counter)  # turn id -> failures caused by the turn (`of_turn`)
     failures: int = 0
     error: str = ""  # the last one
-    failing: set[str] = field(default_factory=set)  # turns that failed since the last verdict
+    failing: set[str] = field(default_factory=set)  # turns that failed since the last verdict, and still wait
 
     async def wait(self) -> None:
         while (left := self.until - time.monotonic()) > 0:
@@ -63,10 +63,15 @@ class Health:
         if now - self.logged >= 60:
             self.logged = now
             print(f"judge: {error}; next try in {max(0.0, self.until - now):.0f} s", file=sys.stderr, flush=True)
-        return self.tries[turn_id] >= TRIES and self.failing == {turn_id}
+        if given_up := self.tries[turn_id] >= TRIES and self.failing == {turn_id}:
+            self.settled(turn_id)
+        return given_up
 
     def worked(self, turn_id: str) -> None:
         self.seconds = 1.0
+        self.settled(turn_id)
+
+    def settled(self, turn_id: str) -> None:
         self.failing.clear()
         self.tries.pop(turn_id, None)
 
