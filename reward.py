@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from clients.endpoint import JudgeError
 from clients.sessions import words_of
 from durable.atomic import replacing
 
@@ -182,7 +183,11 @@ class HeadJudge:
     hinted_by = "own words"
 
     async def score(self, request: str, answer: str, next_messages: list[dict]) -> Scored:
-        head = await asyncio.wrap_future(self.fitting)
+        """JudgeError if the head could not be fitted. Only a restart tries that again."""
+        try:
+            head = await asyncio.wrap_future(self.fitting)
+        except Exception as e:
+            raise JudgeError(f"it could not be prepared, restart when this is solved: {type(e).__name__}: {e}") from e
         run = self.threads.submit(head_verdict, head, self.model, self.tokenizer, request, next_messages)
         return await asyncio.wrap_future(run)
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -496,6 +497,21 @@ def test_a_stop_interrupts_the_reading_of_the_replies(tiny_model, tmp_path) -> N
     with pytest.raises(InterruptedError):
         reward.make_head(model, AutoTokenizer.from_pretrained(tiny_model), tmp_path / "m", stopping)
     assert not list(tmp_path.iterdir())
+
+
+async def test_a_judge_that_could_not_be_prepared_is_down(tiny_model, tmp_path, monkeypatch) -> None:
+    """Its cache can't be written: this is no turn's fault, and the turns wait."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    tokenizer, rows = AutoTokenizer.from_pretrained(tiny_model), reward.labelled("fit")[:2]
+    monkeypatch.setattr(reward, "labelled", lambda name: rows)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with ThreadPoolExecutor(1) as threads:
+        fitting = threads.submit(reward.make_head, model, tokenizer, tmp_path / "cache" / "m")
+        judge = reward.HeadJudge(fitting, model, tokenizer, threads)
+        for _ in range(2):
+            with pytest.raises(JudgeError, match="could not be prepared.*cache") as caught:
+                await judge.score("r", "a", NEXT)
+            assert not caught.value.of_turn
 
 
 @pytest.mark.timeout(900)  # the features of 400 replies, where they are not kept from an earlier start
