@@ -193,11 +193,16 @@ async def test_explicit_feedback(untrained):
         ).status_code == 200
         (row,) = rows(program, "id = ?", greedy.id)
         assert row["state"] == "dropped" and row["reason"].startswith("nothing to learn from: there is no hint")
-        wrongs = [{}, [], *({"completion_id": reply.id, "score": score} for score in (7, True))]
+        wrongs = [{}, [], *({"completion_id": reply.id, "score": score} for score in (7, True, 1.0))]
         wrongs += [{"messages": m, "score": 1} for m in ([], 1, None, ["a"], [{"role": "user", "content": [1]}])]
+        wrongs += [by_words | more for more in ({"messages": talk * 10_000}, {"more": [0] * 300_000})]
         for wrong in wrongs:
             error = await http.post("/v1/feedback", json=wrong)
             assert error.status_code == 400 and error.json()["error"]["message"]
+        half = '{"completion_id": "\\ud800", "session": "\\ud800", "score": 1}'  # of a surrogate pair
+        for path, status in (("/v1/feedback", 404), ("/web/leave_out", 400)):
+            error = await http.post(path, content=half)
+            assert error.status_code == status and "ud800" in error.json()["error"]["message"]
 
 
 async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_model):

@@ -1,6 +1,6 @@
 """`POST /v1/feedback`: a user rates an answer. `GET /status`: how many turns are in which state."""
 
-import json
+import asyncio
 import time
 
 from starlette.requests import Request
@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import reward
-from clients.bodies import openai_error
+from clients.bodies import openai_error, parse, too_much
 from clients.keys import sees_all
 from clients.sessions import find_rated, request_of
 from durable import journal
@@ -21,18 +21,21 @@ def routes(p: Program) -> list[Route]:
         rater = request.scope["state"]["user"]
         user = rater.name or "admin"
         try:
-            body = json.loads(await request.body())
+            sent = await request.body()
+            body = await asyncio.to_thread(parse, sent)
             score, text, messages = body["score"], body.get("text", ""), [dict(m) for m in body.get("messages", [])]
+            if why := too_much(body, messages, len(sent)):
+                return openai_error(400, why)
             said = [{"role": "user", "content": text}]
             turn_id = find_rated(p.db, user, messages, said) if messages else body["completion_id"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             which = '"completion_id": ... or "messages": [..., the rated answer]'
-            return openai_error(400, f'expected {{{which}, "score": 1 or -1, "text": optional}}')
-        if score not in (1, -1) or isinstance(score, bool) or not isinstance(text, str):
+            return openai_error(400, f'expected {{{which}, "score": 1 or -1, "text": optional}}: {e!r}')
+        if type(score) is not int or score not in (1, -1) or not isinstance(text, str):
             return openai_error(400, "score must be 1 or -1, and text a string")
         try:
             turn, _ = journal.load_turn(p.db, str(turn_id))
-        except KeyError:
+        except (KeyError, UnicodeEncodeError):  # half a surrogate pair is no text to SQLite
             turn = None
         if turn is None or turn.user != user and not sees_all(rater):
             which = "answer at the end of these messages that is" if messages else f"completion {turn_id!r}"

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from clients.bodies import openai_error
+from clients.bodies import openai_error, parse
 from clients.keys import sees_all
 from durable import journal, look
 from program import Program
@@ -176,9 +176,10 @@ def routes(p: Program) -> list[Route]:
 
     async def leave_out(request: Request) -> Response:
         try:
-            session = str(json.loads(await request.body())["session"])
-        except (ValueError, KeyError, TypeError):
-            return openai_error(400, 'expected {"session": ...}')
+            session = str((await asyncio.to_thread(parse, await request.body()))["session"])
+            session.encode()  # half a surrogate pair is no text to SQLite
+        except (ValueError, KeyError, TypeError) as e:
+            return openai_error(400, f'expected {{"session": ...}}: {e!r}')
         count = await journal.patiently(journal.leave_out, p.db, session, whose(request))
         return answer({"done": f"{count} answers of this conversation will not be trained on"})
 
