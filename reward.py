@@ -1,6 +1,6 @@
 """The judge: it scores an answer good / bad / neutral from the message that follows it, and extracts a hint.
 
-A model too small to follow instructions judges by a linear head on its frozen first weights, fitted at the start on
+A model too small to follow instructions judges by a linear head on its frozen starting weights, fitted at startup on
 replies/fit.jsonl (`HeadJudge`); the hints are the user's own words. A model that follows instructions is asked in chat,
 and writes a rule as the hint: chat_judge.py.
 
@@ -25,7 +25,7 @@ from clients.sessions import words_of
 from durable.atomic import replacing
 
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
-HEAD_CHARS = 400  # the part of the next state that the head reads
+HEAD_CHARS = 400  # the part of the next messages that the head reads
 MIN_HINT, MAX_HINT = 11, 300  # characters in a hint
 MAX_PARTS = 5  # how many parts of a complaint are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
@@ -71,8 +71,8 @@ def defuse(text: str) -> str:
 
 
 def evidence(request: str, answer: str, next_messages: list[dict], chars: int, bare: bool = False) -> str:
-    """The text of a turn for the judge. The next state matters most and gets `chars` characters. Request and answer get
-    a quarter of that each, or are left out if `bare`."""
+    """The text of a turn for the judge. The next messages matter most and get `chars` characters. Request and answer
+    get a quarter of that each, or are left out if `bare`."""
     parts = [] if bare else [("Request", request, chars // 4), ("Answer", answer, chars // 4)]
     each = chars // max(1, len(next_messages))
     for message in next_messages:
@@ -105,8 +105,8 @@ class Head:
 def features(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, next_messages: list[dict]
 ) -> Tensor:
-    """The head's features of a next state: the frozen first weights' hidden states at half and two thirds of the
-    model's depth, at the last token and averaged over all. (D,) fp32 on the CPU"""
+    """The head's features of the next messages: the frozen starting weights' hidden states at half and two thirds of
+    the model's depth, at the last token and averaged over all. (D,) fp32 on the CPU"""
     text = f"{QUESTION}\n\nRequest: {cut(defuse(request), HEAD_CHARS // 3)}\n"
     text += f"{evidence('', '', next_messages, HEAD_CHARS, bare=True)}\nFeedback:"
     ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
@@ -172,7 +172,7 @@ def head_verdict(
 
 @dataclass
 class HeadJudge:
-    """The judge for a small model: a head on its frozen first weights, and the user's own words as hints.
+    """The judge for a small model: a head on its frozen starting weights, and the user's own words as hints.
 
     `fitting`: the head, when it is fitted. `threads`: these run the model, while the program serves and trains."""
 
