@@ -4,7 +4,7 @@ python -m durable.admin show --out=mine                      the last 20 answers
 python -m durable.admin show --out=mine --session=SESSION    one conversation, whole
 python -m durable.admin learned --out=mine                   what people said against answers, and how often
 python -m durable.admin rollback --out=mine --step=50        the checkpoint of step 50 is the current one again
-python -m durable.admin forget --out=mine --session=SESSION  a conversation leaves the journal for good; --user=: all
+python -m durable.admin forget --out=mine --session=SESSION  delete a conversation, or with --user=NAME all of a user's
 python -m durable.admin export --out=mine --folder=mymodel   the trained model, as a Hugging Face folder
 python -m durable.admin turns --out=mine                     all answers with their tokens and verdicts, as JSON lines
 python -m durable.admin pause --out=mine                     training pauses; resume; train: now, with what is judged
@@ -43,7 +43,7 @@ def said(message: dict) -> str:
 
 
 def describe(row: sqlite3.Row) -> str:
-    """One answer as five lines at most."""
+    """One answer, in a few lines."""
     pruned = row["template"] is None
     messages, following = json.loads(row["messages"]), json.loads(row["next_messages"] or "[]")
     last = last_request(messages)
@@ -81,7 +81,7 @@ class Show(OfRun):
 class Learned(OfRun):
     """Print what people said against answers, and how often. A running program is not disturbed."""
 
-    user: str = ""  # what this user alone said
+    user: str = ""  # only what this user said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Rollback(OfRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Forget(OfRun):
-    """Remove a conversation and what was made of it, or all of a user, for good. The program may run."""
+    """Delete a conversation and everything derived from it, or all of a user, for good. The program may run."""
 
     session: str = ""  # as `show` prints it
     user: str = ""  # all their conversations instead
@@ -102,7 +102,7 @@ class Forget(OfRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Pause(OfRun):
-    """Pause training in the running program; it serves and judges on."""
+    """Pause training in the running program; it continues to serve and judge."""
 
     user: str = ""  # of this user's adapter alone, with --adapters=user
 
@@ -181,14 +181,14 @@ def main(command: Command) -> None:
 
 
 def ask_program(out: Path, command: Command) -> str | None:
-    """Have the program that runs with this --out carry out a command; None where none runs. UsageError: it can't."""
+    """Have the program with this --out carry out a command. None if no program runs; UsageError if it refuses."""
     try:
         upkeep.lock_out_dir(out).close()
         return None
     except UsageError as e:
         _, *url = (out / "lock").read_text().split()
         if not url:
-            raise UsageError(f"{e}; it does not answer yet") from e
+            raise UsageError("the program is still starting, try again") from e
     body = {k: v for k, v in vars(command).items() if k != "out"}
     headers = {"Authorization": f"Bearer {(out / keys.ADMIN).read_text().strip()}"}
     address = f"{url[0].removesuffix('/v1')}/admin/{type(command).__name__.lower()}"
@@ -202,7 +202,7 @@ def ask_program(out: Path, command: Command) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey, or shows in another order: such characters as their escapes."""
+    """Escape control characters and characters that change the text direction."""
     shown = lambda c: c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()  # noqa: E731
     return "".join(map(shown, text))
 

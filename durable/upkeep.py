@@ -1,4 +1,4 @@
-"""What is done to a journal as a whole: taken by one program, rolled back, pruned, and forgotten from.
+"""Operations on a whole journal: lock, roll back, prune, forget.
 
 `prune` and `forget` may run beside the program, on a connection of their own: they hold the lock for short writes only.
 """
@@ -21,10 +21,10 @@ from durable.errors import UsageError
 from durable.journal import THESE, checkpoints, owner_of, transaction
 
 PORTION = 100  # rows in one write
-PROOF = 20  # letters; a shorter text does not show that a conversation holds another one's
-LONG = 100  # letters that two conversations do not begin with by chance
-HEAD = 200  # letters of a text that are looked for: clients cut what they quote
-COMMON = 3  # a text that so many other sessions have as a message of their own is no proof
+PROOF = 20  # letters; a shorter text doesn't prove that it comes from another conversation
+LONG = 100  # two conversations that begin with the same message of this many letters are related
+HEAD = 200  # letters of a text that are searched for: clients cut what they quote
+COMMON = 3  # a text found in this many other sessions, as a whole message, is too common to prove anything
 
 # All pieces that a turn refers to, in a temporary table.
 LIVE = """
@@ -39,9 +39,9 @@ INSERT OR IGNORE INTO live SELECT template FROM turns WHERE template NOT NULL;
 
 
 def lock_out_dir(out: Path) -> TextIO:
-    """Make the folder and take it for this process, as long as what is returned stays open.
+    """Make the folder and lock it for this process, until the returned file is closed.
 
-    UsageError where that can't be done, or another run.py has it.
+    UsageError if that can't be done, or if another run.py has it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -49,7 +49,7 @@ def lock_out_dir(out: Path) -> TextIO:
             raise UsageError(f"--out={out} is not yours alone, and others could read what is in it: give another --out")
         if stat.S_IMODE(found.st_mode) & 0o077:
             out.chmod(0o700)
-            print(f"--out={out}: others could read it, its mode is 0700 from here on", flush=True)
+            print(f"--out={out}: other users could read it; its mode is now 0700", flush=True)
         lock = open(out / "lock", "a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)
@@ -65,8 +65,8 @@ def lock_out_dir(out: Path) -> TextIO:
 
 
 def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str, adapters: str) -> None:
-    """This model's answers alone are in this journal. UsageError where it was begun with another model or other
-    --adapters, or where it is new and there are checkpoints that it doesn't know."""
+    """Bind the journal to one model. UsageError if it is bound to another model or other --adapters, or if it is new
+    but there are checkpoints."""
     begun = db.execute("SELECT * FROM model").fetchone()
     if begun is None:
         out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
@@ -92,9 +92,10 @@ def own_connection(path: Path) -> sqlite3.Connection:
 
 
 def check_owner(db: sqlite3.Connection, user: str) -> str:
-    """The owner of the weights that a command is about. UsageError where --user is missing, or makes no sense."""
+    """The owner of the weights that a command is about. UsageError if --user is missing or can't be used."""
     if bool(user) != bool(owner_of(db, "anybody")):
-        raise UsageError("give --user: each has weights of their own" if not user else "--user: all share one model")
+        missing = "give --user: this --out has one adapter per user"
+        raise UsageError("--user can't be used: all users share one model" if user else missing)
     talked = db.execute("SELECT 1 FROM counters WHERE user = ?", (user,)).fetchone()
     if user and not talked and not checkpoints(db, user):
         raise UsageError(f"--user={user}: nobody of that name has talked here")
@@ -102,15 +103,15 @@ def check_owner(db: sqlite3.Connection, user: str) -> str:
 
 
 def check_step(db: sqlite3.Connection, owner: str, step: int) -> None:
-    """UsageError where there is no checkpoint of this step (0: the start)."""
+    """UsageError if there is no checkpoint of this step (0: the starting weights)."""
     if step not in (known := [0, *checkpoints(db, owner)]):
         raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
 
 
 def rollback(db: sqlite3.Connection, owner: str, step: int) -> int:
-    """Make the checkpoint of `step` (0: the start) the current one. Turns that later steps were trained on,
-    and answers that later weights gave, are dropped; returns their number.
-    UsageError where there is no such checkpoint."""
+    """Make the checkpoint of `step` (0: the starting weights) the current one. Turns that later steps were trained on,
+    and answers that later weights gave, are dropped; returns their number. UsageError if there is no such checkpoint.
+    """
     check_step(db, owner, step)
     with transaction(db):
         db.execute("DELETE FROM checkpoints WHERE owner = ? AND step > ?", (owner, step))
@@ -127,7 +128,7 @@ def rollback(db: sqlite3.Connection, owner: str, step: int) -> int:
 
 
 def in_portions(db: sqlite3.Connection, statement: str, ids: Iterable[str | int]) -> None:
-    """Run a statement with `IN (SELECT value FROM json_each(?))` for a few ids at a time, so that others write too."""
+    """Run a statement with `IN (SELECT value FROM json_each(?))` for a few ids at a time, so that others can write."""
     todo = list(ids)
     for k in range(0, len(todo), PORTION):
         db.execute(statement, (pieces.as_json(todo[k : k + PORTION]),))
@@ -137,8 +138,8 @@ def in_portions(db: sqlite3.Connection, statement: str, ids: Iterable[str | int]
 def sweep(db: sqlite3.Connection) -> None:
     """Delete the pieces that no turn refers to.
 
-    A program that runs may take up such a piece again for a new turn. So it first loses its hash, by which it is found;
-    then it is looked at once more."""
+    A running program may use such a piece again for a new turn. So its hash, by which it is found, is removed first;
+    then it is checked once more."""
     for dead, statement in (
         ("hash NOT NULL", f"UPDATE pieces SET hash = NULL WHERE {THESE}"),
         ("hash IS NULL", f"DELETE FROM pieces WHERE {THESE}"),
@@ -159,9 +160,8 @@ PRUNED = (
 
 
 def prune(path: Path, days: float) -> int:
-    """The texts and token ids of turns that are older than this and done with leave the journal: of dropped ones, and
-    of those trained on up to the oldest checkpoint that is kept. Verdict, state and reason stay. Returns their number.
-    """
+    """Delete texts and token ids of finished turns older than `days`: dropped ones, and those trained on no later than
+    the oldest checkpoint that is kept. Verdict, state and reason stay. Returns their number."""
     with closing(own_connection(path)) as db:
         found = db.execute(
             "SELECT id FROM turns WHERE created < ? AND template NOT NULL AND "
@@ -196,10 +196,10 @@ class Forgotten:
     turns: int = 0
     sessions: dict[str, str] = field(default_factory=dict)  # session -> why
     first: int | None = None  # the first step that was trained on one of the turns
-    adapter: bool = False  # did the user's own weights go, too?
+    adapter: bool = False  # were the user's own weights removed, too?
     left: str = ""  # why a copy may still be on the disk
 
-    kept: list[int] = field(default_factory=list)  # the steps of the checkpoints that may have learned from them
+    kept: list[int] = field(default_factory=list)  # the steps of the checkpoints that are kept
 
     def report(self) -> str:
         """In words."""
@@ -211,8 +211,8 @@ class Forgotten:
             lines.append("the user's adapter is removed with all its checkpoints: nothing of them is left in weights")
         elif self.first is not None:
             lines += [
-                f"trained on one of them: the steps from {self.first} on. What weights, Adam's moments and the running "
-                "means of rewards took from it stays there.",
+                f"these turns were used in the steps from {self.first} on. Their effect on weights, Adam's moments and "
+                "the running means of rewards remains.",
                 f"checkpoints that did not see it: {', '.join(map(str, clean)) or 'only the start, step 0'} "
                 f"(rollback --step); that did: {', '.join(map(str, touched)) or 'none'}",
             ]
@@ -220,7 +220,7 @@ class Forgotten:
 
 
 def said_in(messages: list[dict]) -> list[str]:
-    """The letters of what a person and the model said; a client's own requests and the system's text are left out."""
+    """The messages of a person and the model, letters only, without a client's own requests and system messages."""
     talk = [m for m in conversation(messages) if m.get("role") in ("user", "assistant")]
     return [letters(words_of(m) if m["role"] == "user" else without_thinking(text_of(m.get("content")))) for m in talk]
 
@@ -256,8 +256,8 @@ def texts_of(db: sqlite3.Connection, session: str) -> Said:
 
 
 def derived(db: sqlite3.Connection, session: str) -> dict[str, str]:
-    """Other sessions of the same user that hold a text of this one, and on from their answers: a title, a summary, the
-    conversation after a compaction. Why, for each."""
+    """Other sessions of the same user that contain a text of this one (a title, a summary, the conversation after a
+    compaction), and, repeatedly, sessions that contain answers of those. Returns the reason for each."""
     (user,) = db.execute("SELECT user FROM turns WHERE session = ? LIMIT 1", (session,)).fetchone()
     rows = db.execute("SELECT DISTINCT session FROM turns WHERE user = ? AND session != ?", (user, session))
     others = {r["session"]: texts_of(db, r["session"]) for r in rows.fetchall()}
@@ -287,7 +287,7 @@ def forget_in(path: Path, session: str = "", user: str = "") -> str:
 
 
 def forget(db: sqlite3.Connection, session: str = "", user: str = "") -> Forgotten:
-    """Remove a conversation with all that was made of it, or all of a user with their adapter, for good. On
+    """Remove a conversation with everything derived from it, or all of a user with their adapter, for good. On
     `own_connection`."""
     column, value = ("session", session) if session else ("user", user)
     found = db.execute(f"SELECT DISTINCT session, user FROM turns WHERE {column} = ?", (value,)).fetchall()
@@ -323,12 +323,12 @@ def remove_adapter(db: sqlite3.Connection, owner: str) -> None:
 
 
 STILL_READ = (
-    "SQLite's log still has what was removed, since another program reads the journal: close it, and repeat this"
+    "the text is still in SQLite's log because another program reads the journal: close that program and run this again"
 )
 
 
 def empty_log(db: sqlite3.Connection, seconds: float = 10) -> bool:
-    """Overwrite SQLite's log, which has the pages as they were; False where a reader holds it for all this time."""
+    """Overwrite SQLite's log, which has the pages as they were; False if a reader holds it for all this time."""
     db.execute("PRAGMA busy_timeout = 200")
     deadline = time.monotonic() + seconds
     while db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
