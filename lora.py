@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685): two small matrices are trained for each linear layer of a frozen base, W x + 2 B (A x).
 
-The base is the first weights. Without the adapter it is also the KL's reference, the frozen teacher and a small model's
-judge, so the trainer needs only one copy.
+The base is the starting weights. Without the adapter it is also the KL's reference, the frozen teacher and a small
+model's judge, so the trainer needs only one copy.
 """
 
 import copy

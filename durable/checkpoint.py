@@ -21,7 +21,7 @@ def home(out: Path, owner: str) -> Path:
 
 
 def folder_of(out: Path, owner: str, step: int) -> Path | None:
-    """The folder of a checkpoint. None for step 0: the first weights have no checkpoint."""
+    """The folder of a checkpoint. None for step 0: the starting weights have no checkpoint."""
     return home(out, owner) / f"step-{step:06d}" if step else None
 
 

@@ -60,7 +60,7 @@ def hinted_turn(o: Options, shared: bool) -> list[Lesson]:
 
 
 def measure(state: State, config: Config, lessons: list[Lesson]) -> tuple[int, float]:
-    """Tokens that went through the policy and the first weights in a step, and its CPU seconds."""
+    """Tokens that went through the policy and the starting weights in a step, and its CPU seconds."""
     seen = []
     hooks = [
         model.model.register_forward_pre_hook(

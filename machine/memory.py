@@ -42,7 +42,7 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
     cpu = setting.device == "cpu"
     device = {
         "policy": weights * width,
-        "first weights": 0 if adapter else weights * width,  # with an adapter: the policy without it
+        "starting weights": 0 if adapter else weights * width,  # with an adapter: the policy without it
         "adapter": trained * width if adapter else 0,
         "masters": 4 * trained,  # fp32
         "gradients": 4 * trained + (2 * trained if width == 2 else 0),  # fp32, and a row's bf16

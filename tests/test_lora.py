@@ -55,7 +55,7 @@ def test_an_adapter_starts_as_the_first_weights_and_shares_their_tensors(tiny_mo
     assert len(names) == 2 * 7 * 2 and all(".lora_" in name for name in names), "each linear layer but the head"
     first = probe.token_logps(state.start, IDS)
     change(state, 1)
-    assert torch.equal(probe.token_logps(state.start, IDS), first), "judge, teacher and KL see the first weights"
+    assert torch.equal(probe.token_logps(state.start, IDS), first), "judge, teacher and KL see the starting weights"
     assert (logps(state) - first).abs().mean() > 0.2
 
 

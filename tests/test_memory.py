@@ -25,7 +25,7 @@ def test_parameters_are_those_of_the_model_and_its_adapter(tiny_model):
 
 def test_an_adapter_needs_no_second_model_no_adam_of_it_and_no_snapshot():
     full, lora = memory.needs(shape("4B"), setting()), memory.needs(shape("4B"), setting(lora_rank=32))
-    assert full[0]["first weights"] == full[0]["policy"] == lora[0]["policy"] and "first weights" not in lora[0]
+    assert full[0]["starting weights"] == full[0]["policy"] == lora[0]["policy"] and "starting weights" not in lora[0]
     assert full[1]["snapshot"] == pytest.approx(1.5 * full[0]["Adam"]) and full[1]["snapshot"] > 40
     assert sum(full[0].values()) > 100 and sum(lora[0].values()) < 40
     assert lora[0]["Adam"] + lora[0]["masters"] + lora[1]["snapshot"] < 2

@@ -283,7 +283,7 @@ async def test_who_was_away_gets_their_adapter_back(fresh):
 
 
 def test_a_key_file_is_read_anew(fresh):
-    """A user who comes later begins with the first weights."""
+    """A user who comes later begins with the starting weights."""
     program = started(fresh, ("alice",))
     first = Talker(program, "alice").logp()
     write_private(program.out / "keys", "alice:key-alice\ndora:key-dora\n")
