@@ -1,4 +1,4 @@
-"""Connections: each has a time limit, and together they can't use up the file descriptors that the program needs."""
+"""Request heads and bodies have time limits, and connections can't use up the program's own file descriptors."""
 
 import asyncio
 import os
