@@ -440,7 +440,7 @@ def test_one_reply_without_a_label_is_voted_on_and_the_next_one_read_again() -> 
     assert one == (1, [1, 1, 1], 1.0) and two[:2] == (-1, [-1])
 
 
-def test_no_label_for_an_empty_next_state_is_no_verdict() -> None:
+def test_no_label_for_an_empty_next_message_is_no_verdict() -> None:
     def play(number: int, body: dict) -> Response:
         return logprobs(number, body) if "No, wrong" in body["messages"][-1]["content"] else labels(Well=-0.1)
 
