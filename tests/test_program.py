@@ -415,12 +415,17 @@ async def test_a_stop_a_kill_and_what_comes_after(fresh):
     talk += [{"role": "assistant", "content": open_turn.choices[0].message.content}, user("No.")]
     await ask(client(program, "none"), talk)
     assert rows(program, "id = ?", open_turn.id)[0]["next_messages"], "an open conversation goes on"
-    program.stop()
 
     def admin(*words):
         command = [sys.executable, "-m", "durable.admin", *words, f"--out={program.out}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         return done.returncode, (done.stdout + done.stderr).splitlines()[-1]
+
+    await until(lambda: program.status()["training"] == "off")
+    for command in ("pause", "resume", "train"):
+        assert admin(command) == (1, "training has ended, by --steps=2")
+    assert program.status()["training"] == "off"
+    program.stop()
 
     session = rows(program, "id = ?", first[0])[0]["session"]
     assert admin("forget", f"--session={session}") == (

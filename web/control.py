@@ -58,14 +58,14 @@ async def roll_back(p: Program, user: str, step: int) -> str:
 async def order(p: Program, command: str, body: dict[str, Any]) -> str:
     """Carry out a command; returns what to tell the admin. UsageError where it can't be, KeyError if it is unknown."""
     user = body.get("user", "")
+    if p.training == "off" and command in ("pause", "resume", "train"):
+        raise UsageError(f"training has ended, by --steps={p.config.steps}")
     if command in ("pause", "resume") and user:
         upkeep.check_owner(p.db, user)
     if command == "pause":
         p.pause_training("paused by the admin", user)
         return "training pauses after the step that runs; serving and judging continue"
     if command == "resume":
-        if p.training == "off":
-            raise UsageError(f"training has ended, by --steps={p.config.steps}")
         p.resume_training(user)
         return "training is on" if p.training == "on" else f"training of {user} goes on when everybody's does"
     if command == "train":
