@@ -296,7 +296,7 @@ async def test_the_admin_picks_a_user_with_an_adapter(fresh, browser):
     await page.locator(".turn").get_by_role("button", name="alice").first.click()
     await expect(page.locator("#step")).to_have_text("step 2 of alice")
     await expect(page.locator(".turn")).to_have_count(2)
-    await expect(page.locator("#checkpoint option")).to_have_text(["step 2", "step 1", "the start"])
+    await expect(page.locator("#checkpoint option")).to_have_text(["step 2", "step 1", "the starting weights"])
     await expect(page.locator("#probe_kl canvas")).to_be_visible()
 
     await page.get_by_role("button", name="Pause").click()

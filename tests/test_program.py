@@ -183,7 +183,7 @@ async def test_explicit_feedback(untrained):
         assert json.loads(row["hints"]) == ["answer in two sentences"]
         for unknown in ([*talk, user("why?")], [user("rate me")]):
             error = await http.post("/v1/feedback", json=by_words | {"messages": unknown})
-            assert error.status_code == 404 and "at the end of these messages" in error.json()["error"]["message"]
+            assert error.status_code == 404 and "the last of these messages" in error.json()["error"]["message"]
         side = await ask(c, [user("no use")], extra_headers={"X-Turn-Type": "side"})
         late = await http.post("/v1/feedback", json=body | {"completion_id": side.id})
         assert late.status_code == 409 and "side request" in late.json()["error"]["message"]

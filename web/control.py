@@ -28,7 +28,7 @@ from server import engine_figures
 
 
 async def roll_back(p: Program, user: str, step: int) -> str:
-    """Train and serve on from the checkpoint of `step`; 0: from the first weights. UsageError where there is none."""
+    """Continue from the checkpoint of `step` (0: from the starting weights); UsageError if there is none."""
     async with p.stepping:
         owner = upkeep.check_owner(p.db, user)
         upkeep.check_step(p.db, owner, step)
@@ -56,7 +56,7 @@ async def roll_back(p: Program, user: str, step: int) -> str:
 
 
 async def order(p: Program, command: str, body: dict[str, Any]) -> str:
-    """Carry out a command; returns what to tell the admin. UsageError where it can't be, KeyError if it is unknown."""
+    """Carry out a command; returns what to tell the admin. UsageError if it is refused, KeyError if it is unknown."""
     user = body.get("user", "")
     if p.training == "off" and command in ("pause", "resume", "train"):
         raise UsageError(f"training has ended, by --steps={p.config.steps}")
@@ -64,7 +64,7 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
         upkeep.check_owner(p.db, user)
     if command == "pause":
         p.pause_training("paused by the admin", user)
-        return "training pauses after the step that runs; serving and judging continue"
+        return "training pauses after the current step; serving and judging continue"
     if command == "resume":
         p.resume_training(user)
         return "training is on" if p.training == "on" else f"training of {user} goes on when everybody's does"
@@ -88,9 +88,9 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
 
 
 def may_order(request: Request) -> bool:
-    """The admin may, and where no key is needed our own page: a browser sets that header for what a page sends to the
-    server that it came from, and no page from elsewhere can. (Also not by DNS rebinding: `why_not_keyless`.) Another
-    program on this machine can, as it can talk and rate without a key."""
+    """Only the admin, or the server's own page if no key is needed; browsers set Sec-Fetch-Site, and other sites can't
+    forge it. (`why_not_keyless` refuses DNS rebinding.) Other programs on this machine can send it, but they can also
+    talk and rate without a key."""
     user, site = request.scope["state"]["user"], request.headers.get("sec-fetch-site")
     own_page = user is ANYBODY and site == "same-origin" and request.path_params["command"] != "forget"
     return user is OURS or own_page

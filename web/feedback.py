@@ -38,8 +38,8 @@ def routes(p: Program) -> list[Route]:
         except (KeyError, UnicodeEncodeError):  # half a surrogate pair is no text to SQLite
             turn = None
         if turn is None or turn.user != user and not sees_all(rater):
-            which = "answer at the end of these messages that is" if messages else f"completion {turn_id!r}"
-            return openai_error(404, f"no {which} of yours")
+            not_given = "the last of these messages is not an answer that you were given"
+            return openai_error(404, not_given if messages else f"no completion {turn_id!r} of yours")
         hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
         verdict = Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback")
         try:

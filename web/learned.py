@@ -1,7 +1,7 @@
-"""What was learned: a user's own requests asked again, of the first weights and of today's.
+"""What was learned: a user's own requests asked again, of the starting weights and of the current ones.
 
-The first weights read the complaint behind both answers. A model that does untold what it was told makes it less
-likely.
+The starting weights then read the complaint after both answers. If the model now does unasked what the user had asked
+for, the complaint becomes less likely.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ CHARS = 4000  # of what the judge reads of a turn
 
 
 def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tuple[journal.Turn, str] | None:
-    """A turn and what the person said against it; None where there is none of this user, or its prompt is long."""
+    """A turn and what the person said against it; None if this user has no such turn, or if its prompt is too long."""
     row = db.execute(
         "SELECT id, hints, source FROM turns WHERE number = ?1 AND (?2 IS NULL OR user = ?2) AND score = -1 "
         "AND hints != '[]' AND template NOT NULL AND prompt_tokens <= ?3",
@@ -39,7 +39,7 @@ def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tu
 
 
 async def replay(p: Program, turn: journal.Turn, complaint: str) -> dict[str, Any]:
-    """Both answers, greedy, and how much likelier the complaint is after today's: in nats, negative where less."""
+    """Both answers, greedy, and how much likelier the complaint is after the current one, in nats; negative: less."""
 
     async def answer(first_weights: bool) -> str:
         owner = p.owner_of(turn.user)
@@ -73,7 +73,7 @@ def first_answer(state: Any, prompt_ids: list[int]) -> str:
 def logp_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, answer: str, complaint: str
 ) -> float:
-    """The log-prob of the person's words, all of them, where the judge reads them."""
+    """The log-prob of all the person's words, at the place where the judge reads them."""
     reply = [{"role": "user", "content": complaint}]
     text = reward.evidence(request, without_thinking(answer), reply, CHARS)
     before, label, said = text.rpartition("\nUser reply:")  # `said` is one line: it can't hold the label

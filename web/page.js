@@ -29,7 +29,7 @@ function askForKey() {
   return asking;
 }
 
-/** fetch, with the key in its header; an Error with what the server says against it. */
+/** fetch, with the key in its header; throws an Error with the server's message. */
 async function call(path, body, signal) {
   for (;;) {
     const key = sessionStorage.getItem("key");
@@ -91,7 +91,7 @@ function showGlance() {
   for (const part of document.querySelectorAll("[data-shared]")) part.hidden = Boolean(now.steps); // a step has an owner
   const steps = [...new Set([...now.checkpoints, 0])].sort((a, b) => b - a);
   if ($("checkpoint").dataset.steps !== steps.join()) {
-    $("checkpoint").replaceChildren(...steps.map((s) => el("option", { value: s }, s ? `step ${s}` : "the start")));
+    $("checkpoint").replaceChildren(...steps.map((s) => el("option", { value: s }, s ? `step ${s}` : "the starting weights")));
     $("checkpoint").dataset.steps = steps.join();
   }
   const total = Object.values(now.turns).reduce((a, b) => a + b, 0);
@@ -317,10 +317,10 @@ async function askAgain(rule, box, button) {
       const times = Math.exp(Math.abs(nats));
       const many = times > 1000 ? "more than 1,000" : times.toFixed(1);
       const words = (text) => `${text.split(/\s+/).filter(Boolean).length} words`;
-      const found = `“${complaint}” is ${many} times ${nats < 0 ? "less" : "more"} likely after today's answer`;
+      const found = `“${complaint}” is ${many} times ${nats < 0 ? "less" : "more"} likely after the current answer`;
       box.append(
         said("user", request),
-        el("div", { className: "quiet" }, `first weights, ${words(first)}`), said("assistant", first || "(empty)"),
+        el("div", { className: "quiet" }, `starting weights, ${words(first)}`), said("assistant", first || "(empty)"),
         el("div", { className: "quiet" }, `step ${now.step}, ${words(today)}`), said("assistant", today || "(empty)"),
         el("div", { className: "verdict quiet" }, found),
       );

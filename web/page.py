@@ -31,7 +31,7 @@ FILES = {  # few, each request takes a browser some ms; page.js is first for its
     "/web/page.css": ("text/css", "uPlot.min.css", "page.css"),
 }
 HEADERS = {
-    # Own files alone, and no script or style inside the page: a conversation's text can't run.
+    # Only our own files; no inline script or style: text of a conversation can't run.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -40,12 +40,12 @@ HEADERS = {
 }
 EVERY = 1.0  # seconds between two looks for something new
 REDRAWN = 5.0  # seconds between two drawings of the curves
-RECENT = 20  # newest turns that say why nothing is training
+RECENT = 20  # newest turns that `why_nothing` looks at
 
 
 def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows at a glance, and what `why_nothing` is answered from. `training`: `Program.training_of`, the
-    journal's version, and whether it is the admin who looks."""
+    """What the page shows first; also the input of `why_nothing`. `training`: `Program.training_of`, the journal's
+    version, and whether the admin is asking."""
     failing = p.judge_health.failing
     newest = look.rows(db, "state, reason, no_rl", look.newest(db, RECENT, user=user))
     now = {
@@ -74,7 +74,7 @@ def owner_of(p: Program, user: str | None) -> str:
 
 
 def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
-    """The most judged turns that one batch could be of: a batch changes the weights of one owner."""
+    """The largest number of queued turns that can be in one batch, which changes the weights of one owner."""
     if user is not None or p.config.adapters == "shared":
         return journal.counts(db, user).get("queued", 0)
     queued = db.execute("SELECT user, n FROM counters WHERE state = 'queued'").fetchall()
@@ -82,7 +82,7 @@ def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
 
 
 def curves(db: sqlite3.Connection, p: Program, user: str | None, admin: bool) -> dict[str, Any]:
-    """Of one user or of all. With an adapter for each user there are no steps of all."""
+    """Of one user or of all. If each user has an adapter, there are no steps of all."""
     owner, steps = owner_of(p, user), []
     if owner or p.config.adapters == "shared":
         steps = turns.steps(Path(p.config.out) / "metrics.jsonl", admin, owner)
@@ -103,13 +103,13 @@ def is_admin(request: Request) -> bool:
 
 
 def whose(request: Request) -> str | None:
-    """Whose turns a request is about: with a user's key theirs, else those of the user that is asked for; None:
+    """The user whose turns a request may see: the one whose key it has, or for the admin the one in the query; None:
     everybody's."""
     return request.query_params.get("user") or None if is_admin(request) else request.scope["state"]["user"].name
 
 
 def wanted(request: Request) -> dict[str, Any]:
-    """Which turns are to be listed. ValueError where that can't be."""
+    """Which turns are to be listed. ValueError if the query is invalid."""
     asked = request.query_params
     if (state := asked.get("state") or None) not in (None, *look.STATES):
         raise ValueError(f"state: expected one of {', '.join(look.STATES)}")
@@ -118,25 +118,25 @@ def wanted(request: Request) -> dict[str, Any]:
 
 
 def number_of(request: Request) -> int:
-    """The turn that is named in the path; 0, which no turn has, for what is no number of SQLite's."""
+    """The turn number in the path; 0, which no turn has, if it isn't a valid number."""
     text = request.path_params["number"]
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
 def routes(p: Program) -> list[Route]:
     path = Path(p.config.out) / "journal.db"
-    reading = ThreadPoolExecutor(1, "page")  # one: what pages read takes no more than this from serving
+    reading = ThreadPoolExecutor(1, "page")  # one thread, so that pages never slow serving down by more than that
 
     async def in_thread(read: Callable, *args: Any, **kwargs: Any) -> Any:
         def run() -> Any:
             with closing(turns.connect(path)) as db:
-                db.execute("BEGIN")  # one view of all tables: `forget` may run beside it
+                db.execute("BEGIN")  # one view of all tables: `forget` may run at the same time
                 return read(db, *args, **kwargs)
 
         return await asyncio.get_running_loop().run_in_executor(reading, run)
 
     async def events(request: Request) -> Response:
-        """All that the page shows, as soon as there is something new; the curves with it, or some seconds later."""
+        """All that the page shows, as soon as there is something new; the curves at most every REDRAWN seconds."""
         try:
             where = wanted(request)
         except ValueError as e:

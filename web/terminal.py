@@ -10,7 +10,7 @@ from program import Program
 
 
 async def show_progress(p: Program) -> None:
-    """Where stdout is a terminal. Elsewhere there are the lines of the steps alone."""
+    """Only if stdout is a terminal; otherwise only the step lines are printed."""
     if not sys.stdout.isatty():
         return
     form = "{desc} |{bar:20}| {n_fmt}/{total_fmt} turns{postfix}"
@@ -23,5 +23,5 @@ async def show_progress(p: Program) -> None:
                 line.set_postfix_str(f"{reward}training {p.training.split(':')[0]}", refresh=False)
                 line.refresh()
                 await asyncio.sleep(1)
-    except OSError:  # the terminal was closed: SIGHUP is on its way
+    except OSError:  # the terminal was closed: SIGHUP follows
         return

@@ -14,10 +14,10 @@ from clients.sessions import last_request, words_of
 from durable import journal, pieces
 from durable.look import AMONG, newest, rows
 
-AT_ONCE = 30  # turns in an answer
-POINTS, WINDOW = 100, 10  # of a curve; the fewest replies that a share is of
-LAST_MESSAGES, LONGEST = 6, 32 << 10  # of a request that are looked at, and the letters of one
-SHOWN = 4000  # letters of a text
+AT_ONCE = 30  # turns in a response
+POINTS, WINDOW = 100, 10  # points per curve; the smallest window for a share
+LAST_MESSAGES, LONGEST = 6, 32 << 10  # how many of a request's last messages are read, and how many characters of each
+SHOWN = 4000  # characters of a text
 TOKENS = 2000  # of an answer
 METRICS = 2 << 20  # bytes of metrics.jsonl, from its end
 COLUMNS = """number, id, session, user, created, state, step, reason, score, votes, confidence, hints, hinted_by,
@@ -53,7 +53,7 @@ def listed(db: sqlite3.Connection, **where: Any) -> list[dict[str, Any]]:
 
 
 def pieces_of(db: sqlite3.Connection, ids: list[int]) -> list[Any]:
-    """Of these ids, in their order; of a very long message the beginning."""
+    """The pieces with these ids, in this order; only the beginning of a very long message."""
     begins = f"'role', json_extract(data, '$.role'), 'content', substr(json_extract(data, '$.content'), 1, {SHOWN})"
     one = f"SELECT iif(length(data) <= {LONGEST}, data, json_object({begins})) FROM pieces WHERE id = ?"
     return [json.loads(db.execute(one, (i,)).fetchone()[0]) for i in ids]
@@ -65,7 +65,7 @@ def shown(message: dict) -> dict[str, str]:
 
 
 def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: int, user: str | None) -> dict | None:
-    """The tokens of an answer, their log-probs and weight versions; None where there is no such turn of this user."""
+    """The tokens of an answer, their log-probs and weight versions; None if this user has no such turn."""
     row = db.execute(
         "SELECT versions, response_ids, logprobs FROM turns JOIN answers USING (number) "
         "WHERE number = ?1 AND (?2 IS NULL OR user = ?2)",
@@ -81,8 +81,8 @@ def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: i
 
 
 def pleased(db: sqlite3.Connection, user: str | None) -> dict[str, Any]:
-    """Of the newest answers, in the order of their time: when, and the share of pleased replies among the last `window`
-    of those that were pleased or not."""
+    """For points in time, the share of good verdicts in a sliding window of ten or more good-or-bad verdicts, among the
+    newest answers."""
     found = rows(db, "created, score", newest(db, AMONG, user=user))
     scored = [(r["created"], r["score"] > 0) for r in reversed(found) if r["score"]]
     apart = -(-len(scored) // POINTS) or 1
@@ -93,8 +93,8 @@ def pleased(db: sqlite3.Connection, user: str | None) -> dict[str, Any]:
 
 
 def steps(path: Path, everybodys: bool, owner: str) -> list[dict[str, float]]:
-    """The last steps of metrics.jsonl, thinned out; what comes from other users' turns is left out for one user.
-    `owner`: the user who sees the steps of their own adapter; "" where there is none."""
+    """The last steps of metrics.jsonl, thinned out. One user doesn't get the values that come from other users' turns.
+    `owner`: the user whose adapter's steps these are; "" for the shared weights."""
     names = ("step", "time", "probe_kl", "probe_length", "pause_s")
     names += ("reward", "length", "dlogp") if everybodys or owner else ()
     if not path.exists():

@@ -5,7 +5,7 @@ from typing import Any
 
 from durable import journal
 
-# What the beginning of a turn's reason comes to, for a person.
+# Beginning of a drop reason -> its explanation
 CAUSES = (
     (journal.NEUTRAL, "the next message said nothing about the answer (neutral)"),
     (journal.ALONE, "no next message came"),
@@ -50,7 +50,7 @@ def why_nothing(now: dict[str, Any]) -> str:
 
 
 def why_no_evidence(waiting: int, newest: list[dict[str, Any]]) -> str:
-    """Where nothing waits for the judge or the trainer. `newest`: turns with their state, reason and no_rl."""
+    """If nothing waits for the judge or the trainer. `newest`: turns with their state, reason and no_rl."""
     if not newest:
         return "Nothing has been asked yet."
     dropped = [turn for turn in newest if turn["state"] == "dropped"]
