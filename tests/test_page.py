@@ -144,6 +144,9 @@ def orders_without_a_key(program):
     ):
         assert post(program, "/admin/pause", {}, **headers).status_code == 403, headers
     assert post(program, "/admin/forget", {"session": "x"}, **same).status_code == 403
+    for wrong in ([], {"user": [0] * 300_000}):
+        error = post(program, "/admin/pause", wrong, **same)
+        assert error.status_code == 400 and "wrong field" in error.json()["error"]["message"]
     assert glance(program)["training"] == "on"
 
 

@@ -4,7 +4,6 @@ The same commands on the command line: python -m durable.admin --help.
 """
 
 import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import grpo
 import swap
 import trainer
 from batch import TRAIN_NOW
-from clients.bodies import openai_error
+from clients.bodies import openai_error, parse
 from clients.keys import ANYBODY, OURS
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
@@ -101,7 +100,7 @@ def routes(p: Program) -> list[Route]:
         if not may_order(request):
             return openai_error(403, "this needs the key in OUT/admin_key")
         try:
-            body = json.loads(await request.body() or b"{}")
+            body = await asyncio.to_thread(parse, await request.body() or b"{}")
             # A client that hangs up must not leave a command half done.
             said = await asyncio.shield(order(p, request.path_params["command"], body))
         except UsageError as e:
@@ -112,7 +111,7 @@ def routes(p: Program) -> list[Route]:
         except swap.PushError as e:
             p.stop_training(str(e))
             return openai_error(500, f"the engine keeps the weights that it had: {e}", "server_error")
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             return openai_error(400, f"unknown command or wrong field: {e!r}")
         return JSONResponse({"done": said})
 
