@@ -84,14 +84,16 @@ class Losses:
 
     w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints only
     w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores only
-    kl: float = 0.1  # weight of the KL to the first weights; 0: off
+    kl: float = 0.1  # weight of the KL to the starting weights; 0: off
     baseline: Literal["none", "mean", "group"] = "none"  # of the reward: 0, running mean per user, or same prompt
     clip_low: float = 0.2  # the PPO ratio is clipped below at 1 - this
     clip_high: float = 0.28  # the PPO ratio is clipped above at 1 + this
     dual_clip: float = 3.0  # bound on the loss of a bad token, in advantages
     opd_k: int = 20  # how many of the likeliest tokens teacher and student are compared on; 0: the sampled one
     opd_clip: float = 3.0  # bound on |log pi_T - log pi_0|; 0: none
-    teacher: Literal["start", "policy"] = "start"  # the teacher that reads the hint: the first weights, or the policy
+    teacher: Literal["start", "policy"] = (
+        "start"  # who reads the hint as the teacher: the starting weights or the policy
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ ANSWER_TOKENS = 12  # at most, in an answer to a prompt; each costs a forward pa
 
 @dataclass
 class Probe:
-    """TEXT and PROMPTS as token ids, and the results of the first weights on them."""
+    """TEXT and PROMPTS as token ids, and the results of the starting weights on them."""
 
     ids: list[int]  # (L,)
     prompts: list[list[int]]
@@ -40,7 +40,7 @@ class Probe:
 
 
 def make_probe(first: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Probe:
-    """The probe, for the first weights."""
+    """The probe, for the starting weights."""
     ids = tokenizer(TEXT)["input_ids"]
     asked = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
@@ -80,7 +80,7 @@ def sample_answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[lis
 
 
 def measure(model: PreTrainedModel, ids: list[int], prompts: list[list[int]], first: Tensor) -> dict[str, float]:
-    """Metrics of a model on a text and on prompts. `first` (L - 1, V): the first weights' `text_logps`.
+    """Metrics of a model on a text and on prompts. `first` (L - 1, V): the starting weights' `text_logps`.
 
     guard.Refused if log-probs are not finite: nothing can be sampled then."""
     logps = text_logps(model, ids)

@@ -256,7 +256,7 @@ class Recorder:
         # The prompt is valid, since vLLM calls us: only now does the request count as a next message.
         session, dropped, changed = await journal.patiently(self.link, self._db, request)
         if kwargs.get("lora_request"):
-            dropped = "answered by the first weights"
+            dropped = "answered by the starting weights"
         for hook, earlier in changed:
             await hook(earlier)
         # The id that the client gets. (/v1/responses numbers its calls to the engine.)

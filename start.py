@@ -123,6 +123,6 @@ def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
     if p.config.judge_url:
         client = endpoint.connect(p.config.judge_url)
         return chat_judge.ChatJudge(client, p.config.judge_model, votes=p.config.votes, max_tokens=longest)
-    # With LoRA the engine still has the first weights: a judge that doesn't change with training.
+    # With LoRA the engine still has the starting weights: a judge that doesn't change with training.
     name = p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
     return chat_judge.ChatJudge(p.own_client, name, votes=p.config.votes, max_tokens=longest)

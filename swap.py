@@ -359,11 +359,11 @@ def served_step(owner: str) -> int | None:
 
 
 def generate(engine: Any, owner: str, *args: Any, lora_request: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
-    """The engine's outputs for a request. With LoRA it gets its owner's newest adapter, unless the first weights are
+    """The engine's outputs for a request. With LoRA it gets its owner's newest adapter, unless the starting weights are
     asked for.
 
     Relied on: vLLM looks up the request's model name in its list of adapters and passes the entry as `lora_request`.
-    Only the first weights are in that list."""
+    Only the starting weights are in that list."""
     if engine.vllm_config.lora_config:
         return adapted(engine, Version(0) if lora_request else newest[owner], *args, **kwargs)
     return engine.generate(*args, **kwargs)
@@ -383,11 +383,11 @@ async def adapted(engine: Any, version: Version, *args: Any, **kwargs: Any) -> A
         await remove_unused(engine, version)
 
 
-FIRST_WEIGHTS = "@base"  # appended to the model's name, it selects the first weights
+FIRST_WEIGHTS = "@base"  # appended to the model's name, it selects the starting weights
 
 
 def first_weights_request(name: str) -> Any:
-    """The entry in vLLM's list of adapters that lets clients ask for the first weights by name."""
+    """The entry in vLLM's list of adapters that lets clients ask for the starting weights by name."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name + FIRST_WEIGHTS, 1, "none")

@@ -36,11 +36,11 @@ class Stopped(Exception):
 
 @dataclass
 class State:
-    """Everything that training changes, and the frozen first weights that it is compared with."""
+    """Everything that training changes, and the frozen starting weights that it is compared with."""
 
     tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
     policy: PreTrainedModel  # in training; its values are those served, bf16 in whatever dtype
-    start: PreTrainedModel  # the frozen first weights: for the KL, the teacher, and a small model's judge
+    start: PreTrainedModel  # the frozen starting weights: for the KL, the teacher, and a small model's judge
     firsts: list[Tensor]  # the masters before the first step
     masters: list[Tensor]  # fp32, in the order of `trained`
     adam: torch.optim.Adam
@@ -184,7 +184,7 @@ def row_loss(
 def read(
     config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
 ) -> tuple[Tensor, dict[int, list[Tensor]]]:
-    """The forward passes without a gradient: the hidden states of the first weights in the row (N, D), and by sample
+    """The forward passes without a gradient: the hidden states of the starting weights in the row (N, D), and by sample
     the teacher's in its answer with each hint (T, D). A turn and its hinted prompts share a prefix up to the hint, so
     they can be one tree."""
     members = row["sample"].unique_consecutive().tolist()
@@ -317,7 +317,7 @@ def saved_bytes(state: State) -> int:
 
 
 def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, float]]:
-    """Load a checkpoint (None: the first weights) into the masters, Adam and the policy. Returns its step and
+    """Load a checkpoint (None: the starting weights) into the masters, Adam and the policy. Returns its step and
     baselines. Until `commit`, `restore` undoes this.
 
     UsageError if its file is damaged."""
@@ -343,7 +343,7 @@ def commit(state: State, step: int, baselines: dict[str, float], probed: dict[st
 def load_state(
     config: Config, folder: Path | None, start: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> State:
-    """The trainer's state, from the checkpoint in `folder` if there is one. `start`: the folder of the first weights.
+    """The trainer's state, from the checkpoint in `folder` if any. `start`: the folder of the starting weights.
 
     `dtype`: of the arithmetic. UsageError if a file is damaged.
     """

@@ -394,7 +394,7 @@ def checkpoints(db: sqlite3.Connection, owner: str) -> list[int]:
 
 
 def saved_step(db: sqlite3.Connection, owner: str) -> int:
-    """The step of an owner's current checkpoint; 0: the first weights."""
+    """The step of an owner's current checkpoint; 0: the starting weights."""
     return max(checkpoints(db, owner), default=0)
 
 

@@ -201,7 +201,7 @@ async def test_an_adapter_is_trained_served_resumed_and_rolled_back(fresh):
     assert trained != first and logp("policy@base") == first
     c = client(program, "none").chat.completions
     asked = await c.create(model="policy@base", messages=[user("who were you?")], max_tokens=12)
-    assert rows(program, "id = ?", asked.id)[0]["reason"] == "answered by the first weights"
+    assert rows(program, "id = ?", asked.id)[0]["reason"] == "answered by the starting weights"
 
     program.process.send_signal(signal.SIGKILL)
     program.wait_end()
