@@ -139,6 +139,7 @@ class Program:
         if swap.served_step(state.owner) != state.step:
             weights = await self.on_trainer(trainer.served_weights, state.policy)
             await swap.give_back(self.engine, weights, state.step, state.owner)
+            await journal.patiently(journal.drop_newer, self.db, state.owner, state.step)
 
     async def save(self, state: trainer.State) -> None:
         """Write a checkpoint if there is something new. If that fails, the next step tries again."""

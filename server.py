@@ -274,7 +274,7 @@ class Recorder:
             if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
                 why_not = "cut short: the client hung up, or the engine stopped"
             elif (served := self.served_step()) is not None and any(version > served for version, _, _ in spans):
-                why_not = "by weights that were undone"
+                why_not = journal.UNDONE
             text = "".join(texts)
             request.answers[index] = answer_digest({"role": "assistant", "content": text})
             turn = Turn(

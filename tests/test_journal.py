@@ -143,6 +143,19 @@ def test_rollback_after_a_kill_drops_what_later_weights_said(db):
     assert state(db, "t1")[0] == "trained" and state(db, "old")[0] == "waiting"
 
 
+def test_answers_of_undone_weights_are_dropped(db):
+    """Those that ended between a push and the proof that failed."""
+    for name, version in (("old", 1), ("new", 2)):
+        journal.record_turn(db, turn(name, versions=[(1, 0, 1), (version, 1, 3)]))
+    journal.record_turn(db, turn("bobs", user="bob", versions=[(2, 0, 3)]))
+    journal.drop_newer(db, "alice", 1)
+    assert state(db, "new")[0] == "waiting", "only this owner's"
+    journal.drop_newer(db, "bob", 1)
+    assert state(db, "bobs")[:2] == ("dropped", journal.UNDONE) and state(db, "new")[0] == "waiting"
+    journal.drop_newer(db, "", 1)
+    assert state(db, "new")[:2] == ("dropped", journal.UNDONE) and state(db, "old")[0] == "waiting"
+
+
 def test_rollback_drops_what_led_astray(db):
     for step in (1, 2, 3):
         trained(db, f"t{step}", step)
