@@ -1,6 +1,9 @@
 """From judged turns to a batch: which turns are trained on together, and what each one teaches."""
 
 import asyncio
+import math
+import sqlite3
+from collections import defaultdict
 
 import distill
 import grpo
@@ -9,71 +12,42 @@ from durable import guard, journal
 from durable.journal import Sample
 from program import Program
 
-TRAIN_NOW = ""  # in the queue: don't wait for a full batch
+SETTLE_S = 2.0  # from a verdict to training: what was judged may be a client's request, which the person's replaces
+AT_ONCE = 100  # most turns to drop before other tasks have their turn
 
 
-async def next_batch(p: Program) -> list[Sample]:
-    """Wait for a full batch, newest turns first: under overload the oldest get stale. A batch that got no further turn
-    for --batch_wait seconds is not waited for. Turns that can't be trained on are dropped with the reason, when there
-    is disk space to record it."""
-    batches: dict[str, list[Sample]] = {}  # by owner of the weights: a step trains one owner's
-    grown: dict[str, float] = {}  # when each batch got its last turn, by the event loop's clock
-    later: list[str] = []  # turns of users who already have their share of the batch, while others wait
-
-    def unchanged(owner: str) -> list[Sample]:
-        """The owner's batch without turns that were rated, left out or forgotten while they waited in it."""
-        return [s for s in batches.get(owner, []) if owner not in p.paused and journal.is_queued(p.db, s.turn.id)]
-
-    train_now = False
-    while True:
-        await asyncio.sleep(0)  # a long queue of turns to drop must not block serving
-        if train_now and p.to_train.empty():
-            train_now = False
-            if batch := max(map(unchanged, batches), key=len, default=[]):
-                break
-        nobody_else = bool(later) and p.to_train.empty()
-        oldest = min(grown, key=grown.get, default="")
-        ends = grown[oldest] + p.config.batch_wait if grown and p.config.batch_wait else None
-        try:
-            async with asyncio.timeout_at(ends):
-                turn_id = later.pop(0) if nobody_else else await p.to_train.get()
-        except TimeoutError:
-            del grown[oldest]
-            if batch := unchanged(oldest):
-                break
+async def next_batch(p: Program) -> list[sqlite3.Row]:
+    """The turns of the next step, rows of `journal.queued` of one owner of weights; [] if there is no batch yet. Newest
+    first: under overload the oldest get stale. Turns that can't be trained on are dropped. Hold `p.stepping`."""
+    if "" in p.paused:
+        return []
+    now, size, steps = asyncio.get_running_loop().time(), p.config.batch_size, p.steps()
+    queued, batches, unfit = journal.queued(p.db), defaultdict[str, list](list), []
+    p.judged_at = {turn["id"]: p.judged_at.get(turn["id"], now) for turn in queued}
+    # Turns over their user's share come last: a batch is filled with them if nobody else's wait.
+    for turn in sorted(queued, key=lambda turn: turn["newer"] >= max(1.0, p.config.user_share * size)):
+        owner = p.owner_of(turn["user"])
+        settled = turn["final"] or p.judged_at[turn["id"]] + SETTLE_S <= now
+        if owner in p.paused or not settled or len(batches[owner]) == size or len(unfit) == AT_ONCE:
             continue
-        await p.wait_for_disk_space()
-        if turn_id == TRAIN_NOW:
-            train_now = True  # with all turns that are judged by now: the queue gives its newest entry first
-            continue
-        if not journal.is_queued(p.db, turn_id):
-            continue
-        try:
-            sample = journal.load_sample(p.db, turn_id)
-        except KeyError:  # its row is damaged, or was deleted by `forget` just now
-            await journal.patiently(journal.drop, p.db, [turn_id], journal.UNREADABLE)
-            continue
-        owner = p.owner_of(sample.turn.user)
-        batch = batches[owner] = unchanged(owner)
-        if owner in p.paused or turn_id in [s.turn.id for s in batch]:
-            continue
-        if why_not := guard.reject_reason(sample, batch, p.step_of(owner), p.config):
-            await journal.patiently(journal.drop, p.db, [turn_id], why_not)
-        elif not owner and not nobody_else and guard.has_user_share(sample, batch, p.config):
-            later.append(turn_id)
-        elif sample.attempts >= journal.ALONE_AFTER:
-            batch = [sample]
-            break
+        if why_not := guard.reject_reason(turn, batches[owner], steps.get(owner, 0), p.config):
+            unfit.append((turn["id"], why_not))
+        elif turn["attempts"] >= journal.ALONE_AFTER:
+            return [turn]
         else:
-            batch.append(sample)
-            grown[owner] = asyncio.get_running_loop().time()
-            if len(batch) == p.config.batch_size:
-                break
-    taken = {s.turn.id for s in batch}
-    later += [s.turn.id for waiting in batches.values() for s in waiting if s.turn.id not in taken]
-    for turn_id in dict.fromkeys(later):
-        p.to_train.put_nowait(turn_id)
-    return batch
+            batches[owner].append(turn)
+    for turn_id, why_not in unfit:
+        await journal.patiently(journal.drop, p.db, [turn_id], why_not)
+    if unfit:
+        p.wake.set()
+        await asyncio.sleep(0)
+        return []
+    wait, p.train_now = 0 if p.train_now else p.config.batch_wait or math.inf, False
+    newest = {owner: max(p.judged_at[turn["id"]] for turn in batch) for owner, batch in batches.items() if batch}
+    for owner in sorted(newest.keys() - p.states, key=newest.get) + list(p.states):  # the last trained is last
+        if owner in newest and (len(batches[owner]) == size or newest[owner] + wait <= now):
+            return batches[owner]
+    return []
 
 
 async def prepare_lessons(

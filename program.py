@@ -1,4 +1,4 @@
-"""What the parts of the running program share: options, journal, engine, training states and queues."""
+"""What the parts of the running program share: options, journal, engine, training states and what they wait for."""
 
 import asyncio
 import socket
@@ -46,18 +46,15 @@ class Program:
     judging: ThreadPoolExecutor  # one thread
     fitting: "Future[reward.Head] | None"  # of a small model's judge
     to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns with a next message
-    to_train: "asyncio.Queue[str]" = field(default_factory=asyncio.LifoQueue)  # ids of judged turns, newest first
+    judged_at: dict[str, float] = field(default_factory=dict)  # id of a judged turn -> when, by the event loop's clock
+    train_now: bool = False  # the next step doesn't wait for a full batch
+    wake: asyncio.Event = field(default_factory=asyncio.Event)  # set when there may be a batch for the next step
     judge_health: Health = field(default_factory=Health)
-    paused: dict[str, str] = field(default_factory=dict)  # user -> why their adapter is not trained
-    training: str = "on"  # or why it waits or has stopped
-    resumed: asyncio.Event = field(default_factory=asyncio.Event)  # while it is unset, no step begins
+    paused: dict[str, str] = field(default_factory=dict)  # owner -> why no more steps begin; "": for all of them
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
     died: asyncio.Event = field(default_factory=asyncio.Event)  # set when the engine has died
     last_step: dict[str, float] = field(default_factory=dict)  # metrics of the last step
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
-
-    def __post_init__(self) -> None:
-        self.resumed.set()
 
     @property
     def state(self) -> trainer.State:
@@ -171,38 +168,21 @@ class Program:
         self.trainer.shutdown(wait=False)
         self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.trainer_cores,))
 
-    def pause_training(self, why: str, owner: str = "") -> None:
-        """Begin no more steps for this owner ("": for anybody). A step that is running is finished."""
-        if owner:
-            self.paused[owner] = why
-        else:
-            self.training = why
-            self.resumed.clear()
-
-    def resume_training(self, owner: str = "") -> None:
-        """ "": for everybody."""
-        if self.paused.pop(owner, None) if owner else self.paused:
-            for turn_id in journal.in_state(self.db, "queued"):  # `next_batch` skipped them
-                self.to_train.put_nowait(turn_id)
-        if not owner:
-            self.paused.clear()
-            self.try_again()
-
-    def try_again(self) -> None:
-        """Continue training, except for users who are paused."""
-        self.training = "on"
-        self.resumed.set()
+    def end_pause(self, why: str) -> None:
+        """Begin steps again if it is still for this reason that none begins. Users who are paused stay so."""
+        if self.paused.get("") == why:
+            del self.paused[""]
+            self.wake.set()
 
     def stop_training(self, error: str, seconds: float | None = None, owner: str = "") -> None:
         """Stop after failed steps, and try again after some seconds; None: when the admin resumes it."""
         again = "resume it by python -m durable.admin resume" if seconds is None else f"next try in {seconds:.0f} s"
-        self.pause_training(f"stopped: {error} ({again})", owner)
+        self.paused[owner] = why = f"stopped: {error} ({again})"
         whose = f"of {owner} " if owner else ""
         step = self.step_of(owner)
         print(f"training {whose}stopped, serving continues with step {step}: {error} ({again})", file=sys.stderr)
         if seconds is not None:
-            stopped = self.training
-            asyncio.get_running_loop().call_later(seconds, lambda: self.training == stopped and self.try_again())
+            asyncio.get_running_loop().call_later(seconds, self.end_pause, why)
 
     @property
     def origins(self) -> list[str]:
@@ -216,34 +196,37 @@ class Program:
 
     async def on_next(self, turn_id: str) -> None:
         """The server calls this when a conversation continued from a turn."""
-        await self.enqueue(self.to_judge, turn_id)
-
-    async def on_confirmed(self, turn_id: str) -> None:
-        """The server calls this when a turn's next message is final."""
-        if journal.is_queued(self.db, turn_id):
-            self.to_train.put_nowait(turn_id)
+        if await self.has_room(turn_id):
+            self.to_judge.put_nowait(turn_id)
 
     async def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
         """Called when a user rates a turn. ValueError if that comes too late."""
-        if await journal.patiently(journal.record_verdict, self.db, turn_id, verdict):
-            await self.enqueue(self.to_train, turn_id)
+        queued = await journal.patiently(journal.record_verdict, self.db, turn_id, verdict) == "queued"
+        if queued and await self.has_room(turn_id):
+            self.wake.set()
 
-    async def enqueue(self, queue: "asyncio.Queue[str]", turn_id: str) -> None:
-        if journal.pending(self.db) > (most := self.config.max_waiting):
+    async def has_room(self, turn_id: str) -> bool:
+        """If too many turns wait with this one, it is dropped."""
+        turns, most = journal.counts(self.db), self.config.max_waiting
+        if full := turns.get("judging", 0) + turns.get("queued", 0) > most:
             why_not = f"more than {most} turns wait for the judge or the trainer"
             await journal.patiently(journal.drop, self.db, [turn_id], why_not)
-        else:
-            queue.put_nowait(turn_id)
+        return not full
+
+    @property
+    def training(self) -> str:
+        """ "on", "off" after --steps, or why it waits or has stopped."""
+        return self.paused.get("", "on")
 
     def training_of(self, user: str | None) -> dict[str, Any]:
         """The training state of the weights that answer this user; None: of everybody's."""
         steps = self.steps()
         mine = {self.owner_of(user): self.step_of(self.owner_of(user))} if user else steps
-        paused = self.paused.get(user) if user and self.training == "on" else None
+        paused = {owner: why for owner, why in self.paused.items() if owner}
         return {
             "step": sum(mine.values()),
-            **({"steps": mine, "paused": self.paused} if self.config.adapters == "user" and not user else {}),
-            "training": paused or self.training,
+            **({"steps": mine, "paused": paused} if self.config.adapters == "user" and not user else {}),
+            "training": self.paused.get("") or paused.get(user, "on"),
             "batch_size": self.config.batch_size,
             "pause": self.pause,
         }
@@ -258,8 +241,6 @@ class Program:
         """Training needs disk space for its records, so wait until there is some."""
         full = "waits: the disk is full"
         while not journal.has_disk_space(self.db):
-            if self.training == "on":
-                self.training = full
+            self.paused.setdefault("", full)
             await asyncio.sleep(1)
-        if self.training == full:  # otherwise it was paused meanwhile
-            self.training = "on"
+        self.end_pause(full)

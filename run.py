@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,7 +40,6 @@ from start import make_judge, setup
 from web import control, feedback, page, terminal
 
 LOCKED_S = 5.0  # a stop waits this long for another program that writes to the journal
-SETTLE_S = 2.0  # from a verdict to training, see `judge_turns`
 
 
 # ---- the judge's loop ----
@@ -71,15 +71,15 @@ async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge
         verdict = Verdict(score, votes, confidence, hints, judge.hinted_by if hints else "", model, "judge")
         while not journal.has_disk_space(p.db):
             await asyncio.sleep(1)
-        if await journal.patiently(journal.record_verdict, p.db, turn_id, verdict, following):
-            # The next message may be the client's own request. Wait for the person's reply, which replaces it.
-            wait = 0 if journal.is_confirmed(p.db, turn_id) else SETTLE_S
-            asyncio.get_running_loop().call_later(wait, p.to_train.put_nowait, turn_id)
-        elif journal.is_neutral(p.db, turn_id):
+        state = await journal.patiently(journal.record_verdict, p.db, turn_id, verdict, following)
+        if state == "queued":
+            p.judged_at[turn_id] = asyncio.get_running_loop().time()
+            p.wake.set()
+        elif state and not score:
             # Not trained on, but it moves the baseline: most people don't comment on a good answer.
             key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
-            if state := p.states.get(p.owner_of(turn.user)):  # a user's own may not be in memory
-                grpo.move_baseline(state.baselines, key, 0.0)
+            if owners := p.states.get(p.owner_of(turn.user)):  # a user's own may not be in memory
+                grpo.move_baseline(owners.baselines, key, 0.0)
 
 
 # ---- the training loop ----
@@ -88,21 +88,25 @@ async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge
 async def train(p: Program) -> None:
     """The training loop. An error ends neither the loop nor the program: the step is undone and its turns are queued
     again. Training then stops until the admin resumes it, or, after an unknown error, until a growing pause is over."""
-    await p.resumed.wait()
-    async with p.stepping:  # this may be a restart of the loop after an undo that failed
+    while "" in p.paused:  # this may be a restart of the loop after an undo that failed
+        await asyncio.sleep(1)
+    async with p.stepping:
         for state in p.states.values():
             await p.undo(state)
         await journal.patiently(journal.requeue, p.db, "its step could not be undone at once")
-    for turn_id in journal.in_state(p.db, "queued"):
-        p.to_train.put_nowait(turn_id)
     failed, new_thread = Counter[str](), False  # failed steps in a row by owner; does the next step need a new thread?
     while not p.config.steps or sum(p.steps().values()) < p.config.steps:
-        batch = await next_batch(p)
-        ids, owner = [sample.turn.id for sample in batch], p.owner_of(batch[0].turn.user)
-        await p.resumed.wait()
-        async with p.stepping:
-            if owner in p.paused:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):  # nobody sets it when a time is over that `next_batch` waits for
+                await p.wake.wait()
+        p.wake.clear()
+        await p.wait_for_disk_space()
+        async with p.stepping:  # between the choice of a batch and its step, nothing is rolled back or forgotten
+            turns = await next_batch(p)
+            if not turns:
                 continue
+            p.wake.set()  # to look for another one after this step
+            owner = p.owner_of(turns[0]["user"])
             try:
                 state = await p.state_of(owner)
             except UsageError as e:  # their checkpoint is damaged
@@ -111,7 +115,7 @@ async def train(p: Program) -> None:
             try:
                 if new_thread:
                     p.new_trainer_thread()
-                batch = await journal.patiently(journal.begin_step, p.db, ids)
+                batch = await journal.patiently(journal.begin_step, p.db, [turn["id"] for turn in turns])
                 await step(p, state, batch)
                 failed[owner], new_thread = 0, False
             except (trainer.Stopped, swap.EngineDied):
@@ -119,8 +123,8 @@ async def train(p: Program) -> None:
             except guard.Refused as e:
                 failed[owner] += 1
                 await p.undo(state)
-                why_not = f"step {state.step + 1} reverted: {e}"
-                await journal.patiently(journal.drop, p.db, [s.turn.id for s in batch], why_not)
+                why_not, ids = f"step {state.step + 1} reverted: {e}", journal.in_state(p.db, "training")
+                await journal.patiently(journal.drop, p.db, ids, why_not)
                 print(why_not, file=sys.stderr)
                 if failed[owner] >= guard.IN_A_ROW:
                     p.stop_training(f"{failed[owner]} steps in a row reverted, the last one: {e}", owner=owner)
@@ -130,11 +134,9 @@ async def train(p: Program) -> None:
                 traceback.print_exception(e)
                 await p.undo(state)
                 await journal.patiently(journal.requeue, p.db, error)
-                for turn_id in ids:
-                    p.to_train.put_nowait(turn_id)
                 p.stop_training(error, None if isinstance(e, swap.PushError) else min(3600, 5 * 2 ** failed[owner]))
             await p.save_absent()
-    p.training = "off"
+    p.paused[""] = "off"
 
 
 async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
@@ -182,7 +184,7 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
         **metrics,
         "pause_s": p.pause[1] - p.pause[0],
         "stale": sum(state.step - 1 - max(v for v, _, _ in t.versions) for t in turns) / len(turns),
-        "waiting": p.to_train.qsize(),
+        "waiting": journal.counts(p.db).get("queued", 0),
         "time": time.time(),
     }
     p.last_step = {name: value for name, value in row.items() if name != "owner"}

@@ -9,7 +9,7 @@ import json
 import sqlite3
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -227,9 +227,6 @@ def why_no_rl(params: Any) -> str:
     return f"sampled with {', '.join(changed)}" if changed else ""
 
 
-Changed = list[tuple[Callable[[str], Awaitable], str]]  # hooks to call, each with a turn's id
-
-
 class Recorder:
     """The engine as vLLM's app sees it: `generate` also records the turn; everything else is passed on."""
 
@@ -254,11 +251,11 @@ class Recorder:
             return
 
         # The prompt is valid, since vLLM calls us: only now does the request count as a next message.
-        session, dropped, changed = await journal.patiently(self.link, self._db, request)
+        session, dropped, continued = await journal.patiently(self.link, self._db, request)
         if kwargs.get("lora_request"):
             dropped = "answered by the starting weights"
-        for hook, earlier in changed:
-            await hook(earlier)
+        for earlier in continued:
+            await self._hooks.on_next(earlier)
         # The id that the client gets. (/v1/responses numbers its calls to the engine.)
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
@@ -329,14 +326,14 @@ class Recorder:
     def served_step(self) -> int | None:
         return swap.served_step(self._hooks.owner_of(caller.get()))
 
-    def link(self, db: sqlite3.Connection, request: Asked) -> tuple[str, str | None, Changed]:
+    def link(self, db: sqlite3.Connection, request: Asked) -> tuple[str, str | None, list[str]]:
         """Find the turn that this request continues, and record the request as that turn's next message.
 
         The turn before that gets the message before the last answer: what came next may have been a client's own
         request, and only this history shows what stayed in the conversation. Returns the new turn's session, why it
-        is not trained on (if that is known already), and the hooks to call."""
+        is not trained on (if that is known already), and the ids of the turns that are to be judged."""
         side = request.side or asked_by_the_client(request.messages)
-        changed: Changed = []
+        continued: list[str] = []
         found = find_turns(db, request.user, request.messages, request.session)
         for k, (turn, following) in enumerate([] if request.untrained else found):
             kept = k > 0
@@ -345,15 +342,14 @@ class Recorder:
             confirmed = kept or request.done
             if is_news(turn, following, kept):
                 if journal.record_next(db, turn["id"], following, confirmed):
-                    changed.append((self._hooks.on_next, turn["id"]))
+                    continued.append(turn["id"])
             elif confirmed and not turn["confirmed"]:
                 journal.confirm(db, turn["id"])
-                changed.append((self._hooks.on_confirmed, turn["id"]))
         session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
         why_not = journal.UNTRAINED if request.untrained else journal.LAST if request.done else None
         if side and not request.untrained:
             why_not = "side request" + (", by its header" if request.side else ": the client's own, not a person's")
-        return session, why_not, changed
+        return session, why_not, continued
 
 
 # ---- the app ----
@@ -373,9 +369,6 @@ class Hooks(Protocol):
 
     async def on_next(self, turn_id: str) -> None:
         """A conversation continued from this turn: judge it."""
-
-    async def on_confirmed(self, turn_id: str) -> None:
-        """The turn's next message is final now."""
 
 
 def engine_figures() -> bytes:

@@ -3,9 +3,11 @@
 The bounds are wide, to catch a policy that breaks but not one that changes. In parentheses: values of a normal run.
 """
 
+import json
+import sqlite3
 from typing import Any
 
-from durable.journal import NOTHING, Sample
+from durable.journal import NOTHING, UNREADABLE
 
 DLOGP = 1.0  # mean |dlogp| of a batch, between the sampler and the trainer before the step
 NLL_RISE = 0.5  # nats per token of the fixed text, against the starting weights (0.03 after 14 steps of the hybrid)
@@ -20,35 +22,34 @@ class Refused(RuntimeError):
     """This step must not be served; the message says why."""
 
 
-def reject_reason(sample: Sample, chosen: list[Sample], step: int, config: Any) -> str | None:
-    """Why this sample is not trained on in a batch that already has `chosen`; None if it is.
+def reject_reason(turn: sqlite3.Row, chosen: list[sqlite3.Row], step: int, config: Any) -> str | None:
+    """Why this turn is not trained on in a batch that already has `chosen`; None if it is.
 
-    `config`: a `config.Config`. Its shares bound the fraction of a batch that comes from one session, and from answers
-    truncated by max_tokens.
+    Turns are rows of `journal.queued`. `config`: a `config.Config`. Its shares bound the fraction of a batch that comes
+    from one session, and from answers truncated by max_tokens.
     """
-    turn = sample.turn
-    if step - min(version for version, _, _ in turn.versions) > config.max_staleness:
+    try:
+        versions = json.loads(turn["versions"])
+        oldest, length = min(version for version, _, _ in versions), turn["prompt_tokens"] + versions[-1][2]
+    except (ValueError, TypeError):
+        return UNREADABLE
+    if step - oldest > config.max_staleness:
         return f"stale: more than {config.max_staleness} steps old"
-    if len(turn.prompt_ids) + len(turn.response_ids) > config.max_train_tokens:
+    if length > config.max_train_tokens:
         return f"longer than --max_train_tokens={config.max_train_tokens}"
-    if not config.w_rl and not sample.verdict.hints:
+    if not config.w_rl and turn["hints"] == "[]":
         return f"{NOTHING}: there is no hint, and the score is not trained on (w_rl is 0)"
-    cut = turn.finish_reason == "length"
+    cut = turn["finish_reason"] == "length"
+    session = turn["user"], turn["session"]
     alike = {
-        "session": sum((s.turn.user, s.turn.session) == (turn.user, turn.session) for s in chosen),
-        "truncated": sum(s.turn.finish_reason == "length" for s in chosen) if cut else -1,
+        "session": sum((other["user"], other["session"]) == session for other in chosen),
+        "truncated": sum(other["finish_reason"] == "length" for other in chosen) if cut else -1,
     }
     for what in alike:
         share = getattr(config, f"{what}_share")
         if alike[what] + 1 > share * config.batch_size:
             return f"over the share of a batch: {what}, {share:g}"
     return None
-
-
-def has_user_share(sample: Sample, chosen: list[Sample], config: Any) -> bool:
-    """Does this sample's user already have the largest share of the batch that is allowed while others wait?"""
-    theirs = sum(s.turn.user == sample.turn.user for s in chosen)
-    return theirs >= max(1.0, config.user_share * config.batch_size)
 
 
 def check_batch(loss: float, grad_norm: float, dlogp: float) -> None:

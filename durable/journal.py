@@ -90,7 +90,7 @@ CREATE TABLE IF NOT EXISTS model (  -- one row: the model that gave the answers;
 FORMAT = 8  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of `readable` to decode for a Turn
 AS_BYTES = {"response_ids": np.int32, "logprobs": np.float32}
-ALONE_AFTER = 2  # failed steps; see `requeue`
+ALONE_AFTER = 2  # failed steps after which a turn is trained on alone; see `requeue`
 RESERVE = 64 << 20  # bytes of disk space kept for verdicts and SQLite's own work; see `has_disk_space`
 
 
@@ -145,7 +145,6 @@ class Sample:
     turn: Turn
     verdict: Verdict
     from_tool: bool  # the next message was a tool's output
-    attempts: int = 0  # steps with it that were not finished; from ALONE_AFTER on it is trained on alone
 
 
 def open_journal(path: Path) -> sqlite3.Connection:
@@ -264,22 +263,14 @@ def confirm(db: sqlite3.Connection, turn_id: str) -> None:
     db.execute("UPDATE turns SET confirmed = 1 WHERE id = ?", (turn_id,))
 
 
-def is_confirmed(db: sqlite3.Connection, turn_id: str) -> bool:
-    return bool(db.execute("SELECT 1 FROM turns WHERE id = ? AND confirmed", (turn_id,)).fetchone())
-
-
-def is_queued(db: sqlite3.Connection, turn_id: str) -> bool:
-    """Is it judged, and waiting for the trainer? Not if it is in training, to be judged again, or deleted."""
-    return bool(db.execute("SELECT 1 FROM turns WHERE id = ? AND state = 'queued'", (turn_id,)).fetchone())
-
-
-def is_neutral(db: sqlite3.Connection, turn_id: str) -> bool:
-    return bool(db.execute("SELECT 1 FROM turns WHERE id = ? AND reason = ?", (turn_id, NEUTRAL)).fetchone())
-
-
-def pending(db: sqlite3.Connection) -> int:
-    """How many turns wait for the judge or for the trainer."""
-    return sum(n for state, n in counts(db).items() if state in ("judging", "queued"))
+def queued(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    """The judged turns that wait for the trainer, newest first, without texts and tokens. `newer`: how many newer ones
+    their user has; `final`: no next message can replace the one that they were judged by."""
+    return db.execute(
+        "SELECT id, user, session, attempts, hints, finish_reason, prompt_tokens, versions, confirmed OR "
+        "source = 'feedback' AS final, row_number() OVER (PARTITION BY user ORDER BY created DESC) - 1 AS newer "
+        "FROM turns WHERE state = 'queued' ORDER BY created DESC"
+    ).fetchall()
 
 
 NEUTRAL = "neutral: the next message says nothing about the answer"
@@ -298,8 +289,8 @@ UNSETTLED = (
 )
 
 
-def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, following: list[dict] | None = None) -> bool:
-    """Record the verdict. True if it queued the turn, which must then be handed to the trainer.
+def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, following: list[dict] | None = None) -> str:
+    """Record the verdict. Returns the turn's new state: queued or dropped; "" if the verdict is not recorded.
 
     A person's feedback overrides the judge, whichever comes first; the judge's hints stay if a bad rating comes without
     words. `following`: the messages that the judge read; nothing is recorded if others have replaced them meanwhile.
@@ -308,9 +299,9 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, follo
     with transaction(db):
         known = db.execute(f"SELECT *, {NEXT} AS following FROM turns WHERE id = ?", (turn_id,)).fetchone()
         if known is None or verdict.source == "judge" and known["state"] not in ("waiting", "judging"):
-            return False
+            return ""
         if following is not None and json.loads(known["following"] or "[]") != following:
-            return False
+            return ""
         state, reason = known["state"], known["reason"]
         if state not in ("waiting", "judging", "queued") and (reason not in REVIVED or known["template"] is None):
             raise ValueError(f"{turn_id} is {state}" + (f" ({reason})" if reason else ""))
@@ -322,7 +313,7 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, follo
         db.execute(
             f"UPDATE turns SET {', '.join(f'{name} = ?' for name in new)} WHERE id = ?", (*new.values(), turn_id)
         )
-    return not why_not and state != "queued"
+    return new["state"]
 
 
 def keep_late_feedback(db: sqlite3.Connection, turn_id: str, feedback: dict) -> None:
@@ -338,15 +329,16 @@ THESE = "id IN (SELECT value FROM json_each(?))"  # one statement for a batch: a
 
 def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
     """Put those turns that are still queued into training. Returns their samples, with their current verdicts: no
-    feedback or next message can change them now."""
+    feedback or next message can change them now. Turns whose rows are damaged are dropped."""
     with transaction(db):
-        updated = db.execute(
-            "UPDATE turns SET state = 'training', attempts = attempts + 1 "
-            f"WHERE state = 'queued' AND {THESE} RETURNING id",
-            (json.dumps(turn_ids),),
-        ).fetchall()
-        begun = {r["id"] for r in updated}
-        return [load_sample(db, i) for i in turn_ids if i in begun]
+        begin = "UPDATE turns SET state = 'training', attempts = attempts + 1 WHERE state = 'queued' AND id = ?"
+        samples = []
+        for turn_id in [i for i in turn_ids if db.execute(begin, (i,)).rowcount]:
+            try:
+                samples.append(load_sample(db, turn_id))
+            except KeyError:
+                drop(db, [turn_id], UNREADABLE)
+        return samples
 
 
 def requeue(db: sqlite3.Connection, error: str) -> None:
@@ -488,7 +480,7 @@ def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
     votes, hints, by = json.loads(r["votes"]), json.loads(r["hints"]), r["hinted_by"]
     verdict = Verdict(r["score"], votes, r["confidence"], hints, by, r["judge"], r["source"])
     from_tool = r["source"] == "judge" and following[-1]["role"] == "tool"
-    return Sample(turn_of(db, r), verdict, from_tool, r["attempts"])
+    return Sample(turn_of(db, r), verdict, from_tool)
 
 
 def row_of(db: sqlite3.Connection, turn_id: str, table: str = "turns") -> sqlite3.Row:

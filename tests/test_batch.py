@@ -1,158 +1,193 @@
-"""Which judged turns come together in a batch, and what becomes of them when a step fails. Without a program: the queue
-and the journal are real."""
+"""Which judged turns come together in a batch, and what becomes of them when a step fails. Without engine and trainer:
+the journal, the choice of a batch and the training loop's order are real."""
 
 import asyncio
 import time
-from types import SimpleNamespace
 
 import pytest
 
-from batch import TRAIN_NOW, next_batch
-from config import Config
-from durable import journal
-from tests.records import GOOD, turn
+import run
+from batch import AT_ONCE, next_batch
+from durable import journal, upkeep
+from tests.bare import program as bare
+from tests.records import BAD, GOOD, turn
+
+OWN = {"adapters": "user", "lora_rank": 4}  # each user has their own weights
 
 
 @pytest.fixture
-def program(tmp_path):
-    async def wait_for_disk_space():
-        pass
-
+def start(tmp_path):
     db = journal.open_journal(tmp_path / "journal.db")
-    yield SimpleNamespace(
-        config=Config(batch_size=2),
-        db=db,
-        to_train=asyncio.LifoQueue(),
-        wait_for_disk_space=wait_for_disk_space,
-        owner_of=lambda user: "",
-        step_of=lambda owner: 0,
-        paused={},
-    )
+    yield lambda **config: bare(db, **{"batch_size": 2, "batch_wait": 0} | config)
     db.close()
 
 
-def judged(p, *ids, **changes):
+def judged(p, *ids, confirmed=True, **changes):
     for i in ids:
         journal.record_turn(p.db, turn(i, **({"versions": [(0, 0, 3)]} | changes)))
-        journal.record_next(p.db, i, [{"role": "user", "content": "Thanks!"}])
+        journal.record_next(p.db, i, [{"role": "user", "content": "Thanks!"}], confirmed)
         journal.record_verdict(p.db, i, GOOD)
-        p.to_train.put_nowait(i)
 
 
-async def taken(p, seconds=5.0):
-    return [s.turn.id for s in await asyncio.wait_for(next_batch(p), seconds)]
+async def taken(p, seconds=0.0):
+    """Begin a step. The ids of its turns, [] if none could begin in this time."""
+    deadline = time.monotonic() + seconds
+    while not (turns := await next_batch(p)) and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+    return [s.turn.id for s in journal.begin_step(p.db, [t["id"] for t in turns])]
 
 
-def waiting(p):
-    return [p.to_train.get_nowait() for _ in range(p.to_train.qsize())]
+def trained(p, owner):
+    """What `state_of` does in a step: the last trained is last."""
+    p.states[owner] = p.states.pop(owner, p.states[""])
 
 
-async def test_the_newest_turns_come_first(program):
-    judged(program, "t1", "t2", "t3")
-    assert await taken(program) == ["t3", "t2"] and waiting(program) == ["t1"]
+async def test_the_newest_turns_come_first(start):
+    p = start()
+    judged(p, "t1", "t2", "t3")
+    assert await taken(p) == ["t3", "t2"] and journal.in_state(p.db, "queued") == ["t1"]
 
 
-async def test_one_of_several_users_has_half_of_a_batch_and_a_single_user_all(program):
-    judged(program, "b1", user="bob")
-    judged(program, "a1", "a2", "a3")
-    assert await taken(program) == ["a3", "b1"]
-    assert await taken(program) == ["a1", "a2"], "put back in the order in which they were passed over"
-    judged(program, "a4")
-    with pytest.raises(TimeoutError):
-        await taken(program, 0.2)
+async def test_one_of_several_users_has_half_of_a_batch_and_a_single_user_all(start):
+    p = start()
+    judged(p, "b1", user="bob")
+    judged(p, "a1", "a2", "a3")
+    assert await taken(p) == ["a3", "b1"]
+    assert await taken(p) == ["a2", "a1"]
+    judged(p, "a4")
+    assert await taken(p) == []
 
 
-async def test_training_now_takes_what_there_is(program):
-    judged(program, "t1")
-    task = asyncio.create_task(taken(program))
-    await asyncio.sleep(0.05)
-    program.to_train.put_nowait(TRAIN_NOW)
-    assert await task == ["t1"]
-    judged(program, "t2")
-    program.to_train.put_nowait(TRAIN_NOW)  # as during a step: nobody takes from the queue
-    assert await taken(program) == ["t2"]
-    program.to_train.put_nowait(TRAIN_NOW)
-    with pytest.raises(TimeoutError):
-        await taken(program, 0.2)
+async def test_training_now_takes_what_there_is(start):
+    p = start(batch_size=4)
+    judged(p, "a1", "a2", "a3")
+    assert await taken(p) == []
+    p.train_now = True
+    assert await taken(p) == ["a3", "a2", "a1"], "a user's share is less, but nobody else waits"
+    p.train_now = True
+    assert await taken(p) == []
+    judged(p, "a4")
+    assert await taken(p) == [], "it was for what was there"
 
 
-async def test_a_batch_that_grows_no_more_is_not_waited_for(program):
-    program.config = Config(batch_size=3, batch_wait=0.5)
-    judged(program, "t1", "t2")
+async def test_a_batch_that_grows_no_more_is_not_waited_for(start):
+    p = start(batch_size=3, batch_wait=0.5)
+    judged(p, "t1", "t2")
     began = time.monotonic()
-    assert await taken(program) == ["t2", "t1"] and 0.4 < time.monotonic() - began < 3
-    judged(program, "t3")
-    task = asyncio.create_task(taken(program))
-    await asyncio.sleep(0.3)
-    judged(program, "t4")
-    await asyncio.sleep(0.3)
-    assert not task.done(), "counted from the last turn"
-    assert await task == ["t3", "t4"]
+    assert await taken(p, 3) == ["t2", "t1"] and time.monotonic() - began > 0.4
+    judged(p, "t3")
+    assert await taken(p, 0.3) == []
+    judged(p, "t4")
+    assert await taken(p, 0.3) == [], "counted from the last turn"
+    assert await taken(p, 3) == ["t4", "t3"]
 
 
-async def test_each_users_own_batch_is_waited_for_by_itself(program):
-    program.config, program.owner_of = Config(batch_size=2, batch_wait=0.4), lambda user: user
-    judged(program, "a1", user="ann")
-    task = asyncio.create_task(taken(program))
-    for i in range(3):  # others' turns don't put it off
-        await asyncio.sleep(0.2)
-        judged(program, f"b{i}", user=f"bob{i}")
-        if task.done():
-            break
-    assert await task == ["a1"]
-    assert {*waiting(program)} <= {"b0", "b1", "b2"}, "theirs are queued again"
+async def test_a_user_with_few_turns_gets_a_step_while_another_fills_batches(start):
+    p = start(batch_wait=0.4, **OWN)
+    judged(p, "a1", user="ann")
+    begun = []
+    for i in range(8):
+        judged(p, f"b{2 * i}", f"b{2 * i + 1}", user="bob")
+        begun.append(ids := await taken(p))
+        trained(p, "ann" if ids == ["a1"] else "bob")
+        await asyncio.sleep(0.1)
+    assert begun.count(["a1"]) == 1 and len(begun[0]) == 2
+    judged(p, "c1", "c2", user="cid")  # both batches are full; bob's is the older one
+    assert await taken(p) == ["c2", "c1"], "bob was trained just now"
 
 
-async def test_a_long_queue_of_stale_turns_does_not_hold_up_serving(program):
-    program.step_of = lambda owner: 100
-    judged(program, *[f"t{i}" for i in range(300)])
-    task, turns = asyncio.create_task(next_batch(program)), 0
-    while not program.to_train.empty() and not task.done():
+async def test_a_paused_users_turns_are_trained_after_the_pause(start):
+    p = start(batch_wait=0.3, **OWN)
+    judged(p, "a1", user="ann")
+    p.paused["ann"] = "paused by the admin"
+    assert await taken(p, 0.5) == []
+    del p.paused["ann"]
+    assert await taken(p) == ["a1"], "it has waited long enough"
+
+
+async def test_a_fresh_verdict_waits_for_the_reply_that_may_replace_it(start, monkeypatch):
+    p = start(batch_size=1)
+    monkeypatch.setattr("batch.SETTLE_S", 0.3)
+    judged(p, "t1", "t2", "t3", confirmed=False)
+    assert await taken(p) == []
+    journal.confirm(p.db, "t1")
+    journal.record_verdict(p.db, "t2", BAD)  # of a person
+    assert await taken(p) == ["t2"] and await taken(p) == ["t1"] and await taken(p) == []
+    assert await taken(p, 3) == ["t3"]
+
+
+async def test_turns_that_cant_be_trained_on_are_dropped_with_the_reason_and_do_not_hold_up_serving(start):
+    p = start(batch_size=3, max_staleness=2)
+    p.train_now = True
+    judged(p, *[f"t{i}" for i in range(10 * AT_ONCE)])
+    p.states[""].step = 3
+    judged(p, "damaged", "new", versions=[(3, 0, 3)])
+    p.db.execute("UPDATE answers SET logprobs = X'00' WHERE number = (SELECT number FROM turns WHERE id = 'damaged')")
+    task, turns = asyncio.create_task(taken(p, 10)), 0
+    while not task.done():
         await asyncio.sleep(0)
         turns += 1
-    assert turns >= 300 and journal.counts(program.db) == {"dropped": 300}
-    task.cancel()
+    assert turns >= 10 and await task == ["new"] and journal.in_state(p.db, "queued") == []
+    assert journal.drop_reasons(p.db) == {"stale": 10 * AT_ONCE, journal.UNREADABLE: 1}
 
 
-async def test_a_turn_that_training_fails_on_is_found_and_set_aside_and_its_neighbours_are_trained(program):
+@pytest.mark.parametrize("event", ["pause", "rollback"])
+async def test_no_step_begins_that_was_chosen_before_a_pause_or_a_rollback(start, event):
+    """Both come while the loop waits for another command. A step would end the loop: there is no engine."""
+    p = start(**OWN)
+    del p.states[""]
+    loop = asyncio.create_task(run.train(p))
+    await asyncio.sleep(0.1)
+    async with p.stepping:
+        judged(p, "t1", versions=[(0, 0, 3)])
+        judged(p, "t2", versions=[(1, 0, 3)])
+        p.wake.set()
+        await asyncio.sleep(0.1)
+        if event == "pause":
+            p.paused[""] = "paused by the admin"
+        else:
+            upkeep.rollback(p.db, "alice", 0)
+    await asyncio.sleep(0.1)
+    left = {"queued": 2} if event == "pause" else {"queued": 1, "dropped": 1}
+    assert journal.counts(p.db) == left and not loop.done()
+    p.paused.clear()
+    p.train_now = True
+    p.wake.set()
+    with pytest.raises(KeyError):  # it tried now
+        await asyncio.wait_for(loop, 5)
+
+
+async def test_a_turn_that_training_fails_on_is_found_and_set_aside_and_its_neighbours_are_trained(start):
     """Of four turns one makes each step fail, whether by an error or because the program dies."""
-    judged(program, "t1", "poison", "t3", "t4")
+    p = start()
+    judged(p, "t1", "poison", "t3", "t4")
     steps = 0
-    while len(program.to_train._queue):
-        ids = await taken(program)
+    while journal.in_state(p.db, "queued"):
+        p.train_now = True
+        ids = await taken(p)
         steps += 1
-        assert [s.turn.id for s in journal.begin_step(program.db, ids)] == ids
         if "poison" not in ids:
-            journal.mark_trained(program.db, ids, steps)
+            journal.mark_trained(p.db, ids, steps)
         elif steps % 2:
-            journal.requeue(program.db, "RuntimeError: no memory")
-            for turn_id in ids:
-                if journal.is_queued(program.db, turn_id):
-                    program.to_train.put_nowait(turn_id)
+            journal.requeue(p.db, "RuntimeError: no memory")
         else:  # a start after a crash
-            waiting(program)
-            journal.recover(program.db)
-            program.db.execute("UPDATE turns SET state = 'trained' WHERE step IS NOT NULL")
-            for turn_id in journal.in_state(program.db, "queued"):
-                program.to_train.put_nowait(turn_id)
+            journal.recover(p.db)
+            p.db.execute("UPDATE turns SET state = 'trained' WHERE step IS NOT NULL")
         assert steps < 10
-    found = {r["id"]: (r["state"], r["reason"]) for r in program.db.execute("SELECT * FROM turns")}
+    found = {r["id"]: (r["state"], r["reason"]) for r in p.db.execute("SELECT * FROM turns")}
     assert {i for i, (state, _) in found.items() if state == "trained"} == {"t1", "t3", "t4"}
     assert found["poison"][0] == "dropped" and found["poison"][1].startswith("set aside, since training fails on it")
 
 
-async def test_crashes_and_stops_that_are_nobodys_fault_lose_no_turn(program):
+async def test_crashes_and_stops_that_are_nobodys_fault_lose_no_turn(start):
     """Killed 21 times, each time in the step of another batch; and stopped 21 times in the step of the same one."""
-    judged(program, *[f"t{i}" for i in range(6)])
+    p = start()
+    judged(p, *[f"t{i}" for i in range(6)])
     for kill in range(21):
-        ids = await taken(program)
-        journal.begin_step(program.db, ids)
+        ids = await taken(p)
         if kill % 3 == 2:
-            journal.leave_step(program.db)  # a clean stop in the step
+            journal.leave_step(p.db)  # a clean stop in the step
         elif kill % 3 == 1:
-            journal.mark_trained(program.db, ids, kill)  # killed after the step, before its checkpoint
-        waiting(program)
-        journal.recover(program.db)
-        assert journal.counts(program.db) == {"queued": 6}
-        for turn_id in journal.in_state(program.db, "queued"):
-            program.to_train.put_nowait(turn_id)
+            journal.mark_trained(p.db, ids, kill)  # killed after the step, before its checkpoint
+        journal.recover(p.db)
+        assert journal.counts(p.db) == {"queued": 6}

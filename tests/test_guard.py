@@ -9,30 +9,26 @@ from transformers import AutoModelForCausalLM
 import probe
 from config import Config
 from durable import guard
-from durable.journal import Sample, Verdict
-from tests.records import BAD, turn
 
 FINE = dict(batch_size=4, max_staleness=2, max_train_tokens=10)
 
 
-def sample(verdict=BAD, **changes):
-    return Sample(turn(**changes), verdict, False)
+def queued(versions="[[5, 0, 3]]", **changes):
+    row = {"user": "alice", "session": "s", "hints": '["say less"]', "finish_reason": "stop", "prompt_tokens": 2}
+    return row | {"versions": versions} | changes
 
 
 @pytest.mark.parametrize(
     "changes, settings, why",
     [
         ({}, {}, None),
-        ({"versions": [(3, 0, 1), (5, 1, 3)]}, {}, None),
-        ({"versions": [(2, 0, 1), (5, 1, 3)]}, {}, "stale: more than 2 steps old"),
-        ({"prompt_ids": list(range(7))}, {}, None),
-        ({"prompt_ids": list(range(8))}, {}, "longer than --max_train_tokens=10"),
-        ({"verdict": Verdict(1, [1], 1.0, [], "", "j", "judge")}, {}, None),
-        (
-            {"verdict": Verdict(1, [1], 1.0, [], "", "j", "judge")},
-            {"w_rl": 0},
-            "nothing to learn from: there is no hint, and the score",
-        ),
+        ({"versions": "[[3, 0, 1], [5, 1, 3]]"}, {}, None),
+        ({"versions": "[[2, 0, 1], [5, 1, 3]]"}, {}, "stale: more than 2 steps old"),
+        ({"versions": "[[2, 0"}, {}, "its row is damaged"),
+        ({"prompt_tokens": 7}, {}, None),
+        ({"prompt_tokens": 8}, {}, "longer than --max_train_tokens=10"),
+        ({"hints": "[]"}, {}, None),
+        ({"hints": "[]"}, {"w_rl": 0}, "nothing to learn from: there is no hint, and the score"),
         ({}, {"user_share": 0.5}, None),  # one user may have all of a batch where nobody else waits
         ({}, {"session_share": 0.5}, "over the share of a batch: session, 0.5"),
         ({"session": "u"}, {"session_share": 0.5}, None),
@@ -43,9 +39,7 @@ def sample(verdict=BAD, **changes):
     ],
 )
 def test_what_is_fit_for_a_batch(changes, settings, why):
-    versions = {"versions": [(5, 0, 3)]}
-    chosen = [sample(**versions), sample(**versions)]
-    found = guard.reject_reason(sample(**versions | changes), chosen, 5, Config(**FINE | settings))
+    found = guard.reject_reason(queued(**changes), [queued(), queued()], 5, Config(**FINE | settings))
     assert (found is None) if why is None else why in found
 
 

@@ -30,7 +30,7 @@ def test_from_waiting_to_trained(db):
     assert journal.record_next(db, "t1", [{"role": "user", "content": "thanks"}])
     assert state(db)[0] == "judging"
     assert not journal.record_verdict(db, "t1", GOOD, [{"role": "user", "content": "other words"}])
-    assert journal.record_verdict(db, "t1", GOOD)
+    assert journal.record_verdict(db, "t1", GOOD) == "queued"
     assert state(db) == ("queued", None, None, 1)
     sample = journal.load_sample(db, "t1")
     assert sample.turn == turn(created=sample.turn.created) and sample.verdict == GOOD
@@ -45,7 +45,7 @@ def test_feedback_outranks_the_judge_before_and_after(db):
         turn_id = first.source
         journal.record_turn(db, turn(turn_id))
         assert journal.record_verdict(db, turn_id, first)
-        assert not journal.record_verdict(db, turn_id, second), "it is in the queue already, once"
+        assert journal.record_verdict(db, turn_id, second) == ("queued" if second == BAD else "")
         assert state(db, turn_id)[3] == -1
 
 
@@ -53,7 +53,7 @@ def test_a_bad_score_without_words_keeps_the_judges_hint(db):
     journal.record_turn(db, turn())
     journal.record_next(db, "t1", [{"role": "user", "content": "no"}])
     assert journal.record_verdict(db, "t1", Verdict(-1, [-1], 1.0, ["Be brief, please."], "judge", "policy", "judge"))
-    assert not journal.record_verdict(db, "t1", Verdict(-1, [-1], 1.0, [], "", "alice", "feedback"))
+    journal.record_verdict(db, "t1", Verdict(-1, [-1], 1.0, [], "", "alice", "feedback"))
     verdict = journal.load_sample(db, "t1").verdict
     assert (verdict.source, verdict.hints, verdict.hinted_by) == ("feedback", ["Be brief, please."], "judge")
     journal.record_verdict(db, "t1", Verdict(1, [1], 1.0, [], "", "alice", "feedback"))
@@ -70,7 +70,7 @@ def test_a_file_of_another_format_is_refused(tmp_path):
 
 def test_neutral_is_dropped_and_feedback_may_still_queue_it(db):
     journal.record_turn(db, turn())
-    assert not journal.record_verdict(db, "t1", Verdict(0, [0, 0, 1], 1.0, [], "", "policy", "judge"))
+    assert journal.record_verdict(db, "t1", Verdict(0, [0, 0, 1], 1.0, [], "", "policy", "judge")) == "dropped"
     assert state(db)[:2] == ("dropped", journal.NEUTRAL)
     assert journal.record_verdict(db, "t1", BAD)
     journal.mark_trained(db, ["t1"], 1)
@@ -231,7 +231,7 @@ def test_the_counts_follow_every_change(db):
     journal.mark_trained(db, ["t0"], 1)
     journal.requeue(db, "an error")
     journal.expire(db, -1)
-    assert journal.counts(db) == truth() and journal.pending(db) == 2
+    assert journal.counts(db) == truth()
     assert journal.counts(db, "bob") == {"queued": 1, "dropped": 2}
     assert journal.drop_reasons(db, "bob") == {journal.ALONE: 1, journal.LAST: 1}
     db.execute("DELETE FROM turns WHERE user = 'bob'")

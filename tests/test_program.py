@@ -441,17 +441,28 @@ async def test_a_stop_a_kill_and_what_comes_after(fresh):
     assert admin("rollback", "--step=7") == (1, "--step=7: there are checkpoints of the steps 0, 1")
 
 
+TOO_LONG = "Name the river that it ends in and " * 5  # a prompt with this hint has more than 200 tokens
+
+
 async def test_broken_steps_are_taken_back_and_the_judge_is_down(fresh):
     """At this learning rate each step ruins the model; nobody is ever served one. The judge's address is nobody's."""
     program = fresh(
-        batch_size=2, lr=50.0, judge_url="http://127.0.0.1:9/v1", judge_model="m", max_waiting=6, key="me:k"
+        batch_size=2,
+        lr=50.0,
+        judge_url="http://127.0.0.1:9/v1",
+        judge_model="m",
+        max_waiting=6,
+        max_train_tokens=200,
+        key="me:k",
     ).wait_ready()
     answer = dict(temperature=0, max_tokens=20)
     before = await ask(client(program, "k"), [user("how are you?")], **answer)
-    taken_back = [await rated(program, f"q{i}", (1, -1)[i % 2]) for i in range(6)]
+    nothing = await rated(program, "empty", -1, TOO_LONG, temperature=0)
+    taken_back = [await rated(program, f"q{i}", (1, -1)[i % 2]) for i in range(5)]
     await until(lambda: program.status()["training"].startswith("stopped: 3 steps in a row reverted"))
     for r in rows(program, "id IN (SELECT value FROM json_each(?))", json.dumps(taken_back)):
         assert r["state"] == "dropped" and r["reason"].startswith("step 1 reverted: on the probe, "), dict(r)
+    assert rows(program, "id = ?", nothing)[0]["reason"] == "nothing to learn from"
     after = await ask(client(program, "k"), [user("how are you?")], **answer)
     assert program.status()["step"] == 0 and program.metrics() == []
     assert after.choices[0].message.content == before.choices[0].message.content, "serving never noticed"
@@ -478,8 +489,7 @@ async def test_what_teaches_nothing_takes_no_step_and_a_cold_turn_learns_from_it
     found = {r["id"]: r for r in rows(program, "no_rl != ''")}
     assert all(r["state"] == "dropped" and r["reason"].startswith("nothing to learn from") for r in found.values())
     assert len(found) == 2
-    too_long = "Name the river that it ends in and " * 5  # a prompt with this hint in it is too long to train on
-    empty = [await rated(program, f"empty {i}", -1, too_long, temperature=0) for i in (1, 2)]
+    empty = [await rated(program, f"empty {i}", -1, TOO_LONG, temperature=0) for i in (1, 2)]
     await until(lambda: all(r["state"] == "dropped" for r in rows(program, "id IN (?, ?)", *empty)))
     assert {r["reason"] for r in rows(program, "id IN (?, ?)", *empty)} == {"nothing to learn from"}
     assert program.status()["step"] == 0 and not program.metrics(), "a batch of these is no step"

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -25,13 +24,16 @@ from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chat_judge
+import grpo
 import reward
 import run
 from clients.endpoint import INSTEAD, Health, JudgeError
-from config import Config
 from durable import journal
 from durable.model import model_folder
 from evaluation.people import PEOPLE, THANKS, WRONG
+from program import Program
+from tests import talking
+from tests.bare import program
 from tests.records import turn
 
 NEXT = [{"role": "user", "content": "Thanks, great!"}]
@@ -645,20 +647,36 @@ def test_the_judge_sees_the_answer_and_not_the_thinking_before_it(tmp_path) -> N
     text = f"<think>{'hm, let me see. ' * 200}</think>\n\nParis."
     journal.record_turn(db, turn(text=text))
     journal.record_next(db, "t1", [{"role": "user", "content": "Thanks, great!"}])
-
-    async def judged(client: openai.AsyncOpenAI) -> None:
-        waiting, queued = asyncio.Queue(), asyncio.Queue()
-        waiting.put_nowait("t1")
-        async with client:
-            judge = chat_judge.ChatJudge(client, "m")
-            program = SimpleNamespace(config=Config(), db=db, to_judge=waiting, to_train=queued)
-            program.judge_health = Health()
-            task = asyncio.create_task(run.judge_turns(program, judge))
-            assert await asyncio.wait_for(queued.get(), 20) == "t1"
-            task.cancel()
-
     with endpoint(lambda number, body: said(*["good"] * body.get("n", 1))) as (client, seen):
-        asyncio.run(judged(client))
+        p = program(db)
+        asyncio.run(judge_in_parallel(p, client, 1))
+    assert p.wake.is_set() and [*p.judged_at] == ["t1"]
     assert "Answer: Paris.\n" in seen[-1]["messages"][-1]["content"]
     assert journal.load_sample(db, "t1").verdict.score == 1
+    db.close()
+
+
+async def judge_in_parallel(p: Program, client: openai.AsyncOpenAI, times: int) -> None:
+    """Several loops judge the turn t1 at the same time."""
+    async with client:
+        judge = chat_judge.ChatJudge(client, "m")
+        for _ in range(times):
+            p.to_judge.put_nowait("t1")
+        tasks = [asyncio.create_task(run.judge_turns(p, judge)) for _ in range(times)]
+        await talking.until(lambda: not journal.in_state(p.db, "judging"), 20)
+        await asyncio.sleep(0.5)
+        for task in tasks:
+            task.cancel()
+
+
+def test_a_turn_that_is_judged_twice_at_the_same_time_moves_the_baseline_once(tmp_path) -> None:
+    db = journal.open_journal(tmp_path / "journal.db")
+    journal.record_turn(db, turn())
+    journal.record_next(db, "t1", [{"role": "user", "content": "What is a cow?"}])
+    p, key = program(db), grpo.baseline_key("alice", False)
+    p.states[""].baselines[key] = 1.0
+    with endpoint(lambda number, body: said(*["neutral"] * body.get("n", 1))) as (client, seen):
+        asyncio.run(judge_in_parallel(p, client, 2))
+    assert len(seen) == 4, "each reads it twice: this endpoint gives no log-probs"
+    assert p.states[""].baselines == {key: grpo.DECAY}
     db.close()

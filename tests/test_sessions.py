@@ -39,6 +39,10 @@ def sent(answer):
     return calling(*(("", c["name"], json.dumps(c["arguments"])) for c in calls), content=content)
 
 
+def is_confirmed(db, turn_id):
+    return journal.row_of(db, turn_id)["confirmed"]
+
+
 def ask(db, messages, answer, user="ann", session=None):
     """One request and our answer to it, recorded as server.Recorder does."""
     number = next(clock)
@@ -328,7 +332,7 @@ def test_a_branch_does_not_replace_what_the_person_said_first(db):
     second = ask(db, [HELLO, HI, MORE], "Of course.")
     assert ask(db, [HELLO, HI, says("user", "tell me less")], "All right.").judged
     ask(db, [HELLO, HI, MORE, bot("Of course."), HELLO], "Well.")
-    assert journal.load_turn(db, first.id)[1] == [MORE] and journal.is_confirmed(db, first.id)
+    assert journal.load_turn(db, first.id)[1] == [MORE] and is_confirmed(db, first.id)
     assert ask(db, [HELLO, HI, says("user", "bye")], "x")[1:] == (first.session, first.id, False)
     assert journal.load_turn(db, first.id)[1] == [MORE] and journal.load_turn(db, second.id)[1] == [HELLO]
 
@@ -483,7 +487,7 @@ def test_a_request_of_the_clients_own_does_not_use_up_the_reply(db, own):
     second = ask(db, [HELLO, HI, MORE], "Sure, here it is.")
     assert second[1:] == (first.session, first.id, True) and journal.load_turn(db, first.id)[1] == [MORE]
     ask(db, [HELLO, HI, MORE, bot("Sure, here it is."), says("user", own)], "run them once more")
-    assert journal.load_turn(db, first.id)[1] == [MORE] and journal.is_confirmed(db, first.id)
+    assert journal.load_turn(db, first.id)[1] == [MORE] and is_confirmed(db, first.id)
 
 
 @pytest.mark.parametrize("state", ["training", "trained"])
@@ -517,7 +521,7 @@ def test_what_stands_around_the_words_is_gone_from_the_history(db, live):
     )
     assert second.before == first.id and second.judged
     history = [says("user", "hello there"), bot("Sure."), says("user", "No, wrong."), bot("Of course not."), MORE]
-    assert ask(db, history, "x")[1:] == (first.session, second.id, True) and journal.is_confirmed(db, first.id)
+    assert ask(db, history, "x")[1:] == (first.session, second.id, True) and is_confirmed(db, first.id)
 
 
 @pytest.mark.parametrize("prompt", ["Read HEARTBEAT.md if it exists.", "Anything new? If not, say HEARTBEAT_OK."])
@@ -532,7 +536,7 @@ def test_a_reply_belongs_to_one_of_two_equal_turns(db):
     second = ask(db, [HELLO, HI, MORE], "Sure, here it is.")
     ask(db, [HELLO, HI, MORE, bot("Sure, here it is."), HELLO], "x")
     assert second.before == two.id and journal.load_turn(db, one.id)[1] == []
-    assert one.id in journal.in_state(db, "waiting") and journal.is_confirmed(db, two.id)
+    assert one.id in journal.in_state(db, "waiting") and is_confirmed(db, two.id)
 
 
 def test_a_word_within_another_one_confirms_nothing(db):

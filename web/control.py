@@ -17,7 +17,6 @@ from starlette.routing import Route
 import grpo
 import swap
 import trainer
-from batch import TRAIN_NOW
 from clients.bodies import openai_error, parse
 from clients.keys import ANYBODY, OURS
 from durable import checkpoint, journal, upkeep
@@ -62,13 +61,15 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
     if command in ("pause", "resume") and user:
         upkeep.check_owner(p.db, user)
     if command == "pause":
-        p.pause_training("paused by the admin", user)
+        p.paused[user] = "paused by the admin"
         return "training pauses after the current step; serving and judging continue"
     if command == "resume":
-        p.resume_training(user)
+        p.paused = {owner: why for owner, why in p.paused.items() if user and owner != user}
+        p.wake.set()
         return "training is on" if p.training == "on" else f"training of {user} goes on when everybody's does"
     if command == "train":
-        p.to_train.put_nowait(TRAIN_NOW)
+        p.train_now = True
+        p.wake.set()
         return "the next step begins with the turns that are judged by now"
     if command == "rollback":
         return await roll_back(p, user, body["step"])

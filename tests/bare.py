@@ -1,0 +1,13 @@
+"""A program with a journal, but without engine and trainer."""
+
+from dataclasses import MISSING, fields
+from types import SimpleNamespace
+
+from config import Config
+from program import Program
+
+
+def program(db, **config):
+    needed = [f.name for f in fields(Program) if f.default is MISSING and f.default_factory is MISSING]
+    first = SimpleNamespace(step=0, baselines={})
+    return Program(**dict.fromkeys(needed) | {"config": Config(**config), "db": db, "states": {"": first}})
