@@ -58,7 +58,7 @@ class Program:
 
     @property
     def state(self) -> trainer.State:
-        """The shared weights. With --adapters=user: the first weights, which each user's own begin as."""
+        """The shared weights. With --adapters=user: the starting weights, which each user's own begin as."""
         return self.states[""]
 
     def owner_of(self, user: str) -> str:
@@ -103,7 +103,7 @@ class Program:
         swap.newest[owner] = swap.newest.pop(owner)
 
     async def load_saved(self, owner: str) -> None:
-        """Load an owner's saved adapter, or the first weights, into the engine."""
+        """Load an owner's saved adapter, or the starting weights, into the engine."""
         version = swap.Version(0)
         if step := journal.saved_step(self.db, owner):
             folder = checkpoint.folder_of(Path(self.config.out), owner, step)
@@ -121,7 +121,7 @@ class Program:
             await swap.remove_unused(self.engine, version)
 
     async def forget_adapter(self, owner: str) -> None:
-        """Train and answer this user from the first weights again. Hold `stepping`."""
+        """Train and answer this user from the starting weights again. Hold `stepping`."""
         self.states.pop(owner, None)
         self.paused.pop(owner, None)
         await swap.make_newest(self.engine, owner, swap.Version(0))
@@ -177,6 +177,8 @@ class Program:
     def stop_training(self, error: str, seconds: float | None = None, owner: str = "") -> None:
         """Stop after failed steps, and try again after some seconds; None: when the admin resumes it."""
         again = "resume it by python -m durable.admin resume" if seconds is None else f"next try in {seconds:.0f} s"
+        if self.training == "off":  # no step would begin anyway
+            return
         self.paused[owner] = why = f"stopped: {error} ({again})"
         whose = f"of {owner} " if owner else ""
         step = self.step_of(owner)

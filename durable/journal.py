@@ -90,6 +90,7 @@ CREATE TABLE IF NOT EXISTS model (  -- one row: the model that gave the answers;
 FORMAT = 8  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of `readable` to decode for a Turn
 AS_BYTES = {"response_ids": np.int32, "logprobs": np.float32}
+LOOKED_AT = 2000  # queued turns, for a batch
 ALONE_AFTER = 2  # failed steps after which a turn is trained on alone; see `requeue`
 RESERVE = 64 << 20  # bytes of disk space kept for verdicts and SQLite's own work; see `has_disk_space`
 
@@ -264,12 +265,15 @@ def confirm(db: sqlite3.Connection, turn_id: str) -> None:
 
 
 def queued(db: sqlite3.Connection) -> list[sqlite3.Row]:
-    """The judged turns that wait for the trainer, newest first, without texts and tokens. `newer`: how many newer ones
-    their user has; `final`: no next message can replace the one that they were judged by."""
+    """Judged turns that wait for the trainer, newest first, without texts and tokens. `newer`: how many newer ones the
+    user has; `final`: no next message can replace the one that it was judged by.
+
+    At most LOOKED_AT of them, which takes about 20 ms: the older ones come when these are trained on or dropped."""
     return db.execute(
         "SELECT id, user, session, attempts, hints, finish_reason, prompt_tokens, versions, confirmed OR "
         "source = 'feedback' AS final, row_number() OVER (PARTITION BY user ORDER BY created DESC) - 1 AS newer "
-        "FROM turns WHERE state = 'queued' ORDER BY created DESC"
+        "FROM (SELECT * FROM turns WHERE state = 'queued' ORDER BY created DESC LIMIT ?) ORDER BY created DESC",
+        (LOOKED_AT,),
     ).fetchall()
 
 
