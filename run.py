@@ -97,7 +97,7 @@ async def train(p: Program) -> None:
     failed, new_thread = Counter[str](), False  # failed steps in a row by owner; does the next step need a new thread?
     while not p.config.steps or sum(p.steps().values()) < p.config.steps:
         with suppress(TimeoutError):
-            async with asyncio.timeout(1):  # nobody sets it when a time is over that `next_batch` waits for
+            async with asyncio.timeout(1):  # a verdict settles, and --batch_wait ends, without an event
                 await p.wake.wait()
         p.wake.clear()
         await p.wait_for_disk_space()
