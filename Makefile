@@ -20,7 +20,7 @@ test: .venv/ready
 
 # 50 minutes of kills, faults, fuzz tests and streams across swaps, for the promises in docs/durability.md.
 trials: .venv/ready
-	$(PY) -m pytest -q -s tests/trials
+	$(PY) -m pytest -q -rP -n 2 --dist loadfile --no-loadscope-reorder tests/trials
 
 # Runs the real OpenClaw, installed by npm (900 MB), against the program. 5 minutes.
 openclaw: .venv/ready

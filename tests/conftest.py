@@ -26,7 +26,7 @@ def pytest_configure(config):
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: count] or cores)
 
 
-LONGEST = ("test_users.py", "test_program.py", "test_page.py", "test_lora.py")
+LONGEST = ("test_users.py", "test_program.py", "test_page.py", "test_lora.py", "test_fuzz.py", "test_soak.py")
 
 
 def pytest_collection_modifyitems(items):

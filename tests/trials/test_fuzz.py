@@ -3,7 +3,6 @@
 import contextlib
 import json
 import multiprocessing
-import os
 import time
 
 import httpx
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from durable import pieces
 from tests.talking import ALICE, BOB, rows
 
-REQUESTS = int(os.environ.get("REQUESTS", 3000))
+REQUESTS = 10_000
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 anything = st.recursive(
@@ -178,7 +177,7 @@ def test_fuzz(program):
     by_session = {}
     for row in rows(program):
         by_session.setdefault(row["session"], []).append(row)
-    assert seen[200] > REQUESTS / 20, "too few of them are well-formed to prove anything"
+    assert seen[200] > 200, "too few of them are well-formed to prove anything"
     for session, path, body, status in sent:
         found = by_session.pop(session, [])
         if path != "/v1/chat/completions" or status != 200:
