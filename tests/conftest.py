@@ -18,22 +18,6 @@ from tests import talking
 
 ROOT = Path(__file__).parent.parent
 
-
-def pytest_configure(config):
-    """Each of pytest-xdist's workers, and the programs that it starts, keep to cores of their own."""
-    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-        cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: count] or cores)
-
-
-LONGEST = ("test_users.py", "test_program.py", "test_page.py", "test_lora.py", "test_fuzz.py", "test_soak.py")
-
-
-def pytest_collection_modifyitems(items):
-    """The longest files come first, so that both workers end at about the same time."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
 # ChatML with tools as Qwen and Hermes models write them.
 CHAT_TEMPLATE = """{%- if tools %}<|im_start|>system
 # Tools
