@@ -285,6 +285,7 @@ UNTRAINED = "this key is not trained on"
 UNREADABLE = "its row is damaged"
 NOTHING = "nothing to learn from"
 NO_HINT = NOTHING + ": there is no hint, and the score can't be trained on"
+ANSWERED_BY = "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions))"  # SQL: the latest weights' step
 UNDONE = "by weights that were undone"
 REVIVED = (NEUTRAL, ALONE, LAST, NO_HINT)  # turns dropped for these reasons can still be judged or rated
 # SQL: a turn that is not in training, trained on or dropped for good; its parameters are REVIVED.
@@ -375,8 +376,8 @@ def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
 def drop_newer(db: sqlite3.Connection, owner: str, step: int) -> None:
     """Drop what an owner's weights after this step have answered: those weights were undone."""
     db.execute(
-        f"UPDATE turns SET state = 'dropped', reason = ? WHERE (? = '' OR user = ?) AND {UNSETTLED} AND "
-        "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?",
+        f"UPDATE turns SET state = 'dropped', reason = ? WHERE (? = '' OR user = ?) AND {UNSETTLED} "
+        f"AND {ANSWERED_BY} > ?",
         (UNDONE, owner, owner, *REVIVED, step),
     )
 

@@ -118,8 +118,8 @@ def rollback(db: sqlite3.Connection, owner: str, step: int) -> int:
         return db.execute(
             "UPDATE turns SET state = 'dropped', reason = ? WHERE (? = '' OR user = ?) AND "
             "(state = 'trained' AND step > ? OR "
-            "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?, ?)) AND "
-            "(SELECT MAX(json_extract(value, '$[0]')) FROM json_each(versions)) > ?)",
+            "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?, ?)) "
+            f"AND {journal.ANSWERED_BY} > ?)",
             (f"undone by a rollback to step {step}", owner, owner, step, *journal.REVIVED, step),
         ).rowcount
 

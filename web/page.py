@@ -52,7 +52,7 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
         "model": p.config.name,
         "folder": Path(p.config.model).name or "SmolLM2-135M-Instruct",
         "user": user,
-        "owner": owner_of(p, user),
+        "owner": p.owner_of(user or ""),
         "stepping": p.stepping.locked(),
         "judge_error": p.judge_health.error if failing else "",
         "disk_full": not journal.has_disk_space(db),
@@ -60,17 +60,12 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
         "dropped": journal.drop_reasons(db, user),
         "newest": [dict(r) for r in newest],
         "together": together(db, p, user),
-        "checkpoints": journal.checkpoints(db, owner_of(p, user)) if training["admin"] else [],
+        "checkpoints": journal.checkpoints(db, p.owner_of(user or "")) if training["admin"] else [],
         "batch_wait": p.config.batch_wait,
         "pause_s": p.pause[1] - p.pause[0],
     }
     now |= training
     return now | {"why": why_nothing(now)}
-
-
-def owner_of(p: Program, user: str | None) -> str:
-    """Whose weights answer this user; "" for those that all share, and for everybody."""
-    return p.owner_of(user) if user else ""
 
 
 def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
@@ -83,7 +78,7 @@ def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
 
 def curves(db: sqlite3.Connection, p: Program, user: str | None, admin: bool) -> dict[str, Any]:
     """Of one user or of all. If each user has an adapter, there are no steps of all."""
-    owner, steps = owner_of(p, user), []
+    owner, steps = p.owner_of(user or ""), []
     if owner or p.config.adapters == "shared":
         steps = turns.steps(Path(p.config.out) / "metrics.jsonl", admin, owner)
     return {"pleased": turns.pleased(db, user), "steps": steps}
