@@ -91,7 +91,6 @@ class Losses:
     dual_clip: float = 3.0  # bound on the loss of a bad token, in advantages
     opd_k: int = 20  # how many of the likeliest tokens teacher and student are compared on; 0: the sampled one
     opd_clip: float = 3.0  # bound on |log pi_T - log pi_0|; 0: none
-    teacher: Literal["start", "policy"] = "start"  # who reads the hint: the starting weights or the policy
 
 
 @dataclass(frozen=True)

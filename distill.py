@@ -1,8 +1,8 @@
 """On-policy distillation: a correction in words becomes a signal for every token of the answer that it corrects.
 
-The teacher is a model with the correction in its prompt as a hint: the frozen starting weights, or the policy at the
-start of this step. It computes its log-probs at each token of the recorded answer, and the policy without the hint is
-moved towards them. (OpenClaw-RL v2, arXiv 2603.10165, section on on-policy distillation; notation: README.)
+The teacher is the frozen starting model, with the correction in its prompt as a hint. It computes its log-probs at each
+token of the recorded answer, and the policy without the hint is moved towards them. (OpenClaw-RL v2, arXiv 2603.10165,
+section on on-policy distillation; notation: README.)
 """
 
 import math

@@ -3,7 +3,7 @@
 After each push, engine and trainer are compared on it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,11 +28,21 @@ class Probe:
     ids: list[int]  # (L,)
     prompts: list[list[int]]
     first_logps: Tensor  # (L - 1, V), see `text_logps`
-    first: dict[str, float]  # see `measure`
+    first: dict[str, float] = field(default_factory=dict)  # see `measure`
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """Metrics of a model on the probe. guard.Refused if log-probs are not finite: nothing can be sampled then."""
-        return measure(model, self.ids, self.prompts, self.first_logps)
+        logps = text_logps(model, self.ids)
+        if not logps.isfinite().all():
+            raise guard.Refused("the log-probs of the probe are not finite")
+        said, sampled = sample_answers(model, self.prompts), torch.tensor(self.ids[1:], device=logps.device)
+        return {
+            "nll": -logps.gather(1, sampled[:, None]).mean().item(),
+            "entropy": -(logps.exp() * logps).sum(-1).mean().item(),
+            "kl": (logps.exp() * (logps - self.first_logps)).sum(-1).mean().item(),
+            "repeated": sum(map(grpo.repetition, said)) / len(said),
+            "length": sum(map(len, said)) / len(said),
+        }
 
     def logps(self, model: PreTrainedModel) -> Tensor:
         """The trainer's log-probs of ids[1:], for comparison with the engine's. (L - 1,) on the CPU"""
@@ -44,8 +54,9 @@ def make_probe(first: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pr
     ids = tokenizer(TEXT)["input_ids"]
     asked = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
-    first_logps = text_logps(first, ids)
-    return Probe(ids, prompts, first_logps, measure(first, ids, prompts, first_logps))
+    probe = Probe(ids, prompts, text_logps(first, ids))
+    probe.first = probe.measure(first)
+    return probe
 
 
 @torch.no_grad()
@@ -77,20 +88,3 @@ def sample_answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[lis
     rows = out[:, longest:].tolist()
     ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
-
-
-def measure(model: PreTrainedModel, ids: list[int], prompts: list[list[int]], first: Tensor) -> dict[str, float]:
-    """Metrics of a model on a text and on prompts. `first` (L - 1, V): the starting weights' `text_logps`.
-
-    guard.Refused if log-probs are not finite: nothing can be sampled then."""
-    logps = text_logps(model, ids)
-    if not logps.isfinite().all():
-        raise guard.Refused("the log-probs of the probe are not finite")
-    said = sample_answers(model, prompts)
-    return {
-        "nll": -logps.gather(1, torch.tensor(ids[1:], device=logps.device)[:, None]).mean().item(),
-        "entropy": -(logps.exp() * logps).sum(-1).mean().item(),
-        "kl": (logps.exp() * (logps - first)).sum(-1).mean().item(),
-        "repeated": sum(map(grpo.repetition, said)) / len(said),
-        "length": sum(map(len, said)) / len(said),
-    }

@@ -6,6 +6,7 @@ every output through unchanged, and records the turn before its last token is se
 
 import asyncio
 import json
+import re
 import sqlite3
 import uuid
 from argparse import Namespace
@@ -115,7 +116,8 @@ class Capture:
             if scope["path"] == "/v1/responses" and fields:  # this API takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
             if fields and (not chat or isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
-                named = next((v for v in map(headers.get, SESSION_HEADERS) if v), None)
+                named = next((v for v in map(headers.get, SESSION_HEADERS) if v), "")
+                named = re.sub(r":\d+$", "", named)  # OpenClaw counts a session's compactions here
                 template = {k: fields[k] for k in TEMPLATE_FIELDS if k in fields}
                 asked.set(
                     Asked(

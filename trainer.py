@@ -161,11 +161,9 @@ def row_loss(
         start_hidden, candidates = read(config, state, row, lessons)  # (N, D), for each sample and hint (T, D)
     if hinted:
         student = logps[:, 1:].detach()  # (N, K)
-        teacher_head, plain = head, student
-        if config.teacher == "start":
-            with torch.no_grad():
-                teacher_head, plain = start_head, grpo.token_logps(start_hidden, start_head, ids[:, 1:], temperature)
-        teacher, hint_mask = distill.teach(teacher_head, row, ids[:, 1:], candidates, plain)  # (N, K), (N,)
+        with torch.no_grad():
+            plain = grpo.token_logps(start_hidden, start_head, ids[:, 1:], temperature)  # (N, K)
+        teacher, hint_mask = distill.teach(start_head, row, ids[:, 1:], candidates, plain)  # (N, K), (N,)
         if config.opd_k:
             opd = distill.top_k_loss(logps[:, 1:], student, teacher, config.opd_clip, *clip)  # (N,)
         else:  # the paper's first version: an advantage for the sampled token
@@ -184,25 +182,18 @@ def row_loss(
 def read(
     config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
 ) -> tuple[Tensor, dict[int, list[Tensor]]]:
-    """The forward passes without a gradient: the hidden states of the starting weights in the row (N, D), and by sample
-    the teacher's in its answer with each hint (T, D). A turn and its hinted prompts share a prefix up to the hint, so
-    they can be one tree."""
+    """The forward pass of the starting weights, without a gradient: the hidden states in the row (N, D), and by sample
+    those in its answer after the prompt with each hint (T, D). A turn and its hinted prompts share a prefix up to the
+    hint, so they can be one tree."""
     members = row["sample"].unique_consecutive().tolist()
-    plain = [(i, lessons[i].turn.prompt_ids) for i in members]
-    hinted = [(i, prompt) for i in members for prompt in lessons[i].hinted]
-
-    def hidden(model: PreTrainedModel, asked: list[tuple[int, list[int]]]) -> list[Tensor]:
-        answers = [lessons[i].turn.response_ids for i, _ in asked]
-        return grpo.read(model, [prompt for _, prompt in asked], answers, *row_limits(config, state))
-
-    if config.teacher == "start":
-        found = hidden(state.start, plain + hinted)
-    else:
-        found = hidden(state.start, plain) + hidden(state.policy, hinted)
+    asked = [(i, lessons[i].turn.prompt_ids) for i in members]
+    asked += [(i, prompt) for i in members for prompt in lessons[i].hinted]
+    prompts, answers = [prompt for _, prompt in asked], [lessons[i].turn.response_ids for i, _ in asked]
+    found = grpo.read(state.start, prompts, answers, *row_limits(config, state))
     taught: dict[int, list[Tensor]] = {}
-    for (i, _), states in zip(hinted, found[len(plain) :], strict=True):
+    for (i, _), states in list(zip(asked, found, strict=True))[len(members) :]:
         taught.setdefault(i, []).append(states)
-    return torch.cat(found[: len(plain)]), taught
+    return torch.cat(found[: len(members)]), taught
 
 
 def accumulate_grads(state: State) -> None:

@@ -323,7 +323,7 @@ async def test_a_session_may_be_named_by_the_client(program):
     reply = await client(program).chat.completions.create(
         model="policy", messages=said, max_tokens=4, extra_headers=headers
     )
-    assert rows(program, "id = ?", reply.id)[0]["session"] == "alice/main:1"
+    assert rows(program, "id = ?", reply.id)[0]["session"] == "alice/main"
 
 
 async def test_hostile_shapes(program):

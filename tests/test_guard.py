@@ -93,12 +93,12 @@ def test_the_probe_against_an_obvious_reference(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids, prompts = list(range(5, 45)), [[1, 2, 3], [4, 5, 6, 7, 8]]
     first = probe.text_logps(model, ids)
-    assert probe.measure(model, ids, prompts, first)["kl"] == pytest.approx(0, abs=1e-6)
+    assert probe.Probe(ids, prompts, first).measure(model)["kl"] == pytest.approx(0, abs=1e-6)
     drawn = torch.get_rng_state()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    found, again = (probe.measure(model, ids, prompts, first) for _ in range(2))
+    found, again = (probe.Probe(ids, prompts, first).measure(model) for _ in range(2))
     assert found == again, "the same weights give the same probe"
     torch.set_rng_state(drawn)
     logits = model(torch.tensor([ids])).logits[0].double()
@@ -118,7 +118,7 @@ def test_weights_that_are_no_numbers_are_refused(tiny_model):
         next(model.parameters())[0, 0] = math.nan
         next(model.parameters())[1:4] = math.inf
     with pytest.raises(guard.Refused, match="not finite"):
-        probe.measure(model, ids, [[1, 2]], first)
+        probe.Probe(ids, [[1, 2]], first).measure(model)
 
 
 def test_probe_answers_are_the_models_own(tiny_model):

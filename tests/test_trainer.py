@@ -261,8 +261,7 @@ def kept_gradients(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("teacher", ["start", "policy"])
-def test_a_conversation_with_hints_gives_the_same_step_as_its_turns_alone(tiny_model, monkeypatch, teacher):
+def test_a_conversation_with_hints_gives_the_same_step_as_its_turns_alone(tiny_model, monkeypatch):
     """Turns in one tree, and what only reads in another: fewer tokens, the same gradient and metrics."""
     state, found, tokens, prompt, lessons = load(tiny_model, lr=1e-5), kept_gradients(monkeypatch), [], [], []
     for k in range(4):
@@ -275,7 +274,7 @@ def test_a_conversation_with_hints_gives_the_same_step_as_its_turns_alone(tiny_m
         model.model.register_forward_pre_hook(
             lambda _, __, said: tokens.append(said["input_ids"].numel()), with_kwargs=True
         )
-    config, metrics, seen = Config(row_tokens=60, teacher=teacher), [], []
+    config, metrics, seen = Config(row_tokens=60), [], []
     assert state.packs
     for state.packs in (True, False):
         trainer.restore(state)

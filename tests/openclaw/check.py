@@ -251,7 +251,7 @@ def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
         (thought,) = re.findall("(.*)</think>", call["text"])
         assert [m for m in json.loads(words["messages"]) if m.get("reasoning_content") == thought], thought
         assert [m["role"] for m in json.loads(call["next_messages"])] == ["tool"]
-        nxt = [t for s, t in said[k + 1 :] if s == session][:1]
+        nxt = [t for s, t in said[k + 1 :] if s.split()[0] == session.split()[0]][:1]  # also after a compaction
         if nxt:
             (came,) = json.loads(words["next_messages"])
             assert came["role"] == "user" and nxt[0] in str(came["content"]), (nxt, came)
@@ -277,6 +277,15 @@ def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
         assert row["next_messages"] is None
     counted = ", ".join(f"{n} {what}" for what, n in Counter(map(kind, sides)).items())
     print(f"{len(main)} answers of {len(said)} turns, all linked; of its own requests none trained on: {counted}")
+
+
+def print_turns(found: list) -> None:
+    """What became of each answer, and the end of what came next."""
+    for r in found:
+        nxt = r["next_messages"] and r["next_messages"][-60:]
+        print(
+            r["session"], kind(r), r["state"], r["reason"], r["score"], repr(r["text"][-40:]), last_said(r)[-60:], nxt
+        )
 
 
 def check_retry(program: Program) -> None:
@@ -373,7 +382,11 @@ def main(folder: Path) -> None:
         ended = program.stop()
     assert swaps >= 5, f"only {swaps} swaps"
     assert not errors, errors
-    check(program, model, said)
+    try:
+        check(program, model, said)
+    except (AssertionError, TypeError, ValueError):
+        print_turns(claws(program))
+        raise
     check_retry(program)
     assert not met, met
     print(f"{swaps} swaps meanwhile; the program ended in {ended:.0f} s")
