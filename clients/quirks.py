@@ -44,6 +44,12 @@ SPEAKING_TOOLS = ("message", "heartbeat_respond")  # their calls may show the pe
 
 # ---- text around a person's words ----
 
+# What OpenClaw's history keeps of its own requests. It joins them with the person's next message, after the time.
+MARKS = re.compile(
+    r"(\s*+(?:\[[^\]\n]{0,150}\d\d?:\d\d[^\]\n]{0,150}\]\s)?)"
+    r"(?:\[OpenClaw (?:heartbeat poll|exec completion|cron wake|session event)\]\n+"
+    r"(?:Disable automatic completion turns with [^\n]*\n+)?)+(?!Disable automatic|\s*\Z)"
+)
 # Everything before this line is context (OpenClaw in a group chat).
 CURRENT = "[Current message - respond to this]\n"
 # A channel and a time in brackets, or a time alone: "[WhatsApp +15550100 Sun 10:01] No." (OpenClaw and its relatives),
@@ -125,6 +131,12 @@ def without_last_line(text: str) -> str:
     return lines[0].rstrip() if len(lines) == 2 and FOOTER.match(lines[1]) else text
 
 
+def without_marks(text: str) -> str:
+    """The text without MARKS at its beginning. A text of nothing else stays."""
+    marks = MARKS.match(text)
+    return marks[1] + text[marks.end() :] if marks else text
+
+
 PASSES = 8  # over a text at most, to bound the work
 
 
@@ -133,7 +145,7 @@ def persons_words(text: str) -> str:
 
     Each pass removes something from the text's beginning or end. Tagged blocks that the person may have written stay.
     """
-    text = text.rpartition(CURRENT)[2]
+    text = without_marks(text.rpartition(CURRENT)[2])
     preamble = PREAMBLE.match(text)
     words = text[preamble.end() :] if preamble else text
     for _ in range(PASSES):

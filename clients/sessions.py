@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from clients.quirks import CARRIER, HEARTBEAT, OWN_REQUESTS, ROUTED, SILENT, SPEAKING_TOOLS, persons_words
+from clients.quirks import (
+    CARRIER,
+    HEARTBEAT,
+    OWN_REQUESTS,
+    ROUTED,
+    SILENT,
+    SPEAKING_TOOLS,
+    persons_words,
+    without_marks,
+)
 from durable import journal
 
 SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
@@ -73,6 +82,8 @@ def conversation(messages: list[dict]) -> list[dict]:
         if m.get("role") in ("system", "developer") or text_of(m.get("content")).startswith(CARRIER):
             continue
         if m.get("role") == "user":
+            if (text := text_of(m.get("content"))) != (words := without_marks(text)):
+                m = m | {"content": words}
             if own and was_shown(own):
                 kept.append(SHOWN)
             own = []

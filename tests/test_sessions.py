@@ -438,6 +438,11 @@ FLUSH = says("user", "Pre-compaction memory flush. Store durable memories now.")
 HEARTBEAT = says("user", [{"type": "text", "text": "Follow the heartbeat monitor instructions."}])
 
 
+# What OpenClaw's history keeps of its own requests.
+POLL = "[OpenClaw heartbeat poll]"
+EXEC = "[OpenClaw exec completion]\nDisable automatic completion turns with tools.exec.notifyOnExit=false; check them."
+
+
 @pytest.mark.parametrize("own", [FLUSH, HEARTBEAT])
 @pytest.mark.parametrize("stays", [False, True])  # in the history
 def test_what_the_client_asks_in_between(db, own, stays):
@@ -460,7 +465,10 @@ def test_what_the_client_asks_in_between(db, own, stays):
         ([says("system", "You are a context summarization assistant. Read"), HELLO], True),
         ([says("system", "You are a personal assistant"), HELLO, HI, FLUSH], True),
         ([HELLO, HI, HEARTBEAT, says("user", CARRIER)], True),
-        ([HELLO, HI, says("user", "[Sun 2026-11-22 23:33 UTC] [OpenClaw exec completion]\nDisable")], True),
+        ([HELLO, HI, says("user", f"[Sun 2026-11-22 23:33 UTC] {EXEC}")], True),
+        ([HELLO, HI, says("user", f"{POLL}\n{EXEC}")], True),
+        ([HELLO, HI, says("user", f"[Sun 2026-11-22 23:33 UTC] {POLL}\n{EXEC}\nNo, longer.")], False),
+        ([HELLO, HI, says("user", f"{POLL}\nFollow the heartbeat monitor scratch context.")], True),
         ([HELLO, HI, says("user", "A scheduled reminder has been triggered. The reminder content is:")], True),
         ([HELLO, HI, says("user", "[Sun 2026-11-22 23:33 UTC] What is an [OpenClaw heartbeat poll]?")], False),
         ([HELLO, HI, FLUSH, bot("Stored."), MORE], False),
@@ -476,6 +484,19 @@ def test_what_the_client_asks_in_between(db, own, stays):
 )
 def test_who_asks(messages, own):
     assert sessions.asked_by_the_client(messages) is own
+
+
+def test_what_stays_of_a_heartbeat_is_joined_with_the_persons_message(db):
+    """The live request had the person's words alone. In the history there is a line before them, from then on."""
+    asked, answer = says("user", "[Sun 12:28 UTC] Hello!"), bot("OK.")
+    joined = says("user", f"[Sun 12:28 UTC] {POLL}\nHello!")
+    first = ask(db, [asked], "OK.")
+    second = ask(db, [joined, answer, MORE], "Sure.")
+    assert second[1:] == (first.session, first.id, True) and journal.load_turn(db, first.id)[1] == [MORE]
+    assert sessions.request_of([joined]) == "Hello!"
+    more = says("user", f"{POLL}\n{MORE['content']}")
+    assert ask(db, [joined, answer, more, bot("Sure."), HELLO], "x").before == second.id
+    assert journal.load_turn(db, first.id)[1] == [MORE], "the same words"
 
 
 @pytest.mark.parametrize("own", ["[SUGGESTION MODE: Suggest what they may type.]", "Propose three tags, please."])

@@ -334,10 +334,12 @@ def talk(env: dict[str, str], program: Program, said: list[tuple[str, str]]) -> 
         if turn == 1:
             wait_for(program, "flush")
 
-    one("main", 1)
-    openclaw(env, "system", "event", "--mode", "now", "--text", "The washing machine is done.")
-    wait_for(program, "heartbeat")
-    one("main", 2)
+    # Before what a person says first, too: OpenClaw then joins the two in its history.
+    for turn in (1, 2, 3):
+        known = [kind(r) for r in claws(program)].count("heartbeat")
+        openclaw(env, "system", "event", "--mode", "now", "--text", f"The washing machine is done, {turn} times.")
+        wait_for(program, "heartbeat", known)
+        one("main", turn)
 
     openclaw(env, "sessions", "compact", "agent:main:explicit:alpha")
     wait_for(program, "summary")
