@@ -1,19 +1,20 @@
 """Speed next to what a user would take instead, measured in turn in one run:
 
-    python -m evaluation.speed                  about 20 minutes on two idle cores; the table is docs/speed.md
+    python -m evaluation.speed                  half an hour on two idle cores
 
 - a training step next to TRL's AsyncGRPOTrainer, on the same samples (TRL is installed into a venv under --scratch)
 - streams from run.py next to streams from vLLM's own server, with the same model and flags
 - run.py while it trains next to run.py while it only serves; the pause of a swap next to a copy of the weights
 
-All numbers go to docs/speed.json, from which the table is drawn. Ratios are better if they are larger for tokens per
-second, and smaller for times.
+All numbers go to docs/speed.json, from which docs/speed.md is written. Ratios are better if they are larger for tokens
+per second, and smaller for times.
 """
 
 import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -30,13 +31,20 @@ import httpx
 import torch
 import tyro
 from openai import AsyncOpenAI
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import grpo
+import trainer
+from config import Config
+from durable.journal import Turn
 from durable.model import model_folder
+from machine.plan import measure_gflops
 
 PEER = (
     "trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 pyarrow==26.0.1 "
     "python-dateutil==4.0.0 pytz==2026.6 six==1.17.0 tzdata==2026.6 xxhash==4.1.0"
 )
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STREAMS, TOKENS = (1, 8, 32), 100
 VLLM = (  # what the command `vllm serve` does: it isn't installed by the CPU build
     "import uvloop; from vllm.entrypoints.launchers.cli_args import make_arg_parser as parser\n"
@@ -50,6 +58,7 @@ VLLM = (  # what the command `vllm serve` does: it isn't installed by the CPU bu
 class Options:
     out: str = "docs"  # folder of speed.json and speed.md
     scratch: str = "/tmp/speed"  # for TRL's venv, logs and samples
+    model: str = ""  # folder of the model; empty: the default of run.py
     rounds: int = 3  # how often each is measured, in turn
     only: str = "step,serve,train"  # parts to measure; the others stay as they are in speed.json
 
@@ -79,14 +88,13 @@ def conversation(rng: random.Random) -> list[dict]:
     return rows
 
 
+@torch.no_grad()
+def sampler_logps(policy: PreTrainedModel, row: dict) -> list[float]:
+    return grpo.response_logps(policy, grpo.alone(row["prompt_ids"], row["response_ids"], "cpu")).tolist()
+
+
 def own_step(samples: str, model: str, dtype: str, kl: str) -> None:
     """Three steps of ours in this process; prints one line of JSON, as trl_step.py does."""
-    import resource
-
-    import trainer
-    from config import Config
-    from durable.journal import Turn
-
     torch.set_num_threads(1)
     lessons = []
     for s in json.load(open(samples)):
@@ -95,13 +103,13 @@ def own_step(samples: str, model: str, dtype: str, kl: str) -> None:
             *("", "", "", [], {}, "", "", "", "", "stop"),
             prompt_ids=s["prompt_ids"],
             response_ids=s["response_ids"],
-            logprobs=[s["logp"]] * n,
+            logprobs=s["logps"],
             versions=[(0, 0, n)],
             temperature=1.0,
         )
         lessons.append(trainer.Lesson(turn, s["adv"], []))
     config = Config(row_tokens=256, batch_size=len(lessons), kl=float(kl), lr=1e-6)
-    state = trainer.load_state(config, None, Path(model), "cpu", {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    state = trainer.load_state(config, None, Path(model), "cpu", DTYPES[dtype])
     seconds = []
     for _ in range(3):
         begun = time.process_time()
@@ -120,17 +128,22 @@ def measure_step(o: Options, scratch: Path, model: str) -> dict[str, Any]:
         (site / "project.pth").write_text(next(p for p in sys.path if p.endswith("site-packages")))
         subprocess.run([peer / "bin/pip", "install", "-q", "--no-deps", *PEER.split()], check=True)
         (peer / "ready").touch()
-    found: dict[str, Any] = {}
+    gflops = measure_gflops(Path(model), [max(os.sched_getaffinity(0))], 256)
+    dtype = "bf16" if gflops[torch.bfloat16] > gflops[torch.float32] else "fp32"  # for both, as run.py chooses
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found: dict[str, Any] = {"dtype": dtype, "GFLOP/s": gflops[DTYPES[dtype]], "batches": {}}
     for name, make in (("8 prompts x 4 answers", prompts_with_answers), ("16 turns of a conversation", conversation)):
         rng = random.Random(0)
-        rows = [r | {"logp": -10.8, "adv": rng.gauss(0, 1)} for r in make(rng)]
+        rows = [r | {"logps": sampler_logps(policy, r), "adv": rng.gauss(0, 1)} for r in make(rng)]
         samples = scratch / "samples.json"
         samples.write_text(json.dumps(rows))
         trained = sum(len(r["response_ids"]) for r in rows)
-        commands = {f"TRL {d}": [peer / "bin/python", "evaluation/trl_step.py", samples, model, d] for d in DTYPES}
-        own = [sys.executable, "-m", "evaluation.speed", "own_step", samples, model]
-        commands |= {f"ours {d}": [*own, d, "0"] for d in DTYPES}
-        commands |= {f"ours {d}, with the KL": [*own, d, "0.1"] for d in DTYPES}
+        own = [sys.executable, "-m", "evaluation.speed", "own_step", samples, model, dtype]
+        commands = {
+            "TRL": [peer / "bin/python", "evaluation/trl_step.py", samples, model, dtype],
+            "ours": [*own, "0"],
+            "ours with the KL": [*own, "0.1"],
+        }
         results: dict[str, list[dict]] = {what: [] for what in commands}
         for _ in range(o.rounds):
             for what, command in commands.items():
@@ -140,14 +153,13 @@ def measure_step(o: Options, scratch: Path, model: str) -> dict[str, Any]:
                     sys.exit(f"{what}: {done.stderr[-2000:]}")
                 results[what].append(json.loads(done.stdout.splitlines()[-1]))
                 print(name, what, results[what][-1], flush=True)
-        found[name] = {"trained tokens": trained, "tokens": sum(len(r["prompt_ids"]) for r in rows) + trained}
-        found[name] |= {
-            what: {k: [r[k] for r in measured] for k in ("seconds", "peak")} for what, measured in results.items()
+        found["batches"][name] = {
+            "trained tokens": trained,
+            "tokens": sum(len(r["prompt_ids"]) for r in rows) + trained,
+            **{what: {k: [r[k] for r in runs] for k in ("seconds", "peak")} for what, runs in results.items()},
         }
     return found
 
-
-DTYPES = ("bf16", "fp32")
 
 # ---- serving ----
 
@@ -180,7 +192,15 @@ def servers(scratch: Path, model: str) -> dict[str, tuple[list[str], str]]:
     theirs = [sys.executable, str(scratch / "serve.py"), f"--model={model}", "--served-model-name=policy"]
     theirs += ["--port=8871", "--enforce-eager", *[f"--{k}={v}" for k, v in common.items()]]
     out = scratch / f"out-{int(time.time())}"
-    ours = [sys.executable, "run.py", f"--out={out}", "--port=8872", "--max_model_len=2048", "--engine_memory=1"]
+    ours = [
+        sys.executable,
+        "run.py",
+        f"--model={model}",
+        f"--out={out}",
+        "--port=8872",
+        "--max_model_len=2048",
+        "--engine_memory=1",
+    ]
     return {"vLLM": (theirs, "http://127.0.0.1:8871"), "ours": (ours, "http://127.0.0.1:8872")}
 
 
@@ -299,7 +319,7 @@ async def complain(url: str, stop: asyncio.Event, pauses: dict[int, float], verd
 
 async def measure_training(o: Options, scratch: Path, model: str) -> dict[str, Any]:
     command, url = servers(scratch, model)["ours"]
-    size = sum(t.numel() for t in load_weights(model)) * 2
+    size = 2 * AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).num_parameters()
     source, target = torch.ones(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
     found: dict[str, Any] = {"bytes": size, "idle": [], "training": [], "pauses": [], "copies": []}
     with running(command, scratch / "train.log", url):
@@ -327,12 +347,6 @@ async def measure_training(o: Options, scratch: Path, model: str) -> dict[str, A
     return found
 
 
-def load_weights(model: str) -> list[torch.Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    return list(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).parameters())
-
-
 # ---- the table ----
 
 
@@ -353,18 +367,11 @@ def table(found: dict[str, Any]) -> str:
         a, b = (form.format(statistics.median(values)) for values in (ours, theirs))
         lines.append(f"| {what} | {a} | {b} | {ratios(ours, theirs)} |")
 
-    for name, measured in found.get("step", {}).items():
+    for name, measured in found.get("step", {"batches": {}})["batches"].items():
         speed = lambda what: [measured["trained tokens"] / s for s in measured[what]["seconds"]]  # noqa: E731,B023
-        best = max([f"TRL {d}" for d in DTYPES], key=lambda what: statistics.median(speed(what)))
-        for d in DTYPES:
-            for kl in ("", ", with the KL"):
-                what = f"{name}: trained tokens per CPU second, ours in {d}{kl}, TRL's in {best[4:]}"
-                row(what, speed(f"ours {d}{kl}"), speed(best), "{:.0f}")
-        row(
-            f"{name}: peak memory, GiB, both in {best[4:]}",
-            measured[f"ours {best[4:]}"]["peak"],
-            measured[best]["peak"],
-        )
+        for what in ("ours", "ours with the KL"):
+            row(f"{name}: trained tokens per CPU second, {what}, theirs is TRL's", speed(what), speed("TRL"), "{:.0f}")
+        row(f"{name}: peak memory, GiB", measured["ours"]["peak"], measured["TRL"]["peak"])
     for streams, measured in found.get("serve", {}).items():
         for what in ("tokens/s", "first token, ms", "between tokens, ms"):
             ours, theirs = ([m[what] for m in measured[name]] for name in ("ours", "vLLM"))
@@ -382,8 +389,19 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+PAGE = """# Speed
+
+    .venv/bin/{command}
+
+wrote this page from its measurements in `speed.json`, next to what you would take instead, in turn in one run. CPU
+seconds are of one core. "With the KL": the defaults of run.py; TRL has no KL by default. Peak memory leaves out our
+snapshot and starting weights. TRL is 1.16.0's AsyncGRPOTrainer, which shares prefixes as well.
+
+"""
+
+
 def main(o: Options) -> None:
-    scratch, out, model = Path(o.scratch), Path(o.out), str(model_folder(""))
+    scratch, out, model = Path(o.scratch), Path(o.out), str(model_folder(o.model))
     scratch.mkdir(parents=True, exist_ok=True)
     kept = out / "speed.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
@@ -397,6 +415,7 @@ def main(o: Options) -> None:
         elif part:
             sys.exit(f"--only={o.only}: {part!r} is not one of step, serve, train")
         kept.write_text(json.dumps(found, indent=1) + "\n")
+    (out / "speed.md").write_text(PAGE.format(command=f"python -m evaluation.speed --only={o.only}") + table(found))
     print(table(found))
 
 

@@ -66,7 +66,7 @@ class Ready:
                         completion=[],
                         input_ids=np.array(prompt + answer),
                         completion_mask=np.array([0] * len(prompt) + [1] * len(answer)),
-                        old_log_probs=np.array([0.0] * len(prompt) + [s["logp"]] * len(answer), dtype=np.float32),
+                        old_log_probs=np.array([0.0] * len(prompt) + s["logps"], dtype=np.float32),
                         advantage=s["adv"],
                         model_version=10**6,
                         group_id=group,
