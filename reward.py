@@ -29,6 +29,7 @@ HEAD_CHARS = 400  # the part of the next messages that the head reads
 MIN_HINT, MAX_HINT = 11, 300  # characters in a hint
 MAX_PARTS = 5  # how many parts of a complaint are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
+AT_ONCE = 16  # labelled replies that are read in one forward pass
 QUESTION = "Is the feedback positive, negative or neutral?"  # the head's prompt before the next message
 
 # Filters for the user's own words as hints: orders to a judge, and pairs of opposite wishes.
@@ -101,18 +102,26 @@ class Head:
         return ((features - self.mean) / self.std @ self.weight + self.bias).softmax(-1)
 
 
-@torch.no_grad()
-def features(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, next_messages: list[dict]
-) -> Tensor:
-    """The head's features of the next messages: the frozen starting weights' hidden states at half and two thirds of
-    the model's depth, at the last token and averaged over all. (D,) fp32 on the CPU"""
+def head_ids(tokenizer: PreTrainedTokenizerBase, request: str, next_messages: list[dict]) -> list[int]:
+    """The head's prompt."""
     text = f"{QUESTION}\n\nRequest: {cut(defuse(request), HEAD_CHARS // 3)}\n"
-    text += f"{evidence('', '', next_messages, HEAD_CHARS, bare=True)}\nFeedback:"
-    ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
-    states = model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-    middle, deep = states[len(states) // 2][0], states[len(states) * 2 // 3][0]  # (L, D)
-    return torch.cat([middle[-1], middle.mean(0), deep[-1], deep.mean(0)]).float().cpu()
+    return tokenizer(f"{text}{evidence('', '', next_messages, HEAD_CHARS, bare=True)}\nFeedback:")["input_ids"]
+
+
+@torch.no_grad()
+def features(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
+    """The head's features of B prompts: the frozen starting weights' hidden states at half and two thirds of the
+    model's depth, at the last token and averaged over all. (B, D) fp32 on the CPU"""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=model.device)  # (B, L), padded right
+    mask = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in prompts], device=model.device)
+    states = model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+    layers = states[len(states) // 2], states[len(states) * 2 // 3]  # (B, L, D)
+    found = [
+        torch.cat([part for layer in layers for part in (layer[i, len(p) - 1], layer[i, : len(p)].mean(0))])
+        for i, p in enumerate(prompts)
+    ]
+    return torch.stack(found).float().cpu()
 
 
 def fit_head(x: Tensor, labels: Tensor, l2: float = 100.0) -> Head:
@@ -150,12 +159,15 @@ def make_head(
         x = torch.load(kept, weights_only=True)
     else:
         print(f"judge     reads {len(rows)} labelled replies, once for this model", flush=True)
-        read = []
-        for row in rows:
+        prompts = [head_ids(tokenizer, row["request"], row["next"]) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # so that little is padded
+        read: dict[int, Tensor] = {}
+        for at in range(0, len(rows), AT_ONCE):
             if stopping and stopping.is_set():
                 raise InterruptedError("the program is stopping")
-            read.append(features(model, tokenizer, row["request"], row["next"]))
-        x = torch.stack(read)  # (N, D)
+            batch = order[at : at + AT_ONCE]
+            read |= dict(zip(batch, features(model, [prompts[i] for i in batch]), strict=True))
+        x = torch.stack([read[i] for i in range(len(rows))])  # (N, D)
         with replacing(kept) as part:
             torch.save(x, part)
     return fit_head(x, torch.tensor([list(VOTES).index(r["label"]) for r in rows]))
@@ -165,7 +177,7 @@ def head_verdict(
     head: Head, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, next_messages: list[dict]
 ) -> Scored:
     """The most likely score, the same as the only vote, and its probability."""
-    p = head.probabilities(features(model, tokenizer, request, next_messages))
+    p = head.probabilities(features(model, [head_ids(tokenizer, request, next_messages)])[0])
     score = list(VOTES.values())[int(p.argmax())]
     return score, [score], p.max().item()
 

@@ -483,7 +483,9 @@ def test_the_head_is_a_logistic_regression() -> None:
 def test_features_are_kept_and_are_of_the_next_message(tiny_model, tmp_path, monkeypatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    one, two = (reward.features(model, tokenizer, "r", [{"role": "user", "content": c}]) for c in ("Thanks!", "No!"))
+    prompts = [reward.head_ids(tokenizer, "r", [{"role": "user", "content": c}]) for c in ("Thanks!", "No!")]
+    one, two = (reward.features(model, [prompt])[0] for prompt in prompts)
+    torch.testing.assert_close(reward.features(model, prompts), torch.stack([one, two]), rtol=1e-4, atol=1e-5)
     assert one.shape == (4 * 128,) and not torch.equal(one, two)
     rows = reward.labelled("fit")[:20]
     monkeypatch.setattr(reward, "labelled", lambda name: rows)
