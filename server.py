@@ -36,7 +36,6 @@ from durable.journal import Turn
 CHAT = "/v1/chat/completions"
 CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
 OPEN_PATHS = ("/health", "/", "/web/page.js", "/web/page.css")  # they hold no data
-SESSION_HEADERS = ("x-session-id", "x-session-affinity", "x-openwebui-chat-id")
 # Fields of a chat request, besides its messages, that change the prompt. vLLM's /tokenize has the same ones.
 TEMPLATE_FIELDS = ("tools", "chat_template", "add_generation_prompt", "continue_final_message")
 
@@ -116,8 +115,9 @@ class Capture:
             if scope["path"] == "/v1/responses" and fields:  # this API takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
             if fields and (not chat or isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
-                named = next((v for v in map(headers.get, SESSION_HEADERS) if v), "")
-                named = re.sub(r":\d+$", "", named)  # OpenClaw counts a session's compactions here
+                # OpenClaw's has a count of the session's compactions at its end.
+                affinity = re.sub(r":\d+$", "", headers.get("x-session-affinity", ""))
+                named = headers.get("x-session-id") or affinity or headers.get("x-openwebui-chat-id")
                 template = {k: fields[k] for k in TEMPLATE_FIELDS if k in fields}
                 asked.set(
                     Asked(
