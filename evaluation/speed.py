@@ -23,7 +23,7 @@ import time
 import venv
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import grpo
 import trainer
 from config import Config
-from durable.journal import Turn
 from durable.model import model_folder
+from evaluation import prefixes
+from evaluation.talk import wait_ready
 from machine.plan import measure_gflops
 
 PEER = (
@@ -98,16 +99,8 @@ def own_step(samples: str, model: str, dtype: str, kl: str) -> None:
     torch.set_num_threads(1)
     lessons = []
     for s in json.load(open(samples)):
-        n = len(s["response_ids"])
-        turn = Turn(
-            *("", "", "", [], {}, "", "", "", "", "stop"),
-            prompt_ids=s["prompt_ids"],
-            response_ids=s["response_ids"],
-            logprobs=s["logps"],
-            versions=[(0, 0, n)],
-            temperature=1.0,
-        )
-        lessons.append(trainer.Lesson(turn, s["adv"], []))
+        turn = prefixes.lesson(s["prompt_ids"], s["response_ids"], []).turn
+        lessons.append(trainer.Lesson(replace(turn, logprobs=s["logps"]), s["adv"], []))
     config = Config(row_tokens=256, batch_size=len(lessons), kl=float(kl), lr=1e-6)
     state = trainer.load_state(config, None, Path(model), "cpu", DTYPES[dtype])
     seconds = []
@@ -170,14 +163,7 @@ def running(command: list[str], log: Path, url: str) -> Iterator[subprocess.Pope
     with open(log, "w") as f:
         process = subprocess.Popen(command, stdout=f, stderr=f, start_new_session=True)
     try:
-        while True:
-            if process.poll() is not None:
-                sys.exit(log.read_text()[-3000:])
-            try:
-                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(1)
+        wait_ready(process, url, log)
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
@@ -213,7 +199,7 @@ class Load:
     per_s: float = 0.0  # tokens of all streams
 
 
-async def load(url: str, streams: int, answers: int, tokens: int = TOKENS) -> Load:
+async def load(url: str, streams: int, answers: int) -> Load:
     client, found, begun = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600), Load([], []), time.time()
 
     async def stream(i: int) -> None:
@@ -223,7 +209,7 @@ async def load(url: str, streams: int, answers: int, tokens: int = TOKENS) -> Lo
             parts = await client.chat.completions.create(
                 model="policy",
                 messages=[{"role": "user", "content": said}],
-                max_tokens=tokens,
+                max_tokens=TOKENS,
                 stream=True,
                 extra_body={"ignore_eos": True},
             )
@@ -235,7 +221,7 @@ async def load(url: str, streams: int, answers: int, tokens: int = TOKENS) -> Lo
                     last = now
 
     await asyncio.gather(*[stream(i) for i in range(streams)])
-    found.per_s = streams * answers * tokens / (time.time() - begun)
+    found.per_s = streams * answers * TOKENS / (time.time() - begun)
     await client.close()
     return found
 
@@ -254,7 +240,7 @@ async def measure_serving(o: Options, scratch: Path, model: str) -> dict[str, An
     (theirs, their_url), (ours, our_url) = servers(scratch, model).values()
     found: dict[str, Any] = {}
     with running(theirs, scratch / "vllm.log", their_url), running(ours, scratch / "serve.log", our_url):
-        await settled(scratch / "serve.log")
+        await settled(our_url)
         for streams in STREAMS:
             found[str(streams)] = {"vLLM": [], "ours": []}
             for k in range(o.rounds + 1):
@@ -266,13 +252,23 @@ async def measure_serving(o: Options, scratch: Path, model: str) -> dict[str, An
     return found
 
 
-async def settled(log: Path) -> None:
-    """Until the judge has read its labelled replies: it does so once for a model, on the trainer's core."""
-    if "labelled replies" in log.read_text():
-        print("waiting for the judge", flush=True)
-        kept = Path.home() / ".cache/nano-openclaw-rl/judge"
-        while not any(p.suffix == ".pt" and p.stat().st_mtime > log.stat().st_ctime - 600 for p in kept.glob("*")):
-            await asyncio.sleep(2)
+async def complain(client: AsyncOpenAI, number: int) -> None:
+    """A conversation whose answer is judged and trained on."""
+    said = [{"role": "user", "content": f"What is the number {number}?"}]
+    reply = await client.chat.completions.create(model="policy", messages=said, max_tokens=40)
+    said += [{"role": "assistant", "content": reply.choices[0].message.content}]
+    said += [{"role": "user", "content": "No, much too long. Answer in one short sentence."}]
+    await client.chat.completions.create(model="policy", messages=said, max_tokens=1)
+
+
+async def settled(url: str) -> None:
+    """Until a first turn is judged and trained on. At a model's first start the judge is fitted before, which takes a
+    core for some time."""
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
+        await complain(client, 0)
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        while (await http.get("/status")).json()["turns"].keys() & {"judging", "queued", "training"}:
+            await asyncio.sleep(1)
 
 
 # ---- serving while training ----
@@ -296,24 +292,19 @@ async def probing(url: str) -> AsyncIterator[list[float]]:
     task.cancel()
 
 
-async def complain(url: str, stop: asyncio.Event, pauses: dict[int, float], verdicts: list[float]) -> None:
-    """Conversations whose replies are judged and trained on, so that there is always a step running."""
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+async def keep_training(url: str, stop: asyncio.Event, pauses: dict[int, float]) -> None:
+    """Complaints, so that there is always a step running. `pauses`: by step, the seconds of its swap."""
+    client, k = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600), 0
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-        begun, k = time.time(), 0
         while not stop.is_set():
-            said = [{"role": "user", "content": f"What is the number {k}?"}]
-            reply = await client.chat.completions.create(model="policy", messages=said, max_tokens=40)
-            said += [{"role": "assistant", "content": reply.choices[0].message.content}]
-            said += [{"role": "user", "content": "No, much too long. Answer in one short sentence."}]
-            await client.chat.completions.create(model="policy", messages=said, max_tokens=1)
-            status, k = (await http.get("/status")).json(), k + 1
+            status = (await http.get("/status")).json()
             if status["step"]:
                 pauses[status["step"]] = status["pause"][1] - status["pause"][0]
-            turns = status["turns"]
-            verdicts[:] = [sum(turns.get(s, 0) for s in ("queued", "training", "trained")), time.time() - begun]
-            while (await http.get("/status")).json()["turns"].get("queued", 0) > 4 and not stop.is_set():
+            if status["turns"].get("queued", 0) > 4:
                 await asyncio.sleep(0.1)
+            else:
+                k += 1
+                await complain(client, k)
     await client.close()
 
 
@@ -323,12 +314,12 @@ async def measure_training(o: Options, scratch: Path, model: str) -> dict[str, A
     source, target = torch.ones(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
     found: dict[str, Any] = {"bytes": size, "idle": [], "training": [], "pauses": [], "copies": []}
     with running(command, scratch / "train.log", url):
-        await settled(scratch / "train.log")
+        await settled(url)
         await load(url, 4, 2)
         for _ in range(o.rounds):
             for what in ("idle", "training"):
-                stop, pauses, verdicts = asyncio.Event(), {}, [0.0, 1.0]
-                talking = asyncio.create_task(complain(url, stop, pauses, verdicts)) if what == "training" else None
+                stop, pauses = asyncio.Event(), {}
+                talking = asyncio.create_task(keep_training(url, stop, pauses)) if what == "training" else None
                 async with probing(url) as times:
                     measured = summary(await load(url, 4, 12 if talking else 6))
                 stop.set()
@@ -350,13 +341,10 @@ async def measure_training(o: Options, scratch: Path, model: str) -> dict[str, A
 # ---- the table ----
 
 
-def spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
 def ratios(ours: list[float], theirs: list[float]) -> str:
     """Of the numbers measured in the same round: the median, the smallest and the largest."""
-    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+    each = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
 
 
 def table(found: dict[str, Any]) -> str:
