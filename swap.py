@@ -175,7 +175,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     flags = {
         "model": str(folder),
         "served-model-name": config.name,
-        "dtype": "bfloat16",
+        "dtype": str(plan.dtype).removeprefix("torch."),  # the faster one; it is sent bf16 values in either case
         "max-model-len": str(config.max_model_len),
         "max-num-seqs": str(config.max_seqs),
         "seed": str(config.seed),

@@ -26,7 +26,7 @@ class Setting:
     """What the memory depends on, besides the model's shape."""
 
     device: str  # cpu or cuda
-    width: int  # bytes per number in the trainer's dtype
+    width: int  # bytes per number in the plan's dtype
     lora_rank: int  # 0: all weights are trained
     tokens: int  # of the longest sample
     row_tokens: int  # of a packed row
@@ -49,7 +49,9 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
         "Adam": 8 * trained,
         "row": width * row_numbers(shape, setting) + 24 * 256 * shape.get_text_config().vocab_size,
         # On a CPU the engine also packs its own copy of the weights.
-        "engine": (4 if cpu else 2) * weights + 2 * in_a_batch(setting.adapters) * adapter + (0 if cpu else 2 * 2**30),
+        "engine": (2 if cpu else 1) * width * weights
+        + width * in_a_batch(setting.adapters) * adapter
+        + (0 if cpu else 2 * 2**30),
     }
     host = {"snapshot": 12 * trained, "processes": 2 * 2**30}
     host |= {"pushed copy": 2 * trained} if cpu else {"loading": 2 * weights}

@@ -20,7 +20,7 @@ from machine import memory
 @dataclass(frozen=True)
 class Plan:
     device: str  # cpu or cuda
-    dtype: torch.dtype  # that the trainer computes in
+    dtype: torch.dtype  # that the engine and the trainer compute in
     gflops: dict[torch.dtype, float]  # measured GFLOP/s; empty on a GPU
     engine_cores: list[int]
     trainer_cores: list[int]
@@ -33,9 +33,10 @@ class Plan:
 
     def __str__(self) -> str:
         gflops = ", ".join(f"{str(dtype)[6:]} {value:.0f}" for dtype, value in self.gflops.items())
+        measured = f", measured GFLOP/s: {gflops}" if gflops else ""
         host = f"\nhost      {memory.itemised(self.host)}" if self.host else ""
         return (
-            f"device    {self.device}; training in {self.dtype}{f', measured GFLOP/s: {gflops}' if gflops else ''}\n"
+            f"device    {self.device}; serving and training in {str(self.dtype)[6:]}{measured}\n"
             f"cores     {self.engine_cores} engine, {self.trainer_cores} trainer\n"
             f"memory    {memory.itemised(self.needed)}; free {self.free:.1f}{host}"
         )
