@@ -13,7 +13,7 @@ from durable.journal import Sample
 from program import Program
 
 SETTLE_S = 2.0  # from a verdict to training: what was judged may be a client's request, which the person's replaces
-AT_ONCE = 100  # most turns to drop before other tasks have their turn
+DROPS_AT_ONCE = 100  # most turns to drop before other tasks have their turn
 
 
 async def next_batch(p: Program) -> list[sqlite3.Row]:
@@ -28,7 +28,7 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
     for turn in sorted(queued, key=lambda turn: turn["newer"] >= max(1.0, p.config.user_share * size)):
         owner = p.owner_of(turn["user"])
         settled = turn["final"] or p.judged_at[turn["id"]] + SETTLE_S <= now
-        if owner in p.paused or not settled or len(batches[owner]) == size or len(unfit) == AT_ONCE:
+        if owner in p.paused or not settled or len(batches[owner]) == size or len(unfit) == DROPS_AT_ONCE:
             continue
         if why_not := guard.reject_reason(turn, batches[owner], steps.get(owner, 0), p.config):
             unfit.append((turn["id"], why_not))

@@ -3,7 +3,7 @@
 After each push, engine and trainer are compared on it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ PROMPTS = ("What is a bridge?", "Tell me about bees.", "How do I boil an egg?", 
 ANSWER_TOKENS = 12  # at most, in an answer to a prompt; each costs a forward pass
 
 
-@dataclass
+@dataclass(frozen=True)
 class Probe:
     """TEXT and PROMPTS as token ids, and the results of the starting weights on them."""
 
@@ -55,8 +55,7 @@ def make_probe(first: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pr
     asked = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
     probe = Probe(ids, prompts, text_logps(first, ids))
-    probe.first = probe.measure(first)
-    return probe
+    return replace(probe, first=probe.measure(first))
 
 
 @torch.no_grad()

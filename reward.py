@@ -29,7 +29,7 @@ HEAD_CHARS = 400  # the part of the next messages that the head reads
 MIN_HINT, MAX_HINT = 11, 300  # characters in a hint
 MAX_PARTS = 5  # how many parts of a complaint are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
-AT_ONCE = 16  # labelled replies that are read in one forward pass
+READ_AT_ONCE = 16  # labelled replies that are read in one forward pass
 QUESTION = "Is the feedback positive, negative or neutral?"  # the head's prompt before the next message
 
 # Filters for the user's own words as hints: orders to a judge, and pairs of opposite wishes.
@@ -162,10 +162,10 @@ def make_head(
         prompts = [head_ids(tokenizer, row["request"], row["next"]) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # so that little is padded
         read: dict[int, Tensor] = {}
-        for at in range(0, len(rows), AT_ONCE):
+        for at in range(0, len(rows), READ_AT_ONCE):
             if stopping and stopping.is_set():
                 raise InterruptedError("the program is stopping")
-            batch = order[at : at + AT_ONCE]
+            batch = order[at : at + READ_AT_ONCE]
             read |= dict(zip(batch, features(model, [prompts[i] for i in batch]), strict=True))
         x = torch.stack([read[i] for i in range(len(rows))])  # (N, D)
         with replacing(kept) as part:

@@ -221,7 +221,8 @@ async def serve(p: Program) -> bool:
     tasks += [asyncio.create_task(keep_running(p, name, work), name=name) for name, work in background.items()]
     tasks += [asyncio.create_task(event.wait(), name="end") for event in (died, stopped)]
     ready, pending = time.monotonic(), set(tasks)
-    print(f"ready     after {ready - STARTED:.0f} s", flush=True)
+    if web.started:
+        print(f"ready     after {ready - STARTED:.0f} s", flush=True)
     try:
         while not stopped.is_set() and not died.is_set():
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)

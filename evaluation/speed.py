@@ -13,17 +13,14 @@ per second, and smaller for times.
 import asyncio
 import json
 import os
-import random
-import resource
 import signal
 import statistics
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +28,12 @@ import httpx
 import torch
 import tyro
 from openai import AsyncOpenAI
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-import grpo
-import trainer
-from config import Config
 from durable.model import model_folder
-from evaluation import prefixes
+from evaluation import speed_step
 from evaluation.talk import wait_ready
-from machine.plan import measure_gflops
 
-PEER = (
-    "trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 pyarrow==26.0.1 "
-    "python-dateutil==4.0.0 pytz==2026.6 six==1.17.0 tzdata==2026.6 xxhash==4.1.0"
-)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STREAMS, TOKENS = (1, 8, 32), 100
 VLLM = (  # what the command `vllm serve` does: it isn't installed by the CPU build
     "import uvloop; from vllm.entrypoints.launchers.cli_args import make_arg_parser as parser\n"
@@ -62,96 +50,6 @@ class Options:
     model: str = ""  # folder of the model; empty: the default of run.py
     rounds: int = 3  # how often each is measured, in turn
     only: str = "step,serve,train"  # parts to measure; the others stay as they are in speed.json
-
-
-# ---- a training step ----
-
-
-def drawn(n: int, rng: random.Random) -> list[int]:
-    return rng.choices(range(1000, 40000), k=n)
-
-
-def prompts_with_answers(rng: random.Random) -> list[dict]:
-    """8 prompts with 4 answers each, as GRPO samples them."""
-    prompts = [drawn(rng.randrange(40, 62), rng) for _ in range(8)]
-    return [
-        {"prompt_ids": prompt, "response_ids": drawn(rng.randrange(16, 65), rng)} for prompt in prompts for _ in "abcd"
-    ]
-
-
-def conversation(rng: random.Random) -> list[dict]:
-    """16 turns: each prompt is the one before, its answer and the next message."""
-    rows, ids = [], []
-    for _ in range(16):
-        ids = ids + drawn(48, rng)
-        rows.append({"prompt_ids": ids, "response_ids": drawn(16, rng)})
-        ids = ids + rows[-1]["response_ids"]
-    return rows
-
-
-@torch.no_grad()
-def sampler_logps(policy: PreTrainedModel, row: dict) -> list[float]:
-    return grpo.response_logps(policy, grpo.alone(row["prompt_ids"], row["response_ids"], "cpu")).tolist()
-
-
-def own_step(samples: str, model: str, dtype: str, kl: str) -> None:
-    """Three steps of ours in this process; prints one line of JSON, as trl_step.py does."""
-    torch.set_num_threads(1)
-    lessons = []
-    for s in json.load(open(samples)):
-        turn = prefixes.lesson(s["prompt_ids"], s["response_ids"], []).turn
-        lessons.append(trainer.Lesson(replace(turn, logprobs=s["logps"]), s["adv"], []))
-    config = Config(row_tokens=256, batch_size=len(lessons), kl=float(kl), lr=1e-6)
-    state = trainer.load_state(config, None, Path(model), "cpu", DTYPES[dtype])
-    seconds = []
-    for _ in range(3):
-        begun = time.process_time()
-        trainer.update(config, state, lessons)
-        seconds.append(time.process_time() - begun)
-    held = sum(t.numel() * t.element_size() for t in [*state.kept, *state.start.parameters()]) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - held  # TRL has no snapshot and no start model
-    print(json.dumps({"seconds": min(seconds[1:]), "peak": peak}))
-
-
-def measure_step(o: Options, scratch: Path, model: str) -> dict[str, Any]:
-    peer = scratch / "peer"
-    if not (peer / "ready").exists():
-        venv.create(peer, with_pip=True)
-        (site,) = peer.glob("lib/python*/site-packages")
-        (site / "project.pth").write_text(next(p for p in sys.path if p.endswith("site-packages")))
-        subprocess.run([peer / "bin/pip", "install", "-q", "--no-deps", *PEER.split()], check=True)
-        (peer / "ready").touch()
-    gflops = measure_gflops(Path(model), [max(os.sched_getaffinity(0))], 256)
-    dtype = "bf16" if gflops[torch.bfloat16] > gflops[torch.float32] else "fp32"  # for both, as run.py chooses
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    found: dict[str, Any] = {"dtype": dtype, "GFLOP/s": gflops[DTYPES[dtype]], "batches": {}}
-    for name, make in (("8 prompts x 4 answers", prompts_with_answers), ("16 turns of a conversation", conversation)):
-        rng = random.Random(0)
-        rows = [r | {"logps": sampler_logps(policy, r), "adv": rng.gauss(0, 1)} for r in make(rng)]
-        samples = scratch / "samples.json"
-        samples.write_text(json.dumps(rows))
-        trained = sum(len(r["response_ids"]) for r in rows)
-        own = [sys.executable, "-m", "evaluation.speed", "own_step", samples, model, dtype]
-        commands = {
-            "TRL": [peer / "bin/python", "evaluation/trl_step.py", samples, model, dtype],
-            "ours": [*own, "0"],
-            "ours with the KL": [*own, "0.1"],
-        }
-        results: dict[str, list[dict]] = {what: [] for what in commands}
-        for _ in range(o.rounds):
-            for what, command in commands.items():
-                env = os.environ | {"OMP_NUM_THREADS": "1"}
-                done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
-                if done.returncode:
-                    sys.exit(f"{what}: {done.stderr[-2000:]}")
-                results[what].append(json.loads(done.stdout.splitlines()[-1]))
-                print(name, what, results[what][-1], flush=True)
-        found["batches"][name] = {
-            "trained tokens": trained,
-            "tokens": sum(len(r["prompt_ids"]) for r in rows) + trained,
-            **{what: {k: [r[k] for r in runs] for k in ("seconds", "peak")} for what, runs in results.items()},
-        }
-    return found
 
 
 # ---- serving ----
@@ -172,7 +70,8 @@ def running(command: list[str], log: Path, url: str) -> Iterator[subprocess.Pope
 
 def servers(scratch: Path, model: str) -> dict[str, tuple[list[str], str]]:
     """Name -> command and address: run.py, and vLLM's server with the flags that run.py gives its engine."""
-    common = {"max-model-len": 2048, "max-num-seqs": 64, "seed": 0, "dtype": "bfloat16"}
+    common = {"max-model-len": 2048, "max-num-seqs": 64, "seed": 0}
+    common["dtype"] = str(speed_step.DTYPES[speed_step.faster_dtype(model)[0]]).removeprefix("torch.")
     common |= {"kv-cache-memory-bytes": 1 << 30, "logprobs-mode": "processed_logprobs", "generation-config": "vllm"}
     (scratch / "serve.py").write_text(VLLM)
     theirs = [sys.executable, str(scratch / "serve.py"), f"--model={model}", "--served-model-name=policy"]
@@ -395,7 +294,7 @@ def main(o: Options) -> None:
     found = json.loads(kept.read_text()) if kept.exists() else {}
     for part in o.only.split(","):
         if part == "step":
-            found[part] = measure_step(o, scratch, model)
+            found[part] = speed_step.measure(scratch, model, o.rounds)
         elif part == "serve":
             found[part] = asyncio.run(measure_serving(o, scratch, model))
         elif part == "train":
@@ -408,7 +307,4 @@ def main(o: Options) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["own_step"]:
-        own_step(*sys.argv[2:])
-    else:
-        main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, description=__doc__))

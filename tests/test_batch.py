@@ -7,7 +7,7 @@ import time
 import pytest
 
 import run
-from batch import AT_ONCE, next_batch
+from batch import DROPS_AT_ONCE, next_batch
 from durable import journal, upkeep
 from tests.bare import program as bare
 from tests.records import BAD, GOOD, turn
@@ -119,7 +119,7 @@ async def test_a_fresh_verdict_waits_for_the_reply_that_may_replace_it(start, mo
 async def test_turns_that_cant_be_trained_on_are_dropped_with_the_reason_and_do_not_hold_up_serving(start):
     p = start(batch_size=3, max_staleness=2)
     p.train_now = True
-    judged(p, *[f"t{i}" for i in range(10 * AT_ONCE)])
+    judged(p, *[f"t{i}" for i in range(10 * DROPS_AT_ONCE)])
     p.states[""].step = 3
     judged(p, "damaged", "new", versions=[(3, 0, 3)])
     p.db.execute("UPDATE answers SET logprobs = X'00' WHERE number = (SELECT number FROM turns WHERE id = 'damaged')")
@@ -128,7 +128,7 @@ async def test_turns_that_cant_be_trained_on_are_dropped_with_the_reason_and_do_
         await asyncio.sleep(0)
         turns += 1
     assert turns >= 10 and await task == ["new"] and journal.in_state(p.db, "queued") == []
-    assert journal.drop_reasons(p.db) == {"stale": 10 * AT_ONCE, journal.UNREADABLE: 1}
+    assert journal.drop_reasons(p.db) == {"stale": 10 * DROPS_AT_ONCE, journal.UNREADABLE: 1}
 
 
 @pytest.mark.parametrize("event", ["pause", "rollback"])
