@@ -1,11 +1,13 @@
 """An adapter that we trained, served by `vllm serve --enable-lora` of the same version: its answers are ours."""
 
 import os
+import re
 import subprocess
 import sys
 import time
 
 import httpx
+import pytest
 
 from tests.conftest import free_port
 from tests.talking import rated, until
@@ -30,6 +32,7 @@ def logps(url, model):
     return choice["token_ids"], [at["logprob"] for at in choice["logprobs"]["content"]]
 
 
+@pytest.mark.timeout(900)
 async def test_vllm_serves_our_adapter(fresh, tmp_path):
     program = fresh(batch_size=1, lora_rank=8, lr=2e-2, judge_style="head").wait_ready()
     first = logps(program.url, "policy")
@@ -40,11 +43,11 @@ async def test_vllm_serves_our_adapter(fresh, tmp_path):
     assert ours != first
     program.stop()
 
-    port = free_port()
+    dtype, port = re.search(r"serving and training in (\w+)", program.log())[1], free_port()
     adapter = next((program.out / "checkpoints").glob("step-*"))
     command = [sys.executable, "-c", SERVE, f"--model={program.model}", f"--port={port}"]
     command += ["--enable-lora", f"--lora-modules=mine={adapter}", "--max-lora-rank=8", "--enforce-eager"]
-    command += ["--max-model-len=1024", "--kv-cache-memory-bytes=200000000", "--dtype=bfloat16"]
+    command += ["--max-model-len=1024", "--kv-cache-memory-bytes=200000000", f"--dtype={dtype}"]
     command += ["--generation-config=vllm"]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"VLLM_NO_USAGE_STATS": "1"})
