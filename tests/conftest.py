@@ -65,12 +65,6 @@ def make_tiny_model(folder: Path, tied: bool = True, scale: float = 0.05) -> Pat
     return folder
 
 
-def pytest_configure(config):
-    """Threads of OpenMP wait for each other by spinning: two test processes with a thread per core would take turns."""
-    if count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(count)))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
