@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Literal
 
 import tyro
@@ -132,16 +132,9 @@ class Config(Service, Engine, Judge, Turns, Step, Losses):
             raise UsageError("--judge_url needs --judge_model, the model's name at that endpoint")
 
 
-@dataclass(frozen=True)
-class Groups:
-    """The options in groups, for --help."""
-
-    program: Service
-    engine: Engine
-    judge: Judge
-    turns: Turns
-    step: Step
-    losses: Losses
+# For --help: a group of options for each of the classes above.
+GROUPS = {"program": Service, "engine": Engine, "judge": Judge, "turns": Turns, "step": Step, "losses": Losses}
+Groups = make_dataclass("Groups", GROUPS.items(), frozen=True)
 
 
 def parse(argv: list[str]) -> Config:
