@@ -30,7 +30,7 @@ from machine.plan import bind_thread
 
 @dataclass
 class Program:
-    """One per process; server.py knows it as `Hooks`."""
+    """One per process."""
 
     config: Config
     lock: TextIO  # on config.out

@@ -206,9 +206,7 @@ async def serve(p: Program) -> bool:
     for turn_id in journal.in_state(p.db, "judging"):
         p.to_judge.put_nowait(turn_id)
     judge = make_judge(p)
-    app = await server.build_app(
-        p.engine, p.engine_args, p.db, p, [*control.routes(p), *feedback.routes(p), *page.routes(p)]
-    )
+    app = await server.build_app(p, [*control.routes(p), *feedback.routes(p), *page.routes(p)])
     web = web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
     # The watch runs until the end, so that no call waits for a dead engine.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")

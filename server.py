@@ -9,13 +9,12 @@ import json
 import re
 import sqlite3
 import uuid
-from argparse import Namespace
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import generate_latest
 from starlette.applications import Starlette
@@ -28,10 +27,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import swap
 from clients.answers import AnswerReader
 from clients.bodies import LONG_BODY, openai_error, parse, read_body, too_much, with_reasoning_content
-from clients.keys import ADMIN, ANYBODY, OURS, Keys, User, sees_all, why_not_keyless
+from clients.keys import ADMIN, ANYBODY, OURS, User, sees_all, why_not_keyless
 from clients.sessions import answer_digest, asked_by_the_client, find_turns, is_news, keys_of
 from durable import journal
 from durable.journal import Turn
+from program import Program
 
 CHAT = "/v1/chat/completions"
 CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
@@ -71,8 +71,8 @@ caller: ContextVar[str] = ContextVar("caller", default="")  # the user's name, o
 class Capture:
     """ASGI: check the key, read the body, note who asks what, and replay the body to vLLM's app."""
 
-    def __init__(self, app: ASGIApp, hooks: "Hooks", db: sqlite3.Connection) -> None:
-        self.app, self.db, self.keys, self.origins = app, db, hooks.keys, hooks.origins
+    def __init__(self, app: ASGIApp, p: Program) -> None:
+        self.app, self.db, self.keys, self.origins = app, p.db, p.keys, p.origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # a websocket: vLLM's realtime endpoint would not be recorded
@@ -232,11 +232,11 @@ def why_no_rl(params: Any) -> str:
 class Recorder:
     """The engine as vLLM's app sees it: `generate` also records the turn; everything else is passed on."""
 
-    def __init__(self, engine: Any, db: sqlite3.Connection, hooks: "Hooks") -> None:
-        self._engine, self._db, self._hooks = engine, db, hooks
+    def __init__(self, p: Program) -> None:
+        self._p = p
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._p.engine, name)
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
@@ -244,20 +244,20 @@ class Recorder:
         request = asked.get()
         if request is not None and request.path != CHAT and not request.messages:
             request = None  # see note_rendered
-        sampling_params.seed = swap.usable_seed(self._engine, sampling_params.seed)
+        sampling_params.seed = swap.usable_seed(self._p.engine, sampling_params.seed)
         if request is None:
-            await self._hooks.load_adapter(caller.get())
+            await self._p.load_adapter(caller.get())
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
                     yield output
             return
 
         # The prompt is valid, since vLLM calls us: only now does the request count as a next message.
-        session, dropped, continued = await journal.patiently(self.link, self._db, request)
+        session, dropped, continued = await journal.patiently(self.link, self._p.db, request)
         if kwargs.get("lora_request"):
             dropped = "answered by the starting weights"
         for earlier in continued:
-            await self._hooks.on_next(earlier)
+            await self._p.on_next(earlier)
         # The id that the client gets. (/v1/responses numbers its calls to the engine.)
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
@@ -293,10 +293,10 @@ class Recorder:
                 temperature=sampling_params.temperature,
                 no_rl=why_no_rl(sampling_params),
             )
-            await journal.patiently(journal.record_turn, self._db, turn, why_not)
+            await journal.patiently(journal.record_turn, self._p.db, turn, why_not)
             written.add(index)
 
-        await self._hooks.load_adapter(caller.get())
+        await self._p.load_adapter(caller.get())
         try:
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
@@ -322,11 +322,11 @@ class Recorder:
     def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
         """The engine's outputs, by the weights that answer the caller. The prompt is salted here, when those are known.
         aclosing: when the client hangs up, the engine must stop at once, not when the generator is collected."""
-        owner, prompt = self._hooks.owner_of(caller.get()), swap.salted(prompt, caller.get())
-        return aclosing(swap.generate(self._engine, owner, prompt, *args, **kwargs))
+        owner, prompt = self._p.owner_of(caller.get()), swap.salted(prompt, caller.get())
+        return aclosing(swap.generate(self._p.engine, owner, prompt, *args, **kwargs))
 
     def served_step(self) -> int | None:
-        return swap.served_step(self._hooks.owner_of(caller.get()))
+        return swap.served_step(self._p.owner_of(caller.get()))
 
     def link(self, db: sqlite3.Connection, request: Asked) -> tuple[str, str | None, list[str]]:
         """Find the turn that this request continues, and record the request as that turn's next message.
@@ -357,22 +357,6 @@ class Recorder:
 # ---- the app ----
 
 
-class Hooks(Protocol):
-    """What the app needs from the program around it."""
-
-    keys: Keys
-    origins: list[str]  # of web pages that may call from a browser
-
-    def owner_of(self, user: str) -> str:
-        """Whose weights answer this user."""
-
-    async def load_adapter(self, user: str) -> None:
-        """Load the weights that answer this user into the engine."""
-
-    async def on_next(self, turn_id: str) -> None:
-        """A conversation continued from this turn: judge it."""
-
-
 def engine_figures() -> bytes:
     """vLLM's own Prometheus figures, as at its /metrics. (It makes a new registry each time.)"""
     from vllm.v1.metrics.prometheus import get_prometheus_registry
@@ -380,9 +364,7 @@ def engine_figures() -> bytes:
     return generate_latest(get_prometheus_registry())
 
 
-async def build_app(
-    engine: Any, args: Namespace, db: sqlite3.Connection, hooks: Hooks, more: Sequence[Route] = ()
-) -> ASGIApp:
+async def build_app(p: Program, more: Sequence[Route]) -> ASGIApp:
     """vLLM's OpenAI app and `more` routes, behind the capture.
 
     Relied on in vLLM 0.32.0: `build_app` and `init_app_state` are called as its own launcher does, and the app reaches
@@ -391,15 +373,15 @@ async def build_app(
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app as build_vllm_app
 
-    tasks = await engine.get_supported_tasks()
-    vllm_app = build_vllm_app(args, tasks, engine.model_config)
-    await init_app_state(Recorder(engine, db, hooks), vllm_app.state, args, tasks)
+    tasks = await p.engine.get_supported_tasks()
+    vllm_app = build_vllm_app(p.engine_args, tasks, p.engine.model_config)
+    await init_app_state(Recorder(p), vllm_app.state, p.engine_args, tasks)
     note_rendered(vllm_app.state.online_renderer)
-    if args.enable_lora:
-        first = swap.first_weights_request(args.served_model_name[0])
+    if p.config.lora_rank:
+        first = swap.first_weights_request(p.config.name)
         vllm_app.state.openai_serving_models.lora_requests[first.lora_name] = first
     vllm_app.state.server = SimpleNamespace()  # vLLM tells this to exit when the engine dies; swap.watch does it here
 
-    capture = Capture(Starlette(routes=[*more, Mount("/", app=vllm_app)]), hooks, db)
+    capture = Capture(Starlette(routes=[*more, Mount("/", app=vllm_app)]), p)
     # Outside the capture: a browser's first request has no key, and it must be able to read a 401.
-    return CORSMiddleware(capture, allow_origins=hooks.origins, allow_methods=["*"], allow_headers=["*"])
+    return CORSMiddleware(capture, allow_origins=p.origins, allow_methods=["*"], allow_headers=["*"])
