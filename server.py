@@ -88,15 +88,6 @@ class Capture:
         body = await read_body(receive)
         if not isinstance(body, bytes):
             return await body(scope, receive, send) if body else None
-        replayed = False
-
-        async def replay() -> Message:
-            nonlocal replayed
-            if replayed:
-                return await receive()  # vLLM waits here for http.disconnect
-            replayed = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
         # vLLM makes its request id, which is also our row's, from this header. A client's own might not be unique.
         MutableHeaders(scope=scope)["x-request-id"] = uuid.uuid4().hex
         asked.set(None)
@@ -104,14 +95,14 @@ class Capture:
             try:
                 body_json = await asyncio.to_thread(parse, body) if len(body) > LONG_BODY else parse(body)
             except (ValueError, RecursionError) as e:
-                error = openai_error(400, f"the body is not JSON that can be served: {e}")
-                return await error(scope, replay, send)
+                why = f"the body is not JSON that can be served: {e}"
+                return await openai_error(400, why)(scope, receive, send)
             # A body that isn't an object, or has no list of messages, gets a 400 from vLLM's app. Beam search is not
             # recorded: it asks the engine for many answers of one token, and none is what the client gets.
             fields = body_json if isinstance(body_json, dict) and not body_json.get("use_beam_search") else {}
             messages, chat = fields.get("messages", fields.get("input")), scope["path"] == CHAT
             if why := too_much(fields, messages, len(body)):
-                return await openai_error(400, why)(scope, replay, send)
+                return await openai_error(400, why)(scope, receive, send)
             if scope["path"] == "/v1/responses" and fields:  # this API takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
             if fields and (not chat or isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
@@ -132,6 +123,11 @@ class Capture:
                     )
                 )
                 send = self.noting_answers(send, asked.get())
+        whole = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()  # vLLM waits there for http.disconnect
+
         await self.app(scope, replay, with_reasoning_content(send) if scope["path"] == CHAT else send)
 
     def why_refused(self, scope: Scope, headers: Headers, user: User | None) -> JSONResponse | None:
