@@ -52,8 +52,7 @@ MIN_TEMPERATURE = 0.3  # below it, rounding alone changes log-probs by more than
 class Asked:
     """What the HTTP side knows about the request that the engine is about to answer."""
 
-    user: str
-    untrained: bool  # this key's answers are not trained on
+    user: User  # whose key it has
     path: str
     messages: list[dict]  # for other APIs than chat: the chat messages that vLLM makes, see `note_rendered`
     template: dict  # the TEMPLATE_FIELDS that it has
@@ -110,19 +109,17 @@ class Capture:
                 affinity = re.sub(r":\d+$", "", headers.get("x-session-affinity", ""))
                 named = headers.get("x-session-id") or affinity or headers.get("x-openwebui-chat-id")
                 template = {k: fields[k] for k in TEMPLATE_FIELDS if k in fields}
-                asked.set(
-                    Asked(
-                        user=user.name,
-                        untrained=not user.trained,
-                        path=scope["path"],
-                        messages=messages if chat else [],
-                        template=template if chat else {},
-                        session=f"{user.name}/{named}" if named else None,
-                        side=headers.get("x-turn-type", "").lower() == "side",
-                        done=headers.get("x-session-done", "").lower() in ("1", "true"),
-                    )
+                request = Asked(
+                    user=user,
+                    path=scope["path"],
+                    messages=messages if chat else [],
+                    template=template if chat else {},
+                    session=f"{user.name}/{named}" if named else None,
+                    side=headers.get("x-turn-type", "").lower() == "side",
+                    done=headers.get("x-session-done", "").lower() in ("1", "true"),
                 )
-                send = self.noting_answers(send, asked.get())
+                asked.set(request)
+                send = self.noting_answers(send, request)
         whole = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
@@ -275,7 +272,7 @@ class Recorder:
             turn = Turn(
                 id=choice_id(turn_id, index),
                 session=session,
-                user=request.user,
+                user=request.user.name,
                 messages=request.messages,
                 template=request.template,
                 answer=request.answers[index],
@@ -332,8 +329,8 @@ class Recorder:
         is not trained on (if that is known already), and the ids of the turns that are to be judged."""
         side = request.side or asked_by_the_client(request.messages)
         continued: list[str] = []
-        found = find_turns(db, request.user, request.messages, request.session)
-        for k, (turn, following) in enumerate([] if request.untrained else found):
+        found = find_turns(db, request.user.name, request.messages, request.session)
+        for k, (turn, following) in enumerate(found if request.user.trained else []):
             kept = k > 0
             if not following or (side and not kept):
                 continue
@@ -344,8 +341,8 @@ class Recorder:
             elif confirmed and not turn["confirmed"]:
                 journal.confirm(db, turn["id"])
         session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
-        why_not = journal.UNTRAINED if request.untrained else journal.LAST if request.done else None
-        if side and not request.untrained:
+        why_not = journal.UNTRAINED if not request.user.trained else journal.LAST if request.done else None
+        if side and request.user.trained:
             why_not = "side request" + (", by its header" if request.side else ": the client's own, not a person's")
         return session, why_not, continued
 
