@@ -28,7 +28,7 @@ import swap
 from clients.answers import AnswerReader
 from clients.bodies import LONG_BODY, openai_error, parse, read_body, too_much, with_reasoning_content
 from clients.keys import ADMIN, ANYBODY, OURS, User, sees_all, why_not_keyless
-from clients.sessions import answer_digest, asked_by_the_client, find_turns, is_news, keys_of
+from clients.sessions import answer_digest, asked_by_the_client, find_turns, keys_of, record_following
 from durable import journal
 from durable.journal import Turn
 from program import Program
@@ -324,27 +324,17 @@ class Recorder:
     def link(self, db: sqlite3.Connection, request: Asked) -> tuple[str, str | None, list[str]]:
         """Find the turn that this request continues, and record the request as that turn's next message.
 
-        The turn before that gets the message before the last answer: what came next may have been a client's own
-        request, and only this history shows what stayed in the conversation. Returns the new turn's session, why it
-        is not trained on (if that is known already), and the ids of the turns that are to be judged."""
+        Returns the new turn's session, why it is not trained on (if that is known already), and the ids of the turns
+        that are to be judged."""
         side = request.side or asked_by_the_client(request.messages)
-        continued: list[str] = []
         found = find_turns(db, request.user.name, request.messages, request.session)
-        for k, (turn, following) in enumerate(found if request.user.trained else []):
-            kept = k > 0
-            if not following or (side and not kept):
-                continue
-            confirmed = kept or request.done
-            if is_news(turn, following, kept):
-                if journal.record_next(db, turn["id"], following, confirmed):
-                    continued.append(turn["id"])
-            elif confirmed and not turn["confirmed"]:
-                journal.confirm(db, turn["id"])
         session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
-        why_not = journal.UNTRAINED if not request.user.trained else journal.LAST if request.done else None
-        if side and request.user.trained:
+        if not request.user.trained:
+            return session, journal.UNTRAINED, []
+        why_not = journal.LAST if request.done else None
+        if side:
             why_not = "side request" + (", by its header" if request.side else ": the client's own, not a person's")
-        return session, why_not, continued
+        return session, why_not, record_following(db, found, side, request.done)
 
 
 # ---- the app ----
