@@ -255,7 +255,9 @@ class Recorder:
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # only the sampled token's; the client doesn't see it
-        keys = keys_of(request.messages)
+        # What the turns of all choices have in common
+        shared = {"session": session, "user": request.user.name, "messages": request.messages}
+        shared |= {"template": request.template, **keys_of(request.messages)}
         delta = sampling_params.output_kind.name == "DELTA"
         seen: dict[int, tuple[list[int], list[float], list[str]]] = {}  # by choice index, for n > 1
         prompt_ids: list[int] = []
@@ -271,12 +273,8 @@ class Recorder:
             request.answers[index] = answer_digest({"role": "assistant", "content": text})
             turn = Turn(
                 id=choice_id(turn_id, index),
-                session=session,
-                user=request.user.name,
-                messages=request.messages,
-                template=request.template,
                 answer=request.answers[index],
-                **keys,
+                **shared,
                 text=text,
                 finish_reason=finish_reason,
                 prompt_ids=prompt_ids,
