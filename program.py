@@ -23,7 +23,6 @@ from clients.endpoint import Health
 from clients.keys import Keys
 from config import Config
 from durable import checkpoint, journal
-from durable.journal import Verdict
 from machine import memory
 from machine.plan import bind_thread
 
@@ -120,12 +119,6 @@ class Program:
         else:
             await swap.remove_unused(self.engine, version)
 
-    async def forget_adapter(self, owner: str) -> None:
-        """Train and answer this user from the starting weights again. Hold `stepping`."""
-        self.states.pop(owner, None)
-        self.paused.pop(owner, None)
-        await swap.make_newest(self.engine, owner, swap.Version(0))
-
     def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
         """Run f(*args) on the trainer's thread, while serving and judging continue."""
         return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
@@ -195,17 +188,6 @@ class Program:
         """A client of this server, for the judge and the hinted prompts. Ignores proxies of the environment."""
         http = openai.DefaultAsyncHttpxClient(trust_env=False, verify=trusting(self.config.ssl_certfile))
         return AsyncOpenAI(base_url=self.url, api_key=self.keys.own, http_client=http)
-
-    async def on_next(self, turn_id: str) -> None:
-        """The server calls this when a conversation continued from a turn."""
-        if await self.has_room(turn_id):
-            self.to_judge.put_nowait(turn_id)
-
-    async def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
-        """Called when a user rates a turn. ValueError if that comes too late."""
-        queued = await journal.patiently(journal.record_verdict, self.db, turn_id, verdict) == "queued"
-        if queued and await self.has_room(turn_id):
-            self.wake.set()
 
     async def has_room(self, turn_id: str) -> bool:
         """If too many turns wait with this one, it is dropped."""

@@ -250,7 +250,8 @@ class Recorder:
         if kwargs.get("lora_request"):
             dropped = "answered by the starting weights"
         for earlier in continued:
-            await self._p.on_next(earlier)
+            if await self._p.has_room(earlier):
+                self._p.to_judge.put_nowait(earlier)
         # The id that the client gets. (/v1/responses numbers its calls to the engine.)
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
@@ -265,9 +266,10 @@ class Recorder:
 
         async def write(index: int, finish_reason: str | None, spans: list, why_not: str | None) -> None:
             ids, logprobs, texts = seen[index]
+            served = swap.served_step(self._p.owner_of(request.user.name))
             if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
                 why_not = "cut short: the client hung up, or the engine stopped"
-            elif (served := self.served_step()) is not None and any(version > served for version, _, _ in spans):
+            elif served is not None and any(version > served for version, _, _ in spans):
                 why_not = journal.UNDONE
             text = "".join(texts)
             request.answers[index] = answer_digest({"role": "assistant", "content": text})
@@ -315,9 +317,6 @@ class Recorder:
         aclosing: when the client hangs up, the engine must stop at once, not when the generator is collected."""
         owner, prompt = self._p.owner_of(caller.get()), swap.salted(prompt, caller.get())
         return aclosing(swap.generate(self._p.engine, owner, prompt, *args, **kwargs))
-
-    def served_step(self) -> int | None:
-        return swap.served_step(self._p.owner_of(caller.get()))
 
     def link(self, db: sqlite3.Connection, request: Asked) -> tuple[str, str | None, list[str]]:
         """Find the turn that this request continues, and record the request as that turn's next message.

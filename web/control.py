@@ -78,7 +78,10 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
             journal_file = Path(p.config.out) / "journal.db"
             said = await asyncio.to_thread(upkeep.forget_in, journal_file, body.get("session", ""), user)
             if owner := p.owner_of(user):
-                await p.forget_adapter(owner)
+                # Train and answer this user from the starting weights again.
+                p.states.pop(owner, None)
+                p.paused.pop(owner, None)
+                await swap.make_newest(p.engine, owner, swap.Version(0))
                 # An answer by the adapter may have been written down since. Those that still run are not trained on.
                 await journal.patiently(upkeep.rollback, p.db, owner, 0)
         for from_tool in (False, True):
