@@ -202,25 +202,6 @@ class Program:
         """ "on", "off" after --steps, or why it waits or has stopped."""
         return self.paused.get("", "on")
 
-    def training_of(self, user: str | None) -> dict[str, Any]:
-        """The training state of the weights that answer this user; None: of everybody's."""
-        steps = self.steps()
-        mine = {self.owner_of(user): self.step_of(self.owner_of(user))} if user else steps
-        paused = {owner: why for owner, why in self.paused.items() if owner}
-        return {
-            "step": sum(mine.values()),
-            **({"steps": mine, "paused": paused} if self.config.adapters == "user" and not user else {}),
-            "training": self.paused.get("") or paused.get(user, "on"),
-            "batch_size": self.config.batch_size,
-            "pause": self.pause,
-        }
-
-    def status(self, user: str | None) -> dict[str, Any]:
-        """The body of GET /status: this user's turns; None: everybody's."""
-        turns = {"turns": journal.counts(self.db, user), "dropped": journal.drop_reasons(self.db, user)}
-        batch = {"batch": f"{turns['turns'].get('queued', 0)} of {self.config.batch_size}"}  # what a step waits for
-        return self.training_of(user) | batch | turns
-
     async def wait_for_disk_space(self) -> None:
         """Training needs disk space for its records, so wait until there is some."""
         full = "waits: the disk is full"
