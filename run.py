@@ -19,8 +19,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 import chat_judge
 import grpo
 import reward
@@ -190,9 +188,7 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
     p.last_step = {name: value for name, value in row.items() if name != "owner"}
     with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
-    shown = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items() if k != "time"}
-    with tqdm.external_write_mode():  # above the progress line of web/terminal.py
-        print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+    terminal.print_step(row)
 
 
 # ---- the program ----
