@@ -6,7 +6,6 @@ every output through unchanged, and records the turn before its last token is se
 
 import asyncio
 import json
-import re
 import sqlite3
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -28,6 +27,7 @@ import swap
 from clients.answers import AnswerReader
 from clients.bodies import LONG_BODY, openai_error, parse, read_body, too_much, with_reasoning_content
 from clients.keys import ADMIN, ANYBODY, OURS, User, sees_all, why_not_keyless
+from clients.quirks import named_session
 from clients.sessions import answer_digest, asked_by_the_client, find_turns, keys_of, record_following
 from durable import journal
 from durable.journal import Turn
@@ -105,9 +105,7 @@ class Capture:
             if scope["path"] == "/v1/responses" and fields:  # this API takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
             if fields and (not chat or isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
-                # OpenClaw's has a count of the session's compactions at its end.
-                affinity = re.sub(r":\d+$", "", headers.get("x-session-affinity", ""))
-                named = headers.get("x-session-id") or affinity or headers.get("x-openwebui-chat-id")
+                named = named_session(headers)
                 template = {k: fields[k] for k in TEMPLATE_FIELDS if k in fields}
                 request = Asked(
                     user=user,
