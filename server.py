@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -333,13 +332,6 @@ class Recorder:
 
 
 # ---- the app ----
-
-
-def engine_figures() -> bytes:
-    """vLLM's own Prometheus figures, as at its /metrics. (It makes a new registry each time.)"""
-    from vllm.v1.metrics.prometheus import get_prometheus_registry
-
-    return generate_latest(get_prometheus_registry())
 
 
 async def build_app(p: Program, more: Sequence[Route]) -> ASGIApp:

@@ -22,7 +22,6 @@ from clients.keys import ANYBODY, OURS
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from program import Program
-from server import engine_figures
 
 
 async def roll_back(p: Program, user: str, step: int) -> str:
@@ -123,7 +122,7 @@ def routes(p: Program) -> list[Route]:
     ours.register(Figures(p))
 
     async def metrics(request: Request) -> Response:
-        return Response(engine_figures() + generate_latest(ours), media_type=CONTENT_TYPE_LATEST)
+        return Response(swap.figures() + generate_latest(ours), media_type=CONTENT_TYPE_LATEST)
 
     return [Route("/admin/{command}", answer, methods=["POST"]), Route("/metrics", metrics, methods=["GET"])]
 
