@@ -131,6 +131,13 @@ class Config(Service, Engine, Judge, Turns, Step, Losses):
         if self.judge_url and not self.judge_model:
             raise UsageError("--judge_url needs --judge_model, the model's name at that endpoint")
 
+    @property
+    def url(self) -> str:
+        """The address at which the program reaches itself."""
+        anywhere = self.host in ("0.0.0.0", "::")
+        host = "127.0.0.1" if anywhere else f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.ssl_certfile else 'http'}://{host}:{self.port}/v1"
+
 
 # For --help: a group of options for each of the classes above.
 GROUPS = {"program": Service, "engine": Engine, "judge": Judge, "turns": Turns, "step": Step, "losses": Losses}

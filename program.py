@@ -24,7 +24,7 @@ from clients.keys import Keys
 from config import Config
 from durable import checkpoint, journal
 from machine import memory
-from machine.plan import bind_thread
+from machine.plan import Plan, bind_thread
 
 
 @dataclass
@@ -36,11 +36,10 @@ class Program:
     db: sqlite3.Connection
     listener: socket.socket
     keys: Keys
-    url: str  # of this server
     engine_args: Any
     engine: Any
     states: dict[str, trainer.State]  # by owner of the weights, see `owner_of`; the last trained is last
-    trainer_cores: list[int]
+    plan: Plan
     trainer: ThreadPoolExecutor  # one thread
     judging: ThreadPoolExecutor  # one thread
     fitting: "Future[reward.Head] | None"  # of a small model's judge
@@ -159,7 +158,7 @@ class Program:
         MemoryError while memory is still short: Python would wait forever for a thread that can't start."""
         bytearray(64 << 20)
         self.trainer.shutdown(wait=False)
-        self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.trainer_cores,))
+        self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.plan.trainer_cores,))
 
     def end_pause(self, why: str) -> None:
         """Begin steps again if it is still for this reason that none begins. Users who are paused stay so."""
@@ -187,7 +186,7 @@ class Program:
     def own_client(self) -> AsyncOpenAI:
         """A client of this server, for the judge and the hinted prompts. Ignores proxies of the environment."""
         http = openai.DefaultAsyncHttpxClient(trust_env=False, verify=trusting(self.config.ssl_certfile))
-        return AsyncOpenAI(base_url=self.url, api_key=self.keys.own, http_client=http)
+        return AsyncOpenAI(base_url=self.config.url, api_key=self.keys.own, http_client=http)
 
     async def has_room(self, turn_id: str) -> bool:
         """If too many turns wait with this one, it is dropped."""
