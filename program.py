@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import openai
-from openai import AsyncOpenAI
 
 import lora
 import reward
@@ -183,10 +182,10 @@ class Program:
         return [origin.strip().rstrip("/") for origin in self.config.origins.split(",") if origin.strip()]
 
     @cached_property
-    def own_client(self) -> AsyncOpenAI:
+    def own_client(self) -> openai.AsyncOpenAI:
         """A client of this server, for the judge and the hinted prompts. Ignores proxies of the environment."""
         http = openai.DefaultAsyncHttpxClient(trust_env=False, verify=trusting(self.config.ssl_certfile))
-        return AsyncOpenAI(base_url=self.config.url, api_key=self.keys.own, http_client=http)
+        return openai.AsyncOpenAI(base_url=self.config.url, api_key=self.keys.own, http_client=http)
 
     async def has_room(self, turn_id: str) -> bool:
         """If too many turns wait with this one, it is dropped."""

@@ -100,10 +100,9 @@ def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading
 def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
     if p.fitting:
         return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
-    longest = min(4096, p.config.max_model_len)  # vLLM refuses a max_tokens over the context
-    if p.config.judge_url:
-        client = endpoint.connect(p.config.judge_url)
-        return chat_judge.ChatJudge(client, p.config.judge_model, votes=p.config.votes, max_tokens=longest)
     # With LoRA the engine still has the starting weights: a judge that doesn't change with training.
-    name = p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
-    return chat_judge.ChatJudge(p.own_client, name, votes=p.config.votes, max_tokens=longest)
+    client, model = p.own_client, p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
+    if p.config.judge_url:
+        client, model = endpoint.connect(p.config.judge_url), p.config.judge_model
+    longest = min(4096, p.config.max_model_len)  # vLLM refuses a max_tokens over the context
+    return chat_judge.ChatJudge(client, model, votes=p.config.votes, max_tokens=longest)
