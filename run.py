@@ -209,9 +209,8 @@ async def serve(p: Program) -> bool:
     tasks = [asyncio.create_task(web.serve(sockets=[p.listener]), name="server")]
     while not web.started and not tasks[0].done():
         await asyncio.sleep(0.05)
-    background = {"train": lambda: train(p), "expire": lambda: expire_turns(p), "prune": lambda: prune_turns(p)}
-    background["progress"] = lambda: terminal.show_progress(p)
-    background |= {f"judge {i}": lambda: judge_turns(p, judge) for i in range(8)}
+    background = {"train": train, "expire": expire_turns, "prune": prune_turns, "progress": terminal.show_progress}
+    background |= {f"judge {i}": lambda p: judge_turns(p, judge) for i in range(8)}
     tasks += [asyncio.create_task(keep_running(p, name, work), name=name) for name, work in background.items()]
     tasks += [asyncio.create_task(event.wait(), name="end") for event in (died, stopped)]
     ready, pending = time.monotonic(), set(tasks)
@@ -230,11 +229,11 @@ async def serve(p: Program) -> bool:
     return died.is_set() and not stopped.is_set()
 
 
-async def keep_running(p: Program, name: str, work: Callable[[], Awaitable[None]]) -> None:
+async def keep_running(p: Program, name: str, work: Callable[[Program], Awaitable[None]]) -> None:
     """Restart a background task after an error: a row that can't be read must not end the program."""
     while True:
         try:
-            return await work()
+            return await work(p)
         except trainer.Stopped:
             raise
         except swap.EngineDied as e:
