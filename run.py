@@ -19,9 +19,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
-import chat_judge
 import grpo
-import reward
 import server
 import swap
 import trainer
@@ -34,7 +32,7 @@ from durable import guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
 from program import Program
-from start import make_judge, setup
+from start import Judge, make_judge, setup
 from web import control, feedback, page, terminal
 
 LOCKED_S = 5.0  # a stop waits this long for another program that writes to the journal
@@ -43,7 +41,7 @@ LOCKED_S = 5.0  # a stop waits this long for another program that writes to the 
 # ---- the judge's loop ----
 
 
-async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge) -> None:
+async def judge_turns(p: Program, judge: Judge) -> None:
     """One of several judging loops that run at the same time. If the judge fails, the turn stays queued: an error is
     never a score. A turn is dropped after a few tries if it alone makes the judge fail."""
     while True:

@@ -97,7 +97,10 @@ def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading
     return reward.make_head(state.start, state.tokenizer, CACHE / "judge" / fingerprint(start)[:16], stopping)
 
 
-def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
+Judge = chat_judge.ChatJudge | reward.HeadJudge
+
+
+def make_judge(p: Program) -> Judge:
     if p.fitting:
         return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
     # With LoRA the engine still has the starting weights: a judge that doesn't change with training.
