@@ -89,10 +89,8 @@ class Program:
 
         UsageError if the checkpoint is damaged."""
         owner = self.owner_of(user)
-        while True:  # `newest` is in the order of requests, the last one last
-            idle = [other for other in swap.newest if other not in (owner, *self.states)]
-            if len(idle) < memory.USERS:
-                break
+        # `newest` is in the order of requests, the last one last.
+        while len(idle := [other for other in swap.newest if other not in (owner, *self.states)]) >= memory.USERS:
             await swap.evict(self.engine, idle[0])
         while owner not in swap.newest:
             # A client that hangs up must not end this: the engine would keep an adapter that nobody knows of.
