@@ -232,10 +232,8 @@ class Recorder:
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
         request = asked.get()
-        if request is not None and request.path != CHAT and not request.messages:
-            request = None  # see note_rendered
         sampling_params.seed = swap.usable_seed(self._p.engine, sampling_params.seed)
-        if request is None:
+        if request is None or request.path != CHAT and not request.messages:  # the latter: see note_rendered
             await self._p.load_adapter(caller.get())
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
