@@ -1,11 +1,13 @@
 """Every option of run.py with its default. The comment next to an option is its --help text."""
 
 import math
-import sys
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Literal
 
 import tyro
+
+from durable.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -98,57 +100,52 @@ class Config(Service, Engine, Judge, Turns, Step, Losses):
     """All options in one flat record."""
 
     def __post_init__(self) -> None:
-        """ValueError names the invalid option."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"--{f.name}={value}: expected a finite number that is not negative")
-        for name in ("port", "batch_size", "votes", "keep", "max_seqs", "max_model_len", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)}: expected at least 1")
+        """UsageError names the invalid option."""
+
+        def limit(holds: Callable[[float], bool], expected: str, *names: str) -> None:
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise UsageError(f"--{name}={value}: expected {expected}")
+
+        numbers = [f.name for f in fields(self) if isinstance(getattr(self, f.name), int | float)]
+        limit(lambda value: 0 <= value < math.inf, "a finite number that is not negative", *numbers)
+        counts = ("port", "batch_size", "votes", "keep", "max_seqs", "max_model_len", "save_every")
+        limit(lambda value: value >= 1, "at least 1", *counts)
+        limit(lambda value: value < 1, "less than 1", "beta1", "beta2")
+        limit(lambda value: value <= 512, "at most 512, vLLM serves no more", "lora_rank")
+        limit(lambda value: value <= 65535, "at most 65535", "port")
+        limit(lambda value: value <= 1, "a part from 0 to 1", "user_share", "truncated_share")
+        least = 1 / self.batch_size
+        limit(lambda value: least <= value <= 1, f"a part from {least:g} to 1", "session_share")
         for name in ("expire", "grad_clip"):
             if not getattr(self, name):
-                raise ValueError(f"--{name}=0: expected more than 0")
-        for name in ("beta1", "beta2"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"--{name}={getattr(self, name)}: expected less than 1")
-        if self.lora_rank > 512:
-            raise ValueError(f"--lora_rank={self.lora_rank}: expected at most 512, vLLM serves no more")
+                raise UsageError(f"--{name}=0: expected more than 0")
         if self.adapters == "user" and not self.lora_rank:
-            raise ValueError("--adapters=user needs --lora_rank")
+            raise UsageError("--adapters=user needs --lora_rank")
         if not self.w_rl and not self.w_opd:
-            raise ValueError("--w_rl and --w_opd: at least one must be above 0")
-        if self.port > 65535:
-            raise ValueError(f"--port={self.port}: expected at most 65535")
+            raise UsageError("--w_rl and --w_opd: at least one must be above 0")
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
-            raise ValueError("--ssl_certfile and --ssl_keyfile: give both, or none")
+            raise UsageError("--ssl_certfile and --ssl_keyfile: give both, or none")
         if self.judge_url and self.judge_style == "head":
-            raise ValueError("--judge_style=head judges with the model's own weights: it takes no --judge_url")
+            raise UsageError("--judge_style=head judges with the model's own weights: it takes no --judge_url")
         if self.judge_url and not self.judge_model:
-            raise ValueError("--judge_url needs --judge_model, the model's name at that endpoint")
-        for name in ("user_share", "session_share", "truncated_share"):
-            least = 1 / self.batch_size if name == "session_share" else 0
-            if not least <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name}={getattr(self, name)}: expected a part from {least:g} to 1")
+            raise UsageError("--judge_url needs --judge_model, the model's name at that endpoint")
+
+    @property
+    def url(self) -> str:
+        """The address at which the program reaches itself."""
+        anywhere = self.host in ("0.0.0.0", "::")
+        host = "127.0.0.1" if anywhere else f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.ssl_certfile else 'http'}://{host}:{self.port}/v1"
 
 
-@dataclass(frozen=True)
-class Groups:
-    """The options in groups, for --help."""
-
-    program: Service
-    engine: Engine
-    judge: Judge
-    turns: Turns
-    step: Step
-    losses: Losses
+# For --help: a group of options for each of the classes above.
+GROUPS = {"program": Service, "engine": Engine, "judge": Judge, "turns": Turns, "step": Step, "losses": Losses}
+Groups = make_dataclass("Groups", GROUPS.items(), frozen=True)
 
 
 def parse(argv: list[str]) -> Config:
-    """SystemExit after --help, and after a message that names an unknown or invalid option."""
+    """SystemExit after --help, and after a message that names an unknown option; UsageError names an invalid one."""
     description = "Serve a model, and train it on its conversations."
     groups = tyro.cli(tyro.conf.OmitArgPrefixes[Groups], args=argv, use_underscores=True, description=description)
-    try:
-        return Config(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
-    except ValueError as e:
-        sys.exit(str(e))
+    return Config(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})

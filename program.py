@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import openai
-from openai import AsyncOpenAI
 
 import lora
 import reward
@@ -23,25 +22,23 @@ from clients.endpoint import Health
 from clients.keys import Keys
 from config import Config
 from durable import checkpoint, journal
-from durable.journal import Verdict
 from machine import memory
-from machine.plan import bind_thread
+from machine.plan import Plan, bind_thread
 
 
 @dataclass
 class Program:
-    """One per process; server.py knows it as `Hooks`."""
+    """One per process."""
 
     config: Config
     lock: TextIO  # on config.out
     db: sqlite3.Connection
     listener: socket.socket
     keys: Keys
-    url: str  # of this server
     engine_args: Any
     engine: Any
     states: dict[str, trainer.State]  # by owner of the weights, see `owner_of`; the last trained is last
-    trainer_cores: list[int]
+    plan: Plan
     trainer: ThreadPoolExecutor  # one thread
     judging: ThreadPoolExecutor  # one thread
     fitting: "Future[reward.Head] | None"  # of a small model's judge
@@ -92,10 +89,8 @@ class Program:
 
         UsageError if the checkpoint is damaged."""
         owner = self.owner_of(user)
-        while True:  # `newest` is in the order of requests, the last one last
-            idle = [other for other in swap.newest if other not in (owner, *self.states)]
-            if len(idle) < memory.USERS:
-                break
+        # `newest` is in the order of requests, the last one last.
+        while len(idle := [other for other in swap.newest if other not in (owner, *self.states)]) >= memory.USERS:
             await swap.evict(self.engine, idle[0])
         while owner not in swap.newest:
             # A client that hangs up must not end this: the engine would keep an adapter that nobody knows of.
@@ -119,12 +114,6 @@ class Program:
             await swap.make_newest(self.engine, owner, version)
         else:
             await swap.remove_unused(self.engine, version)
-
-    async def forget_adapter(self, owner: str) -> None:
-        """Train and answer this user from the starting weights again. Hold `stepping`."""
-        self.states.pop(owner, None)
-        self.paused.pop(owner, None)
-        await swap.make_newest(self.engine, owner, swap.Version(0))
 
     def on_trainer(self, f: Callable, *args: Any) -> Awaitable[Any]:
         """Run f(*args) on the trainer's thread, while serving and judging continue."""
@@ -166,7 +155,7 @@ class Program:
         MemoryError while memory is still short: Python would wait forever for a thread that can't start."""
         bytearray(64 << 20)
         self.trainer.shutdown(wait=False)
-        self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.trainer_cores,))
+        self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.plan.trainer_cores,))
 
     def end_pause(self, why: str) -> None:
         """Begin steps again if it is still for this reason that none begins. Users who are paused stay so."""
@@ -191,21 +180,10 @@ class Program:
         return [origin.strip().rstrip("/") for origin in self.config.origins.split(",") if origin.strip()]
 
     @cached_property
-    def own_client(self) -> AsyncOpenAI:
+    def own_client(self) -> openai.AsyncOpenAI:
         """A client of this server, for the judge and the hinted prompts. Ignores proxies of the environment."""
         http = openai.DefaultAsyncHttpxClient(trust_env=False, verify=trusting(self.config.ssl_certfile))
-        return AsyncOpenAI(base_url=self.url, api_key=self.keys.own, http_client=http)
-
-    async def on_next(self, turn_id: str) -> None:
-        """The server calls this when a conversation continued from a turn."""
-        if await self.has_room(turn_id):
-            self.to_judge.put_nowait(turn_id)
-
-    async def on_feedback(self, turn_id: str, verdict: Verdict) -> None:
-        """Called when a user rates a turn. ValueError if that comes too late."""
-        queued = await journal.patiently(journal.record_verdict, self.db, turn_id, verdict) == "queued"
-        if queued and await self.has_room(turn_id):
-            self.wake.set()
+        return openai.AsyncOpenAI(base_url=self.config.url, api_key=self.keys.own, http_client=http)
 
     async def has_room(self, turn_id: str) -> bool:
         """If too many turns wait with this one, it is dropped."""
@@ -219,25 +197,6 @@ class Program:
     def training(self) -> str:
         """ "on", "off" after --steps, or why it waits or has stopped."""
         return self.paused.get("", "on")
-
-    def training_of(self, user: str | None) -> dict[str, Any]:
-        """The training state of the weights that answer this user; None: of everybody's."""
-        steps = self.steps()
-        mine = {self.owner_of(user): self.step_of(self.owner_of(user))} if user else steps
-        paused = {owner: why for owner, why in self.paused.items() if owner}
-        return {
-            "step": sum(mine.values()),
-            **({"steps": mine, "paused": paused} if self.config.adapters == "user" and not user else {}),
-            "training": self.paused.get("") or paused.get(user, "on"),
-            "batch_size": self.config.batch_size,
-            "pause": self.pause,
-        }
-
-    def status(self, user: str | None) -> dict[str, Any]:
-        """The body of GET /status: this user's turns; None: everybody's."""
-        turns = {"turns": journal.counts(self.db, user), "dropped": journal.drop_reasons(self.db, user)}
-        batch = {"batch": f"{turns['turns'].get('queued', 0)} of {self.config.batch_size}"}  # what a step waits for
-        return self.training_of(user) | batch | turns
 
     async def wait_for_disk_space(self) -> None:
         """Training needs disk space for its records, so wait until there is some."""

@@ -19,11 +19,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
-import chat_judge
 import grpo
-import reward
 import server
 import swap
 import trainer
@@ -36,7 +32,7 @@ from durable import guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
 from program import Program
-from start import make_judge, setup
+from start import Judge, make_judge, setup
 from web import control, feedback, page, terminal
 
 LOCKED_S = 5.0  # a stop waits this long for another program that writes to the journal
@@ -45,7 +41,7 @@ LOCKED_S = 5.0  # a stop waits this long for another program that writes to the 
 # ---- the judge's loop ----
 
 
-async def judge_turns(p: Program, judge: chat_judge.ChatJudge | reward.HeadJudge) -> None:
+async def judge_turns(p: Program, judge: Judge) -> None:
     """One of several judging loops that run at the same time. If the judge fails, the turn stays queued: an error is
     never a score. A turn is dropped after a few tries if it alone makes the judge fail."""
     while True:
@@ -190,9 +186,7 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
     p.last_step = {name: value for name, value in row.items() if name != "owner"}
     with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
-    shown = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items() if k != "time"}
-    with tqdm.external_write_mode():  # above the progress line of web/terminal.py
-        print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+    terminal.print_step(row)
 
 
 # ---- the program ----
@@ -206,18 +200,15 @@ async def serve(p: Program) -> bool:
     for turn_id in journal.in_state(p.db, "judging"):
         p.to_judge.put_nowait(turn_id)
     judge = make_judge(p)
-    app = await server.build_app(
-        p.engine, p.engine_args, p.db, p, [*control.routes(p), *feedback.routes(p), *page.routes(p)]
-    )
+    app = await server.build_app(p, [*control.routes(p), *feedback.routes(p), *page.routes(p)])
     web = web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
     # The watch runs until the end, so that no call waits for a dead engine.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")
     tasks = [asyncio.create_task(web.serve(sockets=[p.listener]), name="server")]
     while not web.started and not tasks[0].done():
         await asyncio.sleep(0.05)
-    background = {"train": lambda: train(p), "expire": lambda: expire_turns(p), "prune": lambda: prune_turns(p)}
-    background["progress"] = lambda: terminal.show_progress(p)
-    background |= {f"judge {i}": lambda: judge_turns(p, judge) for i in range(8)}
+    background = {"train": train, "expire": expire_turns, "prune": prune_turns, "progress": terminal.show_progress}
+    background |= {f"judge {i}": lambda p: judge_turns(p, judge) for i in range(8)}
     tasks += [asyncio.create_task(keep_running(p, name, work), name=name) for name, work in background.items()]
     tasks += [asyncio.create_task(event.wait(), name="end") for event in (died, stopped)]
     ready, pending = time.monotonic(), set(tasks)
@@ -236,11 +227,11 @@ async def serve(p: Program) -> bool:
     return died.is_set() and not stopped.is_set()
 
 
-async def keep_running(p: Program, name: str, work: Callable[[], Awaitable[None]]) -> None:
+async def keep_running(p: Program, name: str, work: Callable[[Program], Awaitable[None]]) -> None:
     """Restart a background task after an error: a row that can't be read must not end the program."""
     while True:
         try:
-            return await work()
+            return await work(p)
         except trainer.Stopped:
             raise
         except swap.EngineDied as e:

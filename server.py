@@ -6,18 +6,15 @@ every output through unchanged, and records the turn before its last token is se
 
 import asyncio
 import json
-import re
 import sqlite3
 import uuid
-from argparse import Namespace
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
-from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -28,10 +25,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import swap
 from clients.answers import AnswerReader
 from clients.bodies import LONG_BODY, openai_error, parse, read_body, too_much, with_reasoning_content
-from clients.keys import ADMIN, ANYBODY, OURS, Keys, User, sees_all, why_not_keyless
-from clients.sessions import answer_digest, asked_by_the_client, find_turns, is_news, keys_of
+from clients.keys import ADMIN, ANYBODY, OURS, User, sees_all, why_not_keyless
+from clients.quirks import named_session
+from clients.sessions import answer_digest, asked_by_the_client, find_turns, keys_of, record_following
 from durable import journal
 from durable.journal import Turn
+from program import Program
 
 CHAT = "/v1/chat/completions"
 CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
@@ -52,8 +51,7 @@ MIN_TEMPERATURE = 0.3  # below it, rounding alone changes log-probs by more than
 class Asked:
     """What the HTTP side knows about the request that the engine is about to answer."""
 
-    user: str
-    untrained: bool  # this key's answers are not trained on
+    user: User  # whose key it has
     path: str
     messages: list[dict]  # for other APIs than chat: the chat messages that vLLM makes, see `note_rendered`
     template: dict  # the TEMPLATE_FIELDS that it has
@@ -71,8 +69,8 @@ caller: ContextVar[str] = ContextVar("caller", default="")  # the user's name, o
 class Capture:
     """ASGI: check the key, read the body, note who asks what, and replay the body to vLLM's app."""
 
-    def __init__(self, app: ASGIApp, hooks: "Hooks", db: sqlite3.Connection) -> None:
-        self.app, self.db, self.keys, self.origins = app, db, hooks.keys, hooks.origins
+    def __init__(self, app: ASGIApp, p: Program) -> None:
+        self.app, self.db, self.keys, self.origins = app, p.db, p.keys, p.origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # a websocket: vLLM's realtime endpoint would not be recorded
@@ -88,15 +86,6 @@ class Capture:
         body = await read_body(receive)
         if not isinstance(body, bytes):
             return await body(scope, receive, send) if body else None
-        replayed = False
-
-        async def replay() -> Message:
-            nonlocal replayed
-            if replayed:
-                return await receive()  # vLLM waits here for http.disconnect
-            replayed = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
         # vLLM makes its request id, which is also our row's, from this header. A client's own might not be unique.
         MutableHeaders(scope=scope)["x-request-id"] = uuid.uuid4().hex
         asked.set(None)
@@ -104,34 +93,35 @@ class Capture:
             try:
                 body_json = await asyncio.to_thread(parse, body) if len(body) > LONG_BODY else parse(body)
             except (ValueError, RecursionError) as e:
-                error = openai_error(400, f"the body is not JSON that can be served: {e}")
-                return await error(scope, replay, send)
+                why = f"the body is not JSON that can be served: {e}"
+                return await openai_error(400, why)(scope, receive, send)
             # A body that isn't an object, or has no list of messages, gets a 400 from vLLM's app. Beam search is not
             # recorded: it asks the engine for many answers of one token, and none is what the client gets.
             fields = body_json if isinstance(body_json, dict) and not body_json.get("use_beam_search") else {}
             messages, chat = fields.get("messages", fields.get("input")), scope["path"] == CHAT
             if why := too_much(fields, messages, len(body)):
-                return await openai_error(400, why)(scope, replay, send)
+                return await openai_error(400, why)(scope, receive, send)
             if scope["path"] == "/v1/responses" and fields:  # this API takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
             if fields and (not chat or isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
-                # OpenClaw's has a count of the session's compactions at its end.
-                affinity = re.sub(r":\d+$", "", headers.get("x-session-affinity", ""))
-                named = headers.get("x-session-id") or affinity or headers.get("x-openwebui-chat-id")
+                named = named_session(headers)
                 template = {k: fields[k] for k in TEMPLATE_FIELDS if k in fields}
-                asked.set(
-                    Asked(
-                        user=user.name,
-                        untrained=not user.trained,
-                        path=scope["path"],
-                        messages=messages if chat else [],
-                        template=template if chat else {},
-                        session=f"{user.name}/{named}" if named else None,
-                        side=headers.get("x-turn-type", "").lower() == "side",
-                        done=headers.get("x-session-done", "").lower() in ("1", "true"),
-                    )
+                request = Asked(
+                    user=user,
+                    path=scope["path"],
+                    messages=messages if chat else [],
+                    template=template if chat else {},
+                    session=f"{user.name}/{named}" if named else None,
+                    side=headers.get("x-turn-type", "").lower() == "side",
+                    done=headers.get("x-session-done", "").lower() in ("1", "true"),
                 )
-                send = self.noting_answers(send, asked.get())
+                asked.set(request)
+                send = self.noting_answers(send, request)
+        whole = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()  # vLLM waits there for http.disconnect
+
         await self.app(scope, replay, with_reasoning_content(send) if scope["path"] == CHAT else send)
 
     def why_refused(self, scope: Scope, headers: Headers, user: User | None) -> JSONResponse | None:
@@ -232,37 +222,38 @@ def why_no_rl(params: Any) -> str:
 class Recorder:
     """The engine as vLLM's app sees it: `generate` also records the turn; everything else is passed on."""
 
-    def __init__(self, engine: Any, db: sqlite3.Connection, hooks: "Hooks") -> None:
-        self._engine, self._db, self._hooks = engine, db, hooks
+    def __init__(self, p: Program) -> None:
+        self._p = p
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._p.engine, name)
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
         request = asked.get()
-        if request is not None and request.path != CHAT and not request.messages:
-            request = None  # see note_rendered
-        sampling_params.seed = swap.usable_seed(self._engine, sampling_params.seed)
-        if request is None:
-            await self._hooks.load_adapter(caller.get())
+        sampling_params.seed = swap.usable_seed(self._p.engine, sampling_params.seed)
+        if request is None or request.path != CHAT and not request.messages:  # the latter: see note_rendered
+            await self._p.load_adapter(caller.get())
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
                     yield output
             return
 
         # The prompt is valid, since vLLM calls us: only now does the request count as a next message.
-        session, dropped, continued = await journal.patiently(self.link, self._db, request)
+        session, dropped, continued = await journal.patiently(self.link, self._p.db, request)
         if kwargs.get("lora_request"):
             dropped = "answered by the starting weights"
         for earlier in continued:
-            await self._hooks.on_next(earlier)
+            if await self._p.has_room(earlier):
+                self._p.to_judge.put_nowait(earlier)
         # The id that the client gets. (/v1/responses numbers its calls to the engine.)
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # only the sampled token's; the client doesn't see it
-        keys = keys_of(request.messages)
+        # What the turns of all choices have in common
+        shared = {"session": session, "user": request.user.name, "messages": request.messages}
+        shared |= {"template": request.template, **keys_of(request.messages)}
         delta = sampling_params.output_kind.name == "DELTA"
         seen: dict[int, tuple[list[int], list[float], list[str]]] = {}  # by choice index, for n > 1
         prompt_ids: list[int] = []
@@ -270,20 +261,17 @@ class Recorder:
 
         async def write(index: int, finish_reason: str | None, spans: list, why_not: str | None) -> None:
             ids, logprobs, texts = seen[index]
+            served = swap.served_step(self._p.owner_of(request.user.name))
             if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
                 why_not = "cut short: the client hung up, or the engine stopped"
-            elif (served := self.served_step()) is not None and any(version > served for version, _, _ in spans):
+            elif served is not None and any(version > served for version, _, _ in spans):
                 why_not = journal.UNDONE
             text = "".join(texts)
             request.answers[index] = answer_digest({"role": "assistant", "content": text})
             turn = Turn(
                 id=choice_id(turn_id, index),
-                session=session,
-                user=request.user,
-                messages=request.messages,
-                template=request.template,
                 answer=request.answers[index],
-                **keys,
+                **shared,
                 text=text,
                 finish_reason=finish_reason,
                 prompt_ids=prompt_ids,
@@ -293,10 +281,10 @@ class Recorder:
                 temperature=sampling_params.temperature,
                 no_rl=why_no_rl(sampling_params),
             )
-            await journal.patiently(journal.record_turn, self._db, turn, why_not)
+            await journal.patiently(journal.record_turn, self._p.db, turn, why_not)
             written.add(index)
 
-        await self._hooks.load_adapter(caller.get())
+        await self._p.load_adapter(caller.get())
         try:
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
@@ -322,67 +310,29 @@ class Recorder:
     def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
         """The engine's outputs, by the weights that answer the caller. The prompt is salted here, when those are known.
         aclosing: when the client hangs up, the engine must stop at once, not when the generator is collected."""
-        owner, prompt = self._hooks.owner_of(caller.get()), swap.salted(prompt, caller.get())
-        return aclosing(swap.generate(self._engine, owner, prompt, *args, **kwargs))
-
-    def served_step(self) -> int | None:
-        return swap.served_step(self._hooks.owner_of(caller.get()))
+        owner, prompt = self._p.owner_of(caller.get()), swap.salted(prompt, caller.get())
+        return aclosing(swap.generate(self._p.engine, owner, prompt, *args, **kwargs))
 
     def link(self, db: sqlite3.Connection, request: Asked) -> tuple[str, str | None, list[str]]:
         """Find the turn that this request continues, and record the request as that turn's next message.
 
-        The turn before that gets the message before the last answer: what came next may have been a client's own
-        request, and only this history shows what stayed in the conversation. Returns the new turn's session, why it
-        is not trained on (if that is known already), and the ids of the turns that are to be judged."""
+        Returns the new turn's session, why it is not trained on (if that is known already), and the ids of the turns
+        that are to be judged."""
         side = request.side or asked_by_the_client(request.messages)
-        continued: list[str] = []
-        found = find_turns(db, request.user, request.messages, request.session)
-        for k, (turn, following) in enumerate([] if request.untrained else found):
-            kept = k > 0
-            if not following or (side and not kept):
-                continue
-            confirmed = kept or request.done
-            if is_news(turn, following, kept):
-                if journal.record_next(db, turn["id"], following, confirmed):
-                    continued.append(turn["id"])
-            elif confirmed and not turn["confirmed"]:
-                journal.confirm(db, turn["id"])
+        found = find_turns(db, request.user.name, request.messages, request.session)
         session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
-        why_not = journal.UNTRAINED if request.untrained else journal.LAST if request.done else None
-        if side and not request.untrained:
+        if not request.user.trained:
+            return session, journal.UNTRAINED, []
+        why_not = journal.LAST if request.done else None
+        if side:
             why_not = "side request" + (", by its header" if request.side else ": the client's own, not a person's")
-        return session, why_not, continued
+        return session, why_not, record_following(db, found, side, request.done)
 
 
 # ---- the app ----
 
 
-class Hooks(Protocol):
-    """What the app needs from the program around it."""
-
-    keys: Keys
-    origins: list[str]  # of web pages that may call from a browser
-
-    def owner_of(self, user: str) -> str:
-        """Whose weights answer this user."""
-
-    async def load_adapter(self, user: str) -> None:
-        """Load the weights that answer this user into the engine."""
-
-    async def on_next(self, turn_id: str) -> None:
-        """A conversation continued from this turn: judge it."""
-
-
-def engine_figures() -> bytes:
-    """vLLM's own Prometheus figures, as at its /metrics. (It makes a new registry each time.)"""
-    from vllm.v1.metrics.prometheus import get_prometheus_registry
-
-    return generate_latest(get_prometheus_registry())
-
-
-async def build_app(
-    engine: Any, args: Namespace, db: sqlite3.Connection, hooks: Hooks, more: Sequence[Route] = ()
-) -> ASGIApp:
+async def build_app(p: Program, more: Sequence[Route]) -> ASGIApp:
     """vLLM's OpenAI app and `more` routes, behind the capture.
 
     Relied on in vLLM 0.32.0: `build_app` and `init_app_state` are called as its own launcher does, and the app reaches
@@ -391,15 +341,15 @@ async def build_app(
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app as build_vllm_app
 
-    tasks = await engine.get_supported_tasks()
-    vllm_app = build_vllm_app(args, tasks, engine.model_config)
-    await init_app_state(Recorder(engine, db, hooks), vllm_app.state, args, tasks)
+    tasks = await p.engine.get_supported_tasks()
+    vllm_app = build_vllm_app(p.engine_args, tasks, p.engine.model_config)
+    await init_app_state(Recorder(p), vllm_app.state, p.engine_args, tasks)
     note_rendered(vllm_app.state.online_renderer)
-    if args.enable_lora:
-        first = swap.first_weights_request(args.served_model_name[0])
+    if p.config.lora_rank:
+        first = swap.first_weights_request(p.config.name)
         vllm_app.state.openai_serving_models.lora_requests[first.lora_name] = first
     vllm_app.state.server = SimpleNamespace()  # vLLM tells this to exit when the engine dies; swap.watch does it here
 
-    capture = Capture(Starlette(routes=[*more, Mount("/", app=vllm_app)]), hooks, db)
+    capture = Capture(Starlette(routes=[*more, Mount("/", app=vllm_app)]), p)
     # Outside the capture: a browser's first request has no key, and it must be able to read a 401.
-    return CORSMiddleware(capture, allow_origins=hooks.origins, allow_methods=["*"], allow_headers=["*"])
+    return CORSMiddleware(capture, allow_origins=p.origins, allow_methods=["*"], allow_headers=["*"])

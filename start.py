@@ -24,9 +24,9 @@ from program import Program
 
 async def setup(config: Config) -> Program:
     """Check the options and the folder, start the engine, load the weights. UsageError if something is wrong."""
-    out, loopback = Path(config.out), config.host in LOOPBACK
+    out = Path(config.out)
     lock = upkeep.lock_out_dir(out)
-    api_keys = Keys(out, needed=not loopback)
+    keys = Keys(out, needed=config.host not in LOOPBACK)
     connections.check_tls(config.ssl_certfile, config.ssl_keyfile)
     db = journal.open_journal(out / "journal.db")
     if not journal.has_disk_space(db):
@@ -48,10 +48,9 @@ async def setup(config: Config) -> Program:
     plan = make_plan(config, start)
     config = replace(config, row_tokens=plan.row_tokens)
     listener = connections.listen(config.host, config.port)  # before the engine starts, which takes a while
-    url, key = local_url(config), "any" if api_keys.users() is None else f"one of those in {api_keys.file.resolve()}"
-    print(url, file=lock, flush=True)  # for the commands of durable/admin.py
+    print(config.url, file=lock, flush=True)  # for the commands of durable/admin.py
     engine_args = swap.engine_args(config, folder, plan)
-    print(f"model     {folder}\n{plan}\n{summary(config, plan, engine_args, key)}", flush=True)
+    print(f"model     {folder}\n{plan}\n{summary(config, plan, engine_args, keys)}", flush=True)
     # While the engine starts, the trainer loads and a small model's judge is fitted on other cores. Both threads check
     # `stopping`: the process can't end before they do.
     stopping = threading.Event()
@@ -72,34 +71,16 @@ async def setup(config: Config) -> Program:
             swap.stop_engine(engine)
         raise
     return Program(
-        config,
-        lock,
-        db,
-        listener,
-        api_keys,
-        url,
-        engine_args,
-        engine,
-        {"": state},
-        plan.trainer_cores,
-        *threads,
-        fitting,
-        paused=paused,
+        config, lock, db, listener, keys, engine_args, engine, {"": state}, plan, *threads, fitting, paused=paused
     )
 
 
-def local_url(config: Config) -> str:
-    """The address at which this program reaches itself."""
-    anywhere = config.host in ("0.0.0.0", "::")
-    host = "127.0.0.1" if anywhere else f"[{config.host}]" if ":" in config.host else config.host
-    return f"{'https' if config.ssl_certfile else 'http'}://{host}:{config.port}/v1"
-
-
-def summary(config: Config, plan: Plan, engine_args: Namespace, key: str) -> str:
-    """What clients need to know, for the screen. `key`: which keys are accepted."""
-    url = local_url(config)
+def summary(config: Config, plan: Plan, engine_args: Namespace, keys: Keys) -> str:
+    """What clients need to know, for the screen."""
+    url = config.url
     if config.host in ("0.0.0.0", "::"):
         url = url.replace("127.0.0.1", socket.getfqdn())
+    key = "any" if keys.users() is None else f"one of those in {keys.file.resolve()}"
     return (
         f"judge     {config.judge_url or 'the model itself'}, {plan.judge_style} style\n"
         f"parsers   tool calls {engine_args.tool_call_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
@@ -116,13 +97,15 @@ def fit_judge(loading: "Future[trainer.State]", start: Path, stopping: threading
     return reward.make_head(state.start, state.tokenizer, CACHE / "judge" / fingerprint(start)[:16], stopping)
 
 
-def make_judge(p: Program) -> chat_judge.ChatJudge | reward.HeadJudge:
+Judge = chat_judge.ChatJudge | reward.HeadJudge
+
+
+def make_judge(p: Program) -> Judge:
     if p.fitting:
         return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
-    longest = min(4096, p.config.max_model_len)  # vLLM refuses a max_tokens over the context
-    if p.config.judge_url:
-        client = endpoint.connect(p.config.judge_url)
-        return chat_judge.ChatJudge(client, p.config.judge_model, votes=p.config.votes, max_tokens=longest)
     # With LoRA the engine still has the starting weights: a judge that doesn't change with training.
-    name = p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
-    return chat_judge.ChatJudge(p.own_client, name, votes=p.config.votes, max_tokens=longest)
+    client, model = p.own_client, p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
+    if p.config.judge_url:
+        client, model = endpoint.connect(p.config.judge_url), p.config.judge_model
+    longest = min(4096, p.config.max_model_len)  # vLLM refuses a max_tokens over the context
+    return chat_judge.ChatJudge(client, model, votes=p.config.votes, max_tokens=longest)

@@ -1,8 +1,9 @@
-"""What particular clients add to messages: text around a person's words, and requests of their own. Nothing depends on
-this being complete: see sessions.py."""
+"""What particular clients add to messages: text around a person's words, and requests of their own; and how they name
+a session. Nothing depends on this being complete: see sessions.py."""
 
 import json
 import re
+from collections.abc import Mapping
 
 # OpenClaw appends a user message that starts with this to each request, and removes it before the next.
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
@@ -160,3 +161,13 @@ def persons_words(text: str) -> str:
         if words == before:
             break
     return words.strip() if words != text else text
+
+
+# ---- headers ----
+
+
+def named_session(headers: Mapping[str, str]) -> str | None:
+    """The session that a request belongs to, if its headers name one."""
+    # OpenClaw's has a count of the session's compactions at its end.
+    affinity = re.sub(r":\d+$", "", headers.get("x-session-affinity", ""))
+    return headers.get("x-session-id") or affinity or headers.get("x-openwebui-chat-id")

@@ -231,6 +231,28 @@ def find_turns(
     return found
 
 
+def record_following(
+    db: sqlite3.Connection, found: list[tuple[sqlite3.Row, list[dict]]], side: bool, done: bool
+) -> list[str]:
+    """Record a request as the next message of the turn that it continues. Returns the ids of turns that are to be
+    judged. `found`: by `find_turns`; `side`: not a person's request; `done`: no other next message will come.
+
+    The turn before that gets the message before the last answer: what came next may have been a client's own request,
+    and only this history shows what stayed in the conversation."""
+    to_judge: list[str] = []
+    for k, (turn, following) in enumerate(found):
+        kept = k > 0
+        if not following or (side and not kept):
+            continue
+        confirmed = kept or done
+        if is_news(turn, following, kept):
+            if journal.record_next(db, turn["id"], following, confirmed):
+                to_judge.append(turn["id"])
+        elif confirmed and not turn["confirmed"]:
+            journal.confirm(db, turn["id"])
+    return to_judge
+
+
 def find_rated(db: sqlite3.Connection, user: str, messages: list[dict], said: list[dict]) -> str | None:
     """Id of the turn whose answer is the last of these messages; None if there is none. `said`: the reply to it."""
     found = find_turns(db, user, [*messages, *said])

@@ -52,11 +52,11 @@ def serve(folder, port: int, descriptors: int, limits: dict) -> None:
     for name, value in limits.items():
         module, _, name = name.partition(".")
         setattr({"bodies": bodies, "connections": connections}[module], name, value)
-    hooks = server.SimpleNamespace(keys=Keys(folder, False), origins=[])
     db = journal.open_journal(folder / "journal.db")
+    p = server.SimpleNamespace(keys=Keys(folder, False), origins=[], db=db)
     plain = socket.create_server(("127.0.0.1", port))
     listener = connections.Listener(fileno=plain.detach())
-    web = connections.web_server(server.Capture(app, hooks, db))
+    web = connections.web_server(server.Capture(app, p))
     server.asyncio.run(web.serve(sockets=[listener]))
 
 
@@ -200,8 +200,8 @@ TALK = b'{"messages":[{"role":"user","content":"%s"}]%s}'
 
 def captured(folder) -> httpx.AsyncClient:
     """Of `app` behind the capture, in this event loop."""
-    hooks = server.SimpleNamespace(keys=Keys(folder, False), origins=[])
-    capture = server.Capture(app, hooks, journal.open_journal(folder / "journal.db"))
+    db = journal.open_journal(folder / "journal.db")
+    capture = server.Capture(app, server.SimpleNamespace(keys=Keys(folder, False), origins=[], db=db))
     return httpx.AsyncClient(transport=httpx.ASGITransport(capture), base_url="http://localhost")
 
 

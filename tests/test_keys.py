@@ -134,8 +134,8 @@ def captured(out: Path, origins=()) -> httpx.AsyncClient:
     async def app(scope, receive, send):
         await JSONResponse({"user": scope["state"]["user"].name})(scope, receive, send)
 
-    hooks = SimpleNamespace(keys=Keys(out, needed=False), origins=list(origins))
-    transport = httpx.ASGITransport(server.Capture(app, hooks, None))
+    p = SimpleNamespace(keys=Keys(out, needed=False), origins=list(origins), db=None)
+    transport = httpx.ASGITransport(server.Capture(app, p))
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
@@ -148,8 +148,8 @@ async def test_nothing_but_http_passes(tmp_path):
     async def send(message):
         sent.append(message)
 
-    hooks = SimpleNamespace(keys=Keys(tmp_path, needed=False), origins=[])
-    capture = server.Capture(app, hooks, None)
+    p = SimpleNamespace(keys=Keys(tmp_path, needed=False), origins=[], db=None)
+    capture = server.Capture(app, p)
     await capture({"type": "websocket", "path": "/v1/realtime", "headers": []}, None, send)
     assert sent == [{"type": "websocket.close", "code": 1008}]
 

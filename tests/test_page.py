@@ -14,7 +14,6 @@ import httpx
 import pytest
 import torch
 from playwright.async_api import async_playwright, expect
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from durable import guard, journal
@@ -371,8 +370,7 @@ async def test_a_line_in_the_terminal(tmp_path, monkeypatch, is_terminal):
     monkeypatch.setattr(sys, "stdout", os.fdopen(program_end, "w", buffering=1))
     shown = asyncio.create_task(terminal.show_progress(p))
     await asyncio.sleep(2.5)  # it has written the line by then, at the second time with all its parts
-    with tqdm.external_write_mode():
-        print("step 8", flush=True)
+    terminal.print_step({"step": 8})
     shown.cancel()
     await asyncio.wait([shown])
     lines = ""

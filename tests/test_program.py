@@ -591,8 +591,8 @@ async def test_with_a_full_disk_no_answer_is_begun(monkeypatch, tmp_path):
 
     room = [True]
     monkeypatch.setattr(journal, "has_disk_space", lambda db: room[0])
-    hooks = SimpleNamespace(keys=keys.Keys(tmp_path, False), origins=[])
-    transport = httpx.ASGITransport(server.Capture(app, hooks, None))
+    p = SimpleNamespace(keys=keys.Keys(tmp_path, False), origins=[], db=None)
+    transport = httpx.ASGITransport(server.Capture(app, p))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         ask_it = lambda: http.post("/v1/chat/completions", json={"messages": [user("hi")]})  # noqa: E731
         assert (await ask_it()).text == "reached"

@@ -46,15 +46,9 @@ def is_confirmed(db, turn_id):
 def ask(db, messages, answer, user="ann", session=None):
     """One request and our answer to it, recorded as server.Recorder does."""
     number = next(clock)
-    side = sessions.asked_by_the_client(messages)
-    found, judged = sessions.find_turns(db, user, messages, session), False
-    for k, (turn, following) in enumerate(found):
-        if not following or (side and not k):
-            continue
-        if sessions.is_news(turn, following, k > 0):
-            judged |= journal.record_next(db, turn["id"], following, k > 0) and not k
-        elif k:
-            journal.confirm(db, turn["id"])
+    found = sessions.find_turns(db, user, messages, session)
+    to_judge = sessions.record_following(db, found, sessions.asked_by_the_client(messages), False)
+    judged = bool(found) and found[0][0]["id"] in to_judge
     session = session or (found[0][0]["session"] if found else f"session {number}")
     values = {"session": session, "user": user, "messages": messages, "text": answer, "created": number}
     keys = sessions.keys_of(messages) | {"answer": sessions.answer_digest(sent(answer))}

@@ -130,8 +130,8 @@ async def test_a_new_answer_never_reads_the_old_weights_cache(served, tmp_path):
     async def load_adapter(user):
         pass
 
-    hooks = SimpleNamespace(owner_of=lambda user: "", load_adapter=load_adapter)
-    recorder = server.Recorder(served.engine, journal.open_journal(tmp_path / "j.db"), hooks)
+    values = {"engine": served.engine, "db": journal.open_journal(tmp_path / "j.db")}
+    recorder = server.Recorder(SimpleNamespace(**values, owner_of=lambda user: "", load_adapter=load_adapter))
     final = {"output_kind": RequestOutputKind.FINAL_ONLY}
     busy = SamplingParams(max_tokens=250, ignore_eos=True, **final)
     short = SamplingParams(max_tokens=1, temperature=1.0, logprobs=20, **final)

@@ -108,7 +108,7 @@ async def test_a_client_that_hangs_up_does_not_end_the_loading_of_an_adapter(mon
 
 
 async def test_a_step_that_kills_the_engine_asks_for_a_restart():
-    async def work():
+    async def work(p):
         raise swap.EngineDied("it did not take the old weights")
 
     p = SimpleNamespace(died=asyncio.Event())

@@ -22,7 +22,6 @@ from clients.keys import ANYBODY, OURS
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from program import Program
-from server import engine_figures
 
 
 async def roll_back(p: Program, user: str, step: int) -> str:
@@ -78,7 +77,10 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
             journal_file = Path(p.config.out) / "journal.db"
             said = await asyncio.to_thread(upkeep.forget_in, journal_file, body.get("session", ""), user)
             if owner := p.owner_of(user):
-                await p.forget_adapter(owner)
+                # Train and answer this user from the starting weights again.
+                p.states.pop(owner, None)
+                p.paused.pop(owner, None)
+                await swap.make_newest(p.engine, owner, swap.Version(0))
                 # An answer by the adapter may have been written down since. Those that still run are not trained on.
                 await journal.patiently(upkeep.rollback, p.db, owner, 0)
         for from_tool in (False, True):
@@ -120,7 +122,7 @@ def routes(p: Program) -> list[Route]:
     ours.register(Figures(p))
 
     async def metrics(request: Request) -> Response:
-        return Response(engine_figures() + generate_latest(ours), media_type=CONTENT_TYPE_LATEST)
+        return Response(swap.figures() + generate_latest(ours), media_type=CONTENT_TYPE_LATEST)
 
     return [Route("/admin/{command}", answer, methods=["POST"]), Route("/metrics", metrics, methods=["GET"])]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -14,6 +15,19 @@ from clients.sessions import find_rated, request_of
 from durable import journal
 from durable.journal import Verdict
 from program import Program
+
+
+def training_of(p: Program, user: str | None) -> dict[str, Any]:
+    """The training state of the weights that answer this user; None: of everybody's."""
+    steps = {p.owner_of(user): p.step_of(p.owner_of(user))} if user else p.steps()
+    paused = {owner: why for owner, why in p.paused.items() if owner}
+    return {
+        "step": sum(steps.values()),
+        **({"steps": steps, "paused": paused} if p.config.adapters == "user" and not user else {}),
+        "training": p.paused.get("") or paused.get(user, "on"),
+        "batch_size": p.config.batch_size,
+        "pause": p.pause,
+    }
 
 
 def routes(p: Program) -> list[Route]:
@@ -43,15 +57,20 @@ def routes(p: Program) -> list[Route]:
         hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
         verdict = Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback")
         try:
-            await p.on_feedback(turn.id, verdict)
+            state = await journal.patiently(journal.record_verdict, p.db, turn.id, verdict)
         except ValueError as e:
             late = {"score": score, "text": text, "time": time.time()}
             await journal.patiently(journal.keep_late_feedback, p.db, turn.id, late)
             return openai_error(409, f"too late to train on, but kept: {e}")
+        if state == "queued" and await p.has_room(turn.id):
+            p.wake.set()
         return JSONResponse({"completion_id": turn.id, "score": score})
 
     async def status(request: Request) -> JSONResponse:
-        user = request.scope["state"]["user"]
-        return JSONResponse(p.status(None if sees_all(user) else user.name))
+        asking = request.scope["state"]["user"]
+        user = None if sees_all(asking) else asking.name
+        turns = {"turns": journal.counts(p.db, user), "dropped": journal.drop_reasons(p.db, user)}
+        batch = {"batch": f"{turns['turns'].get('queued', 0)} of {p.config.batch_size}"}  # what a step waits for
+        return JSONResponse(training_of(p, user) | batch | turns)
 
     return [Route("/v1/feedback", feedback, methods=["POST"]), Route("/status", status, methods=["GET"])]

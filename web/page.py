@@ -22,6 +22,7 @@ from clients.keys import sees_all
 from durable import journal, look
 from program import Program
 from web import learned, turns
+from web.feedback import training_of
 from web.why import why_nothing
 
 HERE = Path(__file__).parent
@@ -44,8 +45,8 @@ RECENT = 20  # newest turns that `why_nothing` looks at
 
 
 def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows first; also the input of `why_nothing`. `training`: `Program.training_of`, the journal's
-    version, and whether the admin is asking."""
+    """What the page shows first; also the input of `why_nothing`. `training`: `training_of`, the journal's version,
+    and whether the admin is asking."""
     failing = p.judge_health.failing
     newest = look.rows(db, "state, reason, no_rl", look.newest(db, RECENT, user=user))
     now = {
@@ -141,7 +142,7 @@ def routes(p: Program) -> list[Route]:
         async def stream() -> AsyncIterator[str]:
             last, silent, redraw_at, drawn = None, 0, 0.0, None
             while not p.state.stopping.is_set():
-                training = p.training_of(user) | {"version": p.db.total_changes, "admin": admin}
+                training = training_of(p, user) | {"version": p.db.total_changes, "admin": admin}
                 now = await in_thread(glance, p, user, training)
                 redraw = now != drawn and time.monotonic() >= redraw_at
                 silent = silent + 1 if now == last else 0

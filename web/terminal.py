@@ -1,12 +1,20 @@
-"""A line in the terminal that says what the next step waits for."""
+"""In the terminal: a line for each step, and below them a line that says what the next step waits for."""
 
 import asyncio
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
 from durable import journal
 from program import Program
+
+
+def print_step(row: dict[str, Any]) -> None:
+    """`row`: of metrics.jsonl."""
+    shown = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items() if k != "time"}
+    with tqdm.external_write_mode():  # above the progress line
+        print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 
 async def show_progress(p: Program) -> None:
