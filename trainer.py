@@ -45,9 +45,9 @@ class State:
     masters: list[Tensor]  # fp32, in the order of `trained`
     adam: torch.optim.Adam
     probe: Probe
-    probed: dict[str, float]  # `probe.measure` of the weights that are served
     packs: bool  # may samples share a row? See machine/arithmetic.py
     lora_rank: int  # 0: full training
+    probed: dict[str, float] = field(default_factory=dict)  # `probe.measure` of the weights that are served
     kept: list[Tensor] = field(default_factory=list)  # the last `snapshot` of `mutable`, on the CPU
     owner: str = ""  # the user whose adapter it is; "": shared
     step: int = 0
@@ -313,7 +313,8 @@ def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, f
 
     UsageError if its file is damaged."""
     if folder is None:
-        zeros = [torch.zeros_like(t) for t in mutable(state)[len(state.firsts) :]]
+        # Adam's begin at 0; these zeros take no memory.
+        zeros = [torch.zeros((), device=t.device).expand_as(t) for t in mutable(state)[len(state.firsts) :]]
         saved = {"state": [*state.firsts, *zeros], "step": 0, "baselines": {}}
     else:
         try:
@@ -359,7 +360,6 @@ def load_state(
         masters=masters,
         adam=adam,
         probe=probe,
-        probed=probe.first,
         packs=packs,
         lora_rank=config.lora_rank,
     )
@@ -370,14 +370,12 @@ def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> S
     """The state of a user's own adapter on the shared base: from their checkpoint in `folder`, or new."""
     policy = lora.with_adapter(shared.start, config.lora_rank, config.seed).train()
     masters, adam = optimizer(config, policy)
-    state = replace(shared, policy=policy, masters=masters, adam=adam, kept=[], owner=owner, step=0, baselines={})
-    return begin(replace(state, probed=shared.probe.first), folder)
+    return begin(replace(shared, policy=policy, masters=masters, adam=adam, kept=[], owner=owner), folder)
 
 
 def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], torch.optim.Adam]:
     """fp32 masters of the trained tensors, with zero gradients, and their Adam."""
     masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
-    sync_bf16(masters, policy)
     for p, master in zip(trained(policy).values(), masters, strict=True):
         master.grad = torch.zeros_like(master)
         if p.dtype == torch.float32:
@@ -392,10 +390,7 @@ def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], to
 
 
 def begin(state: State, folder: Path | None) -> State:
-    """Load the checkpoint in `folder`, if there is one, and take the first snapshot."""
-    if folder:
-        step, baselines = load_checkpoint(state, folder)
-        commit(state, step, baselines, state.probe.measure(state.policy))
-    else:
-        snapshot(state)
+    """Load the checkpoint in `folder` (None: the starting weights), and take the first snapshot."""
+    step, baselines = load_checkpoint(state, folder)
+    commit(state, step, baselines, state.probe.measure(state.policy) if folder else state.probe.first)
     return state
