@@ -298,8 +298,7 @@ def save(state: State, folder: Path) -> None:
         config.dtype = torch.bfloat16  # of the weights in the file; the trainer may compute in another
         config.save_pretrained(folder)
     state.tokenizer.save_pretrained(folder)
-    saved = {"state": state.kept, "step": state.step, "baselines": state.baselines}
-    torch.save(saved, folder / "trainer.pt")
+    torch.save({"state": state.kept, "step": state.step, "baselines": state.baselines}, folder / "trainer.pt")
 
 
 def saved_bytes(state: State) -> int:
@@ -352,18 +351,8 @@ def load_state(
     packs = check_arithmetic(first, probe.ids)
     policy = (lora.with_adapter(first, config.lora_rank, config.seed) if config.lora_rank else load()).train()
     masters, adam = optimizer(config, policy)
-    state = State(
-        tokenizer=tokenizer,
-        policy=policy,
-        start=first,
-        firsts=[m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters()),
-        masters=masters,
-        adam=adam,
-        probe=probe,
-        packs=packs,
-        lora_rank=config.lora_rank,
-    )
-    return begin(state, folder)
+    firsts = [m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters())
+    return begin(State(tokenizer, policy, first, firsts, masters, adam, probe, packs, config.lora_rank), folder)
 
 
 def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> State:
