@@ -5,7 +5,6 @@ that are too small for bf16, and `dithered` rounds them so that each update is s
 only the adapter has masters and is trained.
 """
 
-import math
 import pickle
 import threading
 from collections import Counter
@@ -76,17 +75,11 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     n, sums = sum(len(t.response_ids) for t in turns), Counter[str]()
     size = max(len(turns), config.batch_size)  # a batch that is not full weighs less
     per_token = torch.tensor([1 / size / len(t.response_ids) for t in turns], device=state.policy.device)  # (B,)
-    limit, tree = row_limits(config, state)
-    for row in grpo.collate(
-        [t.prompt_ids for t in turns],
-        [t.response_ids for t in turns],
-        [[math.nan] * len(t.logprobs) if t.no_rl else t.logprobs for t in turns],
-        [lesson.adv for lesson in lessons],
-        [1.0 if t.no_rl else t.temperature for t in turns],
-        limit,
-        state.policy.device,
-        tree,
-    ):
+    answers = []
+    for lesson, t in zip(lessons, turns, strict=True):
+        old_logps, temperature = (None, 1.0) if t.no_rl else (t.logprobs, t.temperature)
+        answers.append(grpo.Answer(t.prompt_ids, t.response_ids, old_logps, lesson.adv, temperature))
+    for row in grpo.collate(answers, *row_limits(config, state), state.policy.device):
         if state.stopping.is_set():
             raise Stopped
         # A long row recomputes its activations in the backward pass: less memory, a third more time.
@@ -186,14 +179,11 @@ def read(
     those in its answer after the prompt with each hint (T, D). A turn and its hinted prompts share a prefix up to the
     hint, so they can be one tree."""
     members = row["sample"].unique_consecutive().tolist()
-    asked = [(i, lessons[i].turn.prompt_ids) for i in members]
-    asked += [(i, prompt) for i in members for prompt in lessons[i].hinted]
-    prompts, answers = [prompt for _, prompt in asked], [lessons[i].turn.response_ids for i, _ in asked]
-    found = grpo.read(state.start, prompts, answers, *row_limits(config, state))
-    taught: dict[int, list[Tensor]] = {}
-    for (i, _), states in list(zip(asked, found, strict=True))[len(members) :]:
-        taught.setdefault(i, []).append(states)
-    return torch.cat(found[: len(members)]), taught
+    answers = [grpo.Answer(lessons[i].turn.prompt_ids, lessons[i].turn.response_ids) for i in members]
+    answers += [grpo.Answer(prompt, lessons[i].turn.response_ids) for i in members for prompt in lessons[i].hinted]
+    found = iter(grpo.read(state.start, answers, *row_limits(config, state)))
+    plain = torch.cat([next(found) for _ in members])
+    return plain, {i: [next(found) for _ in lessons[i].hinted] for i in members if lessons[i].hinted}
 
 
 def accumulate_grads(state: State) -> None:
