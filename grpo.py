@@ -5,7 +5,7 @@ answer; pi is the current policy at the turn's own temperature; rho = exp(log pi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -150,24 +150,22 @@ def read(model: torch.nn.Module, answers: Sequence[Answer], limit: int, tree: in
 CHUNK = 256  # positions whose logits are in memory at a time
 
 
+def in_chunks(compute: Callable[..., Tensor], chunk: int, *inputs: Tensor) -> Tensor:
+    """compute(*inputs) for `chunk` of their N positions at a time, and again in the backward pass: logits are computed
+    in it, and there is never an (N, V) tensor of them."""
+    chunks = zip(*(x.split(chunk) for x in inputs), strict=True)
+    return torch.cat([checkpoint(compute, *parts, use_reentrant=False) for parts in chunks])
+
+
 def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, chunk: int = CHUNK) -> Tensor:
     """Log-probs of K tokens at each of N positions: hidden (N, D), head (V, D), ids (N, K), temperature (N,) -> (N, K)
-    float32.
+    float32."""
 
-    Logits are computed for `chunk` positions at a time, and again in the backward pass: there is never an (N, V)
-    tensor.
-    """
-    parts = [
-        checkpoint(head_logps, h, head, i, t, use_reentrant=False)
-        for h, i, t in zip(hidden.split(chunk), ids.split(chunk), temperature.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
+    def logps(hidden: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:  # of C positions
+        logits = F.linear(hidden, head).float() / temperature[:, None]  # (C, V)
+        return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
-
-def head_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
-    """`token_logps` of one chunk of C positions. (C, K) float32"""
-    logits = F.linear(hidden, head).float() / temperature[:, None]  # (C, V)
-    return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+    return in_chunks(logps, chunk, hidden, ids, temperature)
 
 
 def response_logps(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
@@ -247,20 +245,15 @@ def kl_to_start(
     An estimate from the sampled token alone (k2, k3) has no baseline: it pushes down every token that has become more
     likely.
     """
-    parts = [
-        checkpoint(chunk_kl, h, head, s, start_head, t, use_reentrant=False)
-        for h, s, t in zip(hidden.split(chunk), start.split(chunk), temperature.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
 
+    def kl(hidden: Tensor, start: Tensor, temperature: Tensor) -> Tensor:  # of C positions
+        logps, start_logps = (
+            (F.linear(h, w).float() / temperature[:, None]).log_softmax(-1)  # (C, V)
+            for h, w in ((hidden, head), (start, start_head))
+        )
+        return (logps.exp() * (logps - start_logps)).sum(-1)
 
-def chunk_kl(hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, temperature: Tensor) -> Tensor:
-    """`kl_to_start` of one chunk of C positions. (C,) float32"""
-    logps, start_logps = (
-        (F.linear(h, w).float() / temperature[:, None]).log_softmax(-1)  # (C, V)
-        for h, w in ((hidden, head), (start, start_head))
-    )
-    return (logps.exp() * (logps - start_logps)).sum(-1)
+    return in_chunks(kl, chunk, hidden, start, temperature)
 
 
 # ---- metrics ----
