@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import multimode
 from typing import Any
 
 from clients.endpoint import Endpoint
@@ -83,10 +84,8 @@ def parse_label(text: str) -> int:
 
 def majority(votes: list[int]) -> int:
     """The most frequent vote. A tie means that the judge doesn't know: 0."""
-    ranked = Counter(votes).most_common(2)
-    if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
-        return 0
-    return ranked[0][0]
+    winners = multimode(votes)
+    return winners[0] if len(winners) == 1 else 0
 
 
 def read_labels(choice: Any) -> dict[str, float] | None:
