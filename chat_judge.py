@@ -94,11 +94,8 @@ def read_labels(choice: Any) -> dict[str, float] | None:
     content = getattr(choice.logprobs, "content", None)
     if not content or not content[0].top_logprobs:
         return None
-    mass = dict.fromkeys(VOTES, 0.0)
-    for top in content[0].top_logprobs:
-        said = top.token.strip().lower()
-        for label in VOTES:
-            mass[label] += math.exp(top.logprob) if said and label.startswith(said) else 0.0
+    tops = [(top.token.strip().lower(), top.logprob) for top in content[0].top_logprobs]
+    mass = {label: sum(math.exp(logp) for said, logp in tops if said and label.startswith(said)) for label in VOTES}
     if sum(mass.values()) < 0.5:
         return None
     return {label: math.log(max(p, 1e-6)) for label, p in mass.items()}
