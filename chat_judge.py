@@ -172,13 +172,8 @@ class ChatJudge(Endpoint):
         ValueError if a sample is truncated or empty: that is no vote."""
         said: list[Any] = []
         while len(said) < self.votes:
-            reply = await self.send(
-                messages=messages,
-                n=self.votes - len(said),
-                temperature=temperature,
-                max_tokens=self.max_tokens,
-                extra_body=fields,
-            )
+            options = {"n": self.votes - len(said), "temperature": temperature, "max_tokens": self.max_tokens}
+            reply = await self.send(messages=messages, extra_body=fields, **options)
             if not getattr(reply, "choices", None):
                 raise ValueError("the judge's reply has no choices")
             if any(choice.finish_reason == "length" or not choice.message.content for choice in reply.choices):
