@@ -16,6 +16,7 @@ import openai
 
 TRIES = 3  # for a turn that the judge refuses
 BAD_REQUEST = (openai.BadRequestError, openai.UnprocessableEntityError)
+HOPELESS = (400, 401, 403, 404, 422, 429)  # an immediate retry won't help
 OPTIONAL = ("max_tokens", "temperature", "n")  # an endpoint may refuse them; in the order in which they are dropped
 
 
@@ -136,9 +137,7 @@ class Endpoint:
                     continue
                 failures += 1
                 status = error.status_code if isinstance(error, openai.APIStatusError) else 0
-                if status in (400, 401, 403, 404, 422, 429):
-                    failures = self.retries + 1  # an immediate retry won't help
-                if failures > self.retries:
+                if failures > self.retries or status in HOPELESS:
                     of_turn = bad_request or not isinstance(error, openai.APIError | TimeoutError)
                     header = error.response.headers.get("retry-after", "") if status else ""
                     wait = float(header) if re.fullmatch(r"\d{1,6}(\.\d+)?", header) else 0.0
