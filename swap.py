@@ -143,13 +143,11 @@ def share_weights(weights: dict[str, torch.Tensor], file: IO[bytes]) -> bytes:
         start = -(-end // 64) * 64  # aligned to 64 bytes, so that any dtype can be viewed in place
         end = start + w.numel() * w.element_size()
         layout[name] = (start, end, w.dtype, tuple(w.shape))
-    path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
     os.posix_fallocate(file.fileno(), 0, end)  # from_file would crash if /dev/shm is full (a container's has 64 MiB)
-    flat = torch.from_file(path, shared=True, size=end, dtype=torch.uint8)
-    for name, w in weights.items():
-        start, stop, dtype, shape = layout[name]
-        flat[start:stop].view(dtype).view(shape).copy_(w.detach())
-    return pickle.dumps(("file", path, end, layout))
+    message = pickle.dumps(("file", f"/proc/{os.getpid()}/fd/{file.fileno()}", end, layout))
+    for name, place in open_shared(message):
+        place.copy_(weights[name].detach())
+    return message
 
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank can have
