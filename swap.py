@@ -70,22 +70,18 @@ class WeightReceiver:
         """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-        from vllm.model_executor.model_loader.reload.layerwise import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
+        from vllm.model_executor.model_loader.reload import layerwise
 
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config), torch.inference_mode():
             expected = {name for name, _ in model.named_parameters()}
-            initialize_layerwise_reload(model)
+            layerwise.initialize_layerwise_reload(model)
             loaded = model.load_weights(open_shared(message))
-            finalize_layerwise_reload(model, self.vllm_config.model_config)
-            head = getattr(model, "lm_head", None)
+            layerwise.finalize_layerwise_reload(model, self.vllm_config.model_config)
             if self.device.type == "cpu" and self.vllm_config.model_config.hf_config.tie_word_embeddings:
                 # The reload takes a tied head's matrix for the embedding's and doesn't update the head's own packed
                 # copy: mean |dlogp| 4.2, against 0.03 in a fresh engine.
-                dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+                dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
         return sorted(expected - loaded)
 
     def receive_adapter(self, message: bytes, adapter_id: int) -> list[str]:
