@@ -167,43 +167,39 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
 
     tool_parser = tool_parser_of(folder) if config.tool_parser == "auto" else config.tool_parser
     flags = {
-        "model": str(folder),
+        "model": folder,
         "served-model-name": config.name,
         "dtype": str(plan.dtype).removeprefix("torch."),  # the faster one; it is sent bf16 values in either case
-        "max-model-len": str(config.max_model_len),
-        "max-num-seqs": str(config.max_seqs),
-        "seed": str(config.seed),
+        "max-model-len": config.max_model_len,
+        "max-num-seqs": config.max_seqs,
+        "seed": config.seed,
         # Recorded log-probs are those of the distribution sampled from. By default that must be the plain policy, but a
         # model's own generation_config may set a top_p.
         "logprobs-mode": "processed_logprobs",
         "generation-config": "vllm",
         "worker-extension-cls": "swap.WeightReceiver",
-        "sse-keep-alive-interval": "10",  # seconds, so that no client times out during a swap or in the queue
+        "sse-keep-alive-interval": 10,  # seconds, so that no client times out during a swap or in the queue
+        "tool-call-parser": tool_parser or None,  # None: this flag is left out
+        "reasoning-parser": config.reasoning_parser or None,
     }
-    if tool_parser:
-        flags |= {"tool-call-parser": tool_parser}
-    if config.reasoning_parser:
-        flags |= {"reasoning-parser": config.reasoning_parser}
     switches = ["--enable-auto-tool-choice"] if tool_parser else []
     if config.lora_rank:
         switches += ["--enable-lora"]
-        flags |= {"max-lora-rank": str(min(rank for rank in LORA_RANKS if rank >= config.lora_rank))}
-        flags |= {"max-loras": str(memory.in_a_batch(config.adapters))}
-        flags |= {"max-cpu-loras": "1000"}  # `remove_unused` makes space
+        flags |= {"max-lora-rank": min(rank for rank in LORA_RANKS if rank >= config.lora_rank)}
+        flags |= {"max-loras": memory.in_a_batch(config.adapters)}
+        flags |= {"max-cpu-loras": 1000}  # `remove_unused` makes space
         # All but the head: with it, a request for prompt_logprobs next to others kills vLLM 0.32.0's CPU engine.
-        layers = {
-            name.rpartition(".")[2]
-            for name in lora.adapted_layers(lora.without_weights(AutoConfig.from_pretrained(folder)))
-        }
+        model = lora.without_weights(AutoConfig.from_pretrained(folder))
+        layers = {name.rpartition(".")[2] for name in lora.adapted_layers(model)}
         switches += ["--lora-target-modules", *sorted(layers)]
     if plan.device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.engine_cores))
-        flags |= {"kv-cache-memory-bytes": str(int(plan.engine * 2**30))}
+        flags |= {"kv-cache-memory-bytes": int(plan.engine * 2**30)}
         switches += ["--enforce-eager"]  # compiling takes 95 s at the start and gains 10 % on a small model
     else:
-        flags |= {"gpu-memory-utilization": str(plan.engine * 2**30 / torch.cuda.mem_get_info()[1])}
-    parser = make_arg_parser(FlexibleArgumentParser())
-    return parser.parse_args([part for k, v in flags.items() for part in (f"--{k}", v)] + switches)
+        flags |= {"gpu-memory-utilization": plan.engine * 2**30 / torch.cuda.mem_get_info()[1]}
+    given = [part for k, v in flags.items() if v is not None for part in (f"--{k}", str(v))]
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(given + switches)
 
 
 def start_engine(args: Namespace) -> Any:
