@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from durable.errors import UsageError
 
@@ -29,12 +29,6 @@ def with_adapter(base: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel
         layers = list(adapted_layers(base))
         policy.add_adapter(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=layers))
     return policy
-
-
-def without_weights(shape: PretrainedConfig) -> PreTrainedModel:
-    """A model of this shape that takes no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
 
 
 def adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:

@@ -28,7 +28,7 @@ from transformers import AutoConfig
 import lora
 from config import Config
 from durable.errors import UsageError
-from durable.model import tool_parser_of
+from durable.model import tool_parser_of, without_weights
 from machine import memory
 from machine.plan import Plan
 
@@ -189,7 +189,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
         flags |= {"max-loras": memory.in_a_batch(config.adapters)}
         flags |= {"max-cpu-loras": 1000}  # `remove_unused` makes space
         # All but the head: with it, a request for prompt_logprobs next to others kills vLLM 0.32.0's CPU engine.
-        model = lora.without_weights(AutoConfig.from_pretrained(folder))
+        model = without_weights(AutoConfig.from_pretrained(folder))
         layers = {name.rpartition(".")[2] for name in lora.adapted_layers(model)}
         switches += ["--lora-target-modules", *sorted(layers)]
     if plan.device == "cpu":
