@@ -37,10 +37,9 @@ def adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     return {name: m for name, m in layers.items() if m is not model.get_output_embeddings()}
 
 
-def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:
+def write(weights: dict[str, Tensor], rank: int, folder: Path, base: str) -> None:
     """Write an adapter in peft's format. `weights`: by name in the model. `base`: the base model's folder."""
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name in weights}
-    rank = next(len(w) for name, w in weights.items() if ".lora_A." in name)
     config = LoraConfig(
         r=rank, lora_alpha=SCALE * rank, target_modules=layers, base_model_name_or_path=base, inference_mode=True
     )

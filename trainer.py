@@ -281,7 +281,7 @@ def save(state: State, folder: Path) -> None:
     """Write the last snapshot: a Hugging Face folder, or peft's format for an adapter, with the trainer's state in
     trainer.pt."""
     if state.lora_rank:
-        lora.write(snapshot_weights(state), folder, state.start.name_or_path)
+        lora.write(snapshot_weights(state), state.lora_rank, folder, state.start.name_or_path)
     else:
         state.policy.save_pretrained(folder, state_dict=snapshot_weights(state))
         config = AutoConfig.from_pretrained(folder)
