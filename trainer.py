@@ -355,14 +355,14 @@ def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> S
 def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], torch.optim.Adam]:
     """fp32 masters of the trained tensors, with zero gradients, and their Adam."""
     masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
-    for p, master in zip(trained(policy).values(), masters, strict=True):
-        master.grad = torch.zeros_like(master)
-        if p.dtype == torch.float32:
-            p.grad = master.grad  # the backward pass adds to it in place; for bf16, `accumulate_grads` does
     # fused: without temporary copies of all weights
     lr = config.lr or (3e-4 if config.lora_rank else 2.5e-5)
     adam = torch.optim.Adam(masters, lr=lr, betas=(config.beta1, config.beta2), fused=True)
-    for m in masters:  # make Adam's state now, as its first step would, so that `restore` works before that
+    for p, m in zip(trained(policy).values(), masters, strict=True):
+        m.grad = torch.zeros_like(m)
+        if p.dtype == torch.float32:
+            p.grad = m.grad  # the backward pass adds to it in place; for bf16, `accumulate_grads` does
+        # Make Adam's state now, as its first step would, so that `restore` works before that.
         step = torch.zeros((), device=m.device)
         adam.state[m] = {"step": step, "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
     return masters, adam
