@@ -147,7 +147,7 @@ class ChatJudge(Endpoint):
         A tool's output affects only the score: the author of a web page that an agent reads must not write hints."""
         if not (said := [m for m in next_messages if m.get("role") == "user"]):
             return []
-        messages = hint_messages(request, answer, said)
+        messages = few_shot(HINT_RULES, HINT_EXAMPLES, request, answer, said)
         ask = lambda fields: self.samples(messages, str, 0.7, fields)  # noqa: E731
         return elected(await self.with_retries(ask, self.hint_fields))
 
@@ -183,11 +183,6 @@ class ChatJudge(Endpoint):
 
 
 # ---- hints ----
-
-
-def hint_messages(request: str, answer: str, next_messages: list[dict]) -> list[dict]:
-    """The chat that asks for a hint."""
-    return few_shot(HINT_RULES, HINT_EXAMPLES, request, answer, next_messages)
 
 
 def elected(written: list[str]) -> list[str]:
