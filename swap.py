@@ -394,8 +394,7 @@ async def greedy(engine: Any, owner: str, ids: list[int], most: int, first_weigh
 
 def final_only(**options: Any) -> Any:
     """vLLM's SamplingParams for a request that yields one output."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **options)
 
