@@ -61,9 +61,9 @@ async def hinted_prompts(
 # ---- the teacher ----
 
 
-def top_k(hidden: Tensor, head: Tensor, k: int, chunk: int = 256) -> Tensor:
+def top_k(hidden: Tensor, head: Tensor, k: int) -> Tensor:
     """The k most likely tokens at each position, most likely first: (N, D), (V, D) -> ids (N, k)."""
-    return torch.cat([F.linear(h, head).topk(k).indices for h in hidden.split(chunk)])
+    return torch.cat([F.linear(h, head).topk(k).indices for h in hidden.split(grpo.CHUNK)])
 
 
 def shift(hinted: Tensor, plain: Tensor) -> Tensor:

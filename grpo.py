@@ -4,8 +4,10 @@ Notation of the paper (OpenClaw-RL, arXiv 2603.10165): pi_old is the sampler, wh
 answer; pi is the current policy at the turn's own temperature; rho = exp(log pi - log pi_old) per token.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,15 +58,18 @@ def common(one: list[int], other: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
+class Answer(NamedTuple):
+    """A sample: a recorded answer with its prompt. To read its log-probs, the ids are enough."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+    old_logps: Sequence[float] | None = None  # the sampler's, of the response; None: unknown, NaN in the row
+    adv: float = 0.0
+    temperature: float = 1.0
+
+
 def collate(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    old_logps: Sequence[Sequence[float]],
-    advs: Sequence[float],
-    temperatures: Sequence[float],
-    limit: int,
-    device: str | torch.device = "cpu",
-    tree: int = 0,
+    answers: Sequence[Answer], limit: int, tree: int = 0, device: str | torch.device = "cpu"
 ) -> Iterator[dict[str, Tensor]]:
     """Packed rows of B samples, without padding. A shared prefix is in the row once. A token's position is its depth in
     its tree: it drops back at the start of a branch, and to 0 at the start of a tree.
@@ -72,23 +77,25 @@ def collate(
     Yields dicts: ids, positions (1, L); at (N,), the index in the row that predicts each response token; and per
     response token target, old_logp, adv, temperature, sample (N,).
     """
-    samples = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    samples = [[*answer.prompt, *answer.response] for answer in answers]
     trees = grow_trees(samples, limit, tree)
     for row in pack_rows([length for length, _ in trees], limit):
         ids, positions, at, target, old_logp, adv, temperature, sample = [], [], [], [], [], [], [], []
         path: list[int] = []  # index in the row of each token of the sample
         for i, shared in [member for k in row for member in trees[k][1]]:
-            P, T = len(prompts[i]), len(responses[i])
-            if not P or not T or len(old_logps[i]) != T:
-                raise ValueError(f"sample {i}: {P} prompt ids, {T} response ids, {len(old_logps[i])} log-probs")
+            answer = answers[i]
+            P, T = len(answer.prompt), len(answer.response)
+            old_logps = [math.nan] * T if answer.old_logps is None else answer.old_logps
+            if not P or not T or len(old_logps) != T:
+                raise ValueError(f"sample {i}: {P} prompt ids, {T} response ids, {len(old_logps)} log-probs")
             path = [*path[:shared], *range(len(ids), len(ids) + P + T - shared)]
             ids += samples[i][shared:]
             positions += range(shared, P + T)
             at += path[P - 1 : P + T - 1]  # each token is predicted by the one before it
-            target += responses[i]
-            old_logp += old_logps[i]
-            adv += [advs[i]] * T
-            temperature += [temperatures[i]] * T
+            target += answer.response
+            old_logp += old_logps
+            adv += [answer.adv] * T
+            temperature += [answer.temperature] * T
             sample += [i] * T
         integers = {"ids": [ids], "positions": [positions], "at": at, "target": target, "sample": sample}
         floats = {"old_logp": old_logp, "adv": adv, "temperature": temperature}
@@ -97,21 +104,9 @@ def collate(
         }
 
 
-def unscored(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    limit: int,
-    device: str | torch.device,
-    tree: int = 0,
-) -> Iterator[dict[str, Tensor]]:
-    """Rows at temperature 1, for reading log-probs only."""
-    n, zeros = len(prompts), [[0.0] * len(r) for r in responses]
-    return collate(prompts, responses, zeros, [0.0] * n, [1.0] * n, limit, device, tree)
-
-
 def alone(prompt: Sequence[int], response: Sequence[int], device: str | torch.device) -> dict[str, Tensor]:
     """A row of one sample at temperature 1, for reading log-probs only."""
-    return next(unscored([prompt], [response], 1, device))
+    return next(collate([Answer(prompt, response)], 1, device=device))
 
 
 # ---- token log-probs ----
@@ -143,42 +138,34 @@ def tree_mask(depth: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 @torch.no_grad()
-def read(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    limit: int,
-    tree: int,
-) -> list[Tensor]:
+def read(model: torch.nn.Module, answers: Sequence[Answer], limit: int, tree: int) -> list[Tensor]:
     """For each sample, the hidden states that predict its response tokens: (T, D)."""
     found = {}
-    for row in unscored(prompts, responses, limit, model.device, tree):
+    for row in collate(answers, limit, tree, model.device):
         hidden = response_hidden(model, row)
         found |= {i: hidden[row["sample"] == i] for i in row["sample"].unique().tolist()}
-    return [found[i] for i in range(len(prompts))]
+    return [found[i] for i in range(len(answers))]
 
 
 CHUNK = 256  # positions whose logits are in memory at a time
 
 
+def in_chunks(compute: Callable[..., Tensor], chunk: int, *inputs: Tensor) -> Tensor:
+    """compute(*inputs) for `chunk` of their N positions at a time, and again in the backward pass: logits are computed
+    in it, and there is never an (N, V) tensor of them."""
+    chunks = zip(*(x.split(chunk) for x in inputs), strict=True)
+    return torch.cat([checkpoint(compute, *parts, use_reentrant=False) for parts in chunks])
+
+
 def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, chunk: int = CHUNK) -> Tensor:
     """Log-probs of K tokens at each of N positions: hidden (N, D), head (V, D), ids (N, K), temperature (N,) -> (N, K)
-    float32.
+    float32."""
 
-    Logits are computed for `chunk` positions at a time, and again in the backward pass: there is never an (N, V)
-    tensor.
-    """
-    parts = [
-        checkpoint(head_logps, h, head, i, t, use_reentrant=False)
-        for h, i, t in zip(hidden.split(chunk), ids.split(chunk), temperature.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
+    def logps(hidden: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:  # of C positions
+        logits = F.linear(hidden, head).float() / temperature[:, None]  # (C, V)
+        return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
-
-def head_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
-    """`token_logps` of one chunk of C positions. (C, K) float32"""
-    logits = F.linear(hidden, head).float() / temperature[:, None]  # (C, V)
-    return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+    return in_chunks(logps, chunk, hidden, ids, temperature)
 
 
 def response_logps(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
@@ -258,20 +245,15 @@ def kl_to_start(
     An estimate from the sampled token alone (k2, k3) has no baseline: it pushes down every token that has become more
     likely.
     """
-    parts = [
-        checkpoint(chunk_kl, h, head, s, start_head, t, use_reentrant=False)
-        for h, s, t in zip(hidden.split(chunk), start.split(chunk), temperature.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
 
+    def kl(hidden: Tensor, start: Tensor, temperature: Tensor) -> Tensor:  # of C positions
+        logps, start_logps = (
+            (F.linear(h, w).float() / temperature[:, None]).log_softmax(-1)  # (C, V)
+            for h, w in ((hidden, head), (start, start_head))
+        )
+        return (logps.exp() * (logps - start_logps)).sum(-1)
 
-def chunk_kl(hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, temperature: Tensor) -> Tensor:
-    """`kl_to_start` of one chunk of C positions. (C,) float32"""
-    logps, start_logps = (
-        (F.linear(h, w).float() / temperature[:, None]).log_softmax(-1)  # (C, V)
-        for h, w in ((hidden, head), (start, start_head))
-    )
-    return (logps.exp() * (logps - start_logps)).sum(-1)
+    return in_chunks(kl, chunk, hidden, start, temperature)
 
 
 # ---- metrics ----

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from durable.errors import UsageError
 
@@ -31,22 +31,15 @@ def with_adapter(base: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel
     return policy
 
 
-def without_weights(shape: PretrainedConfig) -> PreTrainedModel:
-    """A model of this shape that takes no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
-
-
 def adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """The layers that get an adapter, by name: all linear layers except the head."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     return {name: m for name, m in layers.items() if m is not model.get_output_embeddings()}
 
 
-def write(weights: dict[str, Tensor], folder: Path, base: str) -> None:
+def write(weights: dict[str, Tensor], rank: int, folder: Path, base: str) -> None:
     """Write an adapter in peft's format. `weights`: by name in the model. `base`: the base model's folder."""
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name in weights}
-    rank = next(len(w) for name, w in weights.items() if ".lora_A." in name)
     config = LoraConfig(
         r=rank, lora_alpha=SCALE * rank, target_modules=layers, base_model_name_or_path=base, inference_mode=True
     )

@@ -29,7 +29,7 @@ from transformers import AutoConfig
 import lora
 from config import Config
 from durable.errors import UsageError
-from durable.model import tool_parser_of
+from durable.model import tool_parser_of, without_weights
 from machine import memory
 from machine.plan import Plan
 
@@ -71,22 +71,18 @@ class WeightReceiver:
         """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-        from vllm.model_executor.model_loader.reload.layerwise import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
+        from vllm.model_executor.model_loader.reload import layerwise
 
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config), torch.inference_mode():
             expected = {name for name, _ in model.named_parameters()}
-            initialize_layerwise_reload(model)
+            layerwise.initialize_layerwise_reload(model)
             loaded = model.load_weights(open_shared(message))
-            finalize_layerwise_reload(model, self.vllm_config.model_config)
-            head = getattr(model, "lm_head", None)
+            layerwise.finalize_layerwise_reload(model, self.vllm_config.model_config)
             if self.device.type == "cpu" and self.vllm_config.model_config.hf_config.tie_word_embeddings:
                 # The reload takes a tied head's matrix for the embedding's and doesn't update the head's own packed
                 # copy: mean |dlogp| 4.2, against 0.03 in a fresh engine.
-                dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+                dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
         return sorted(expected - loaded)
 
     def receive_adapter(self, message: bytes, adapter_id: int) -> list[str]:
@@ -144,13 +140,11 @@ def share_weights(weights: dict[str, torch.Tensor], file: IO[bytes]) -> bytes:
         start = -(-end // 64) * 64  # aligned to 64 bytes, so that any dtype can be viewed in place
         end = start + w.numel() * w.element_size()
         layout[name] = (start, end, w.dtype, tuple(w.shape))
-    path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
     os.posix_fallocate(file.fileno(), 0, end)  # from_file would crash if /dev/shm is full (a container's has 64 MiB)
-    flat = torch.from_file(path, shared=True, size=end, dtype=torch.uint8)
-    for name, w in weights.items():
-        start, stop, dtype, shape = layout[name]
-        flat[start:stop].view(dtype).view(shape).copy_(w.detach())
-    return pickle.dumps(("file", path, end, layout))
+    message = pickle.dumps(("file", f"/proc/{os.getpid()}/fd/{file.fileno()}", end, layout))
+    for name, place in open_shared(message):
+        place.copy_(weights[name].detach())
+    return message
 
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank can have
@@ -174,43 +168,39 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
 
     tool_parser = tool_parser_of(folder) if config.tool_parser == "auto" else config.tool_parser
     flags = {
-        "model": str(folder),
+        "model": folder,
         "served-model-name": config.name,
         "dtype": str(plan.dtype).removeprefix("torch."),  # the faster one; it is sent bf16 values in either case
-        "max-model-len": str(config.max_model_len),
-        "max-num-seqs": str(config.max_seqs),
-        "seed": str(config.seed),
+        "max-model-len": config.max_model_len,
+        "max-num-seqs": config.max_seqs,
+        "seed": config.seed,
         # Recorded log-probs are those of the distribution sampled from. By default that must be the plain policy, but a
         # model's own generation_config may set a top_p.
         "logprobs-mode": "processed_logprobs",
         "generation-config": "vllm",
         "worker-extension-cls": "swap.WeightReceiver",
-        "sse-keep-alive-interval": "10",  # seconds, so that no client times out during a swap or in the queue
+        "sse-keep-alive-interval": 10,  # seconds, so that no client times out during a swap or in the queue
+        "tool-call-parser": tool_parser or None,  # None: this flag is left out
+        "reasoning-parser": config.reasoning_parser or None,
     }
-    if tool_parser:
-        flags |= {"tool-call-parser": tool_parser}
-    if config.reasoning_parser:
-        flags |= {"reasoning-parser": config.reasoning_parser}
     switches = ["--enable-auto-tool-choice"] if tool_parser else []
     if config.lora_rank:
         switches += ["--enable-lora"]
-        flags |= {"max-lora-rank": str(min(rank for rank in LORA_RANKS if rank >= config.lora_rank))}
-        flags |= {"max-loras": str(memory.in_a_batch(config.adapters))}
-        flags |= {"max-cpu-loras": "1000"}  # `remove_unused` makes space
+        flags |= {"max-lora-rank": min(rank for rank in LORA_RANKS if rank >= config.lora_rank)}
+        flags |= {"max-loras": memory.in_a_batch(config.adapters)}
+        flags |= {"max-cpu-loras": 1000}  # `remove_unused` makes space
         # All but the head: with it, a request for prompt_logprobs next to others kills vLLM 0.32.0's CPU engine.
-        layers = {
-            name.rpartition(".")[2]
-            for name in lora.adapted_layers(lora.without_weights(AutoConfig.from_pretrained(folder)))
-        }
+        model = without_weights(AutoConfig.from_pretrained(folder))
+        layers = {name.rpartition(".")[2] for name in lora.adapted_layers(model)}
         switches += ["--lora-target-modules", *sorted(layers)]
     if plan.device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.engine_cores))
-        flags |= {"kv-cache-memory-bytes": str(int(plan.engine * 2**30))}
+        flags |= {"kv-cache-memory-bytes": int(plan.engine * 2**30)}
         switches += ["--enforce-eager"]  # compiling takes 95 s at the start and gains 10 % on a small model
     else:
-        flags |= {"gpu-memory-utilization": str(plan.engine * 2**30 / torch.cuda.mem_get_info()[1])}
-    parser = make_arg_parser(FlexibleArgumentParser())
-    return parser.parse_args([part for k, v in flags.items() for part in (f"--{k}", v)] + switches)
+        flags |= {"gpu-memory-utilization": plan.engine * 2**30 / torch.cuda.mem_get_info()[1]}
+    given = [part for k, v in flags.items() if v is not None for part in (f"--{k}", str(v))]
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(given + switches)
 
 
 def start_engine(args: Namespace) -> Any:
@@ -412,8 +402,7 @@ async def greedy(engine: Any, owner: str, ids: list[int], most: int, first_weigh
 
 def final_only(**options: Any) -> Any:
     """vLLM's SamplingParams for a request that yields one output."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **options)
 

@@ -5,7 +5,6 @@ that are too small for bf16, and `dithered` rounds them so that each update is s
 only the adapter has masters and is trained.
 """
 
-import math
 import pickle
 import threading
 from collections import Counter
@@ -45,9 +44,9 @@ class State:
     masters: list[Tensor]  # fp32, in the order of `trained`
     adam: torch.optim.Adam
     probe: Probe
-    probed: dict[str, float]  # `probe.measure` of the weights that are served
     packs: bool  # may samples share a row? See machine/arithmetic.py
     lora_rank: int  # 0: full training
+    probed: dict[str, float] = field(default_factory=dict)  # `probe.measure` of the weights that are served
     kept: list[Tensor] = field(default_factory=list)  # the last `snapshot` of `mutable`, on the CPU
     owner: str = ""  # the user whose adapter it is; "": shared
     step: int = 0
@@ -76,17 +75,11 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     n, sums = sum(len(t.response_ids) for t in turns), Counter[str]()
     size = max(len(turns), config.batch_size)  # a batch that is not full weighs less
     per_token = torch.tensor([1 / size / len(t.response_ids) for t in turns], device=state.policy.device)  # (B,)
-    limit, tree = row_limits(config, state)
-    for row in grpo.collate(
-        [t.prompt_ids for t in turns],
-        [t.response_ids for t in turns],
-        [[math.nan] * len(t.logprobs) if t.no_rl else t.logprobs for t in turns],
-        [lesson.adv for lesson in lessons],
-        [1.0 if t.no_rl else t.temperature for t in turns],
-        limit,
-        state.policy.device,
-        tree,
-    ):
+    answers = []
+    for lesson, t in zip(lessons, turns, strict=True):
+        old_logps, temperature = (None, 1.0) if t.no_rl else (t.logprobs, t.temperature)
+        answers.append(grpo.Answer(t.prompt_ids, t.response_ids, old_logps, lesson.adv, temperature))
+    for row in grpo.collate(answers, *row_limits(config, state), state.policy.device):
         if state.stopping.is_set():
             raise Stopped
         # A long row recomputes its activations in the backward pass: less memory, a third more time.
@@ -186,14 +179,11 @@ def read(
     those in its answer after the prompt with each hint (T, D). A turn and its hinted prompts share a prefix up to the
     hint, so they can be one tree."""
     members = row["sample"].unique_consecutive().tolist()
-    asked = [(i, lessons[i].turn.prompt_ids) for i in members]
-    asked += [(i, prompt) for i in members for prompt in lessons[i].hinted]
-    prompts, answers = [prompt for _, prompt in asked], [lessons[i].turn.response_ids for i, _ in asked]
-    found = grpo.read(state.start, prompts, answers, *row_limits(config, state))
-    taught: dict[int, list[Tensor]] = {}
-    for (i, _), states in list(zip(asked, found, strict=True))[len(members) :]:
-        taught.setdefault(i, []).append(states)
-    return torch.cat(found[: len(members)]), taught
+    answers = [grpo.Answer(lessons[i].turn.prompt_ids, lessons[i].turn.response_ids) for i in members]
+    answers += [grpo.Answer(prompt, lessons[i].turn.response_ids) for i in members for prompt in lessons[i].hinted]
+    found = iter(grpo.read(state.start, answers, *row_limits(config, state)))
+    plain = torch.cat([next(found) for _ in members])
+    return plain, {i: [next(found) for _ in lessons[i].hinted] for i in members if lessons[i].hinted}
 
 
 def accumulate_grads(state: State) -> None:
@@ -291,15 +281,14 @@ def save(state: State, folder: Path) -> None:
     """Write the last snapshot: a Hugging Face folder, or peft's format for an adapter, with the trainer's state in
     trainer.pt."""
     if state.lora_rank:
-        lora.write(snapshot_weights(state), folder, state.start.name_or_path)
+        lora.write(snapshot_weights(state), state.lora_rank, folder, state.start.name_or_path)
     else:
         state.policy.save_pretrained(folder, state_dict=snapshot_weights(state))
         config = AutoConfig.from_pretrained(folder)
         config.dtype = torch.bfloat16  # of the weights in the file; the trainer may compute in another
         config.save_pretrained(folder)
     state.tokenizer.save_pretrained(folder)
-    saved = {"state": state.kept, "step": state.step, "baselines": state.baselines}
-    torch.save(saved, folder / "trainer.pt")
+    torch.save({"state": state.kept, "step": state.step, "baselines": state.baselines}, folder / "trainer.pt")
 
 
 def saved_bytes(state: State) -> int:
@@ -313,7 +302,8 @@ def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, f
 
     UsageError if its file is damaged."""
     if folder is None:
-        zeros = [torch.zeros_like(t) for t in mutable(state)[len(state.firsts) :]]
+        # Adam's begin at 0; these zeros take no memory.
+        zeros = [torch.zeros((), device=t.device).expand_as(t) for t in mutable(state)[len(state.firsts) :]]
         saved = {"state": [*state.firsts, *zeros], "step": 0, "baselines": {}}
     else:
         try:
@@ -351,51 +341,35 @@ def load_state(
     packs = check_arithmetic(first, probe.ids)
     policy = (lora.with_adapter(first, config.lora_rank, config.seed) if config.lora_rank else load()).train()
     masters, adam = optimizer(config, policy)
-    state = State(
-        tokenizer=tokenizer,
-        policy=policy,
-        start=first,
-        firsts=[m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters()),
-        masters=masters,
-        adam=adam,
-        probe=probe,
-        probed=probe.first,
-        packs=packs,
-        lora_rank=config.lora_rank,
-    )
-    return begin(state, folder)
+    firsts = [m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters())
+    return begin(State(tokenizer, policy, first, firsts, masters, adam, probe, packs, config.lora_rank), folder)
 
 
 def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> State:
     """The state of a user's own adapter on the shared base: from their checkpoint in `folder`, or new."""
     policy = lora.with_adapter(shared.start, config.lora_rank, config.seed).train()
     masters, adam = optimizer(config, policy)
-    state = replace(shared, policy=policy, masters=masters, adam=adam, kept=[], owner=owner, step=0, baselines={})
-    return begin(replace(state, probed=shared.probe.first), folder)
+    return begin(replace(shared, policy=policy, masters=masters, adam=adam, kept=[], owner=owner), folder)
 
 
 def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], torch.optim.Adam]:
     """fp32 masters of the trained tensors, with zero gradients, and their Adam."""
     masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
-    sync_bf16(masters, policy)
-    for p, master in zip(trained(policy).values(), masters, strict=True):
-        master.grad = torch.zeros_like(master)
-        if p.dtype == torch.float32:
-            p.grad = master.grad  # the backward pass adds to it in place; for bf16, `accumulate_grads` does
     # fused: without temporary copies of all weights
     lr = config.lr or (3e-4 if config.lora_rank else 2.5e-5)
     adam = torch.optim.Adam(masters, lr=lr, betas=(config.beta1, config.beta2), fused=True)
-    for m in masters:  # make Adam's state now, as its first step would, so that `restore` works before that
+    for p, m in zip(trained(policy).values(), masters, strict=True):
+        m.grad = torch.zeros_like(m)
+        if p.dtype == torch.float32:
+            p.grad = m.grad  # the backward pass adds to it in place; for bf16, `accumulate_grads` does
+        # Make Adam's state now, as its first step would, so that `restore` works before that.
         step = torch.zeros((), device=m.device)
         adam.state[m] = {"step": step, "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
     return masters, adam
 
 
 def begin(state: State, folder: Path | None) -> State:
-    """Load the checkpoint in `folder`, if there is one, and take the first snapshot."""
-    if folder:
-        step, baselines = load_checkpoint(state, folder)
-        commit(state, step, baselines, state.probe.measure(state.policy))
-    else:
-        snapshot(state)
+    """Load the checkpoint in `folder` (None: the starting weights), and take the first snapshot."""
+    step, baselines = load_checkpoint(state, folder)
+    commit(state, step, baselines, state.probe.measure(state.policy) if folder else state.probe.first)
     return state

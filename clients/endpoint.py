@@ -16,12 +16,8 @@ import openai
 
 TRIES = 3  # for a turn that the judge refuses
 BAD_REQUEST = (openai.BadRequestError, openai.UnprocessableEntityError)
-# Request fields that endpoints may refuse, in the order in which they are dropped -> what is sent instead.
-INSTEAD: dict[str, Callable[[Any], dict]] = {
-    "max_tokens": lambda tokens: {"max_completion_tokens": tokens},
-    "temperature": lambda _: {},
-    "n": lambda _: {},
-}
+HOPELESS = (400, 401, 403, 404, 422, 429)  # an immediate retry won't help
+OPTIONAL = ("max_tokens", "temperature", "n")  # an endpoint may refuse them; in the order in which they are dropped
 
 
 class JudgeError(RuntimeError):
@@ -90,7 +86,7 @@ class Endpoint:
     timeout_s: float = 60
     retries: int = 2
     backoff_s: float = 1
-    refused: frozenset[str] = frozenset()  # of INSTEAD
+    refused: frozenset[str] = frozenset()  # of OPTIONAL
 
     def __post_init__(self) -> None:
         self.client = self.client.with_options(max_retries=0)  # `with_retries` also covers bad and slow replies
@@ -103,11 +99,12 @@ class Endpoint:
         refused = list(self.refused)
         while True:
             fields = {k: v for k, v in request.items() if k not in refused}
-            fields |= {k: v for name in refused if name in request for k, v in INSTEAD[name](request[name]).items()}
+            if "max_tokens" in refused:  # newer endpoints have another name for it
+                fields["max_completion_tokens"] = request["max_tokens"]
             try:
                 reply = await self.client.chat.completions.create(model=self.model, **fields)
             except BAD_REQUEST as e:
-                left = [name for name in INSTEAD if name in fields]
+                left = [name for name in OPTIONAL if name in fields]
                 said = re.sub(r"\\+[a-z]", " ", e.response.text)  # JSON's "\n" for a newline does not name n
                 named = [name for name in left if re.search(rf"\b{name}\b", said)]
                 if not (named or left and not request["extra_body"]):
@@ -140,9 +137,7 @@ class Endpoint:
                     continue
                 failures += 1
                 status = error.status_code if isinstance(error, openai.APIStatusError) else 0
-                if status in (400, 401, 403, 404, 422, 429):
-                    failures = self.retries + 1  # an immediate retry won't help
-                if failures > self.retries:
+                if failures > self.retries or status in HOPELESS:
                     of_turn = bad_request or not isinstance(error, openai.APIError | TimeoutError)
                     header = error.response.headers.get("retry-after", "") if status else ""
                     wait = float(header) if re.fullmatch(r"\d{1,6}(\.\d+)?", header) else 0.0

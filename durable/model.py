@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from durable.atomic import replacing
 from durable.errors import UsageError
@@ -59,8 +59,7 @@ def check_folder(folder: Path, advice: str = "") -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = without_weights(config)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as e:  # transformers may raise these
         raise UsageError(
             f"{folder} can't be loaded by transformers: {str(e).splitlines()[0] if str(e) else e!r}"
@@ -79,6 +78,12 @@ def check_folder(folder: Path, advice: str = "") -> None:
             f"{folder}: transformers and the weight files have different tensors, so the engine could not take an "
             f"update ({len(odd)} such as {odd[0]})"
         )
+
+
+def without_weights(shape: PretrainedConfig) -> PreTrainedModel:
+    """A model of this shape that takes no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape)
 
 
 def fingerprint(folder: Path) -> str:

@@ -31,7 +31,8 @@ def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
             f"head (scaled, capped or shifted: log-probs differ by {gap:.2g})"
         )
     most_tokens = 2 * len(ids)  # so that all is in one row
-    row = next(grpo.unscored([t[:1] for t in texts], [t[1:] for t in texts], most_tokens, model.device, most_tokens))
+    answers = [grpo.Answer(t[:1], t[1:]) for t in texts]
+    row = next(grpo.collate(answers, most_tokens, most_tokens, model.device))
     packed = grpo.response_logps(model, row).cpu()  # (N,)
     order = row["sample"].unique_consecutive().tolist()
     packs = (packed - torch.cat([alone[i] for i in order])).abs().max().item() <= most

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 import lora
+from durable.model import without_weights
 
 VERSIONS = 4  # of a shared adapter, in one batch of the engine; a request for another version waits
 USERS = 16  # with their own adapters in the engine and the trainer; those used least recently are only on disk
@@ -61,7 +62,7 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
 
 def parameters(shape: PretrainedConfig, lora_rank: int) -> tuple[int, int]:
     """The parameter counts of the model, and of its adapter: rank * (in + out) for each linear layer but the head."""
-    model = lora.without_weights(shape)
+    model = without_weights(shape)
     total = sum(p.numel() for p in model.parameters())
     return total, lora_rank * sum(m.in_features + m.out_features for m in lora.adapted_layers(model).values())
 

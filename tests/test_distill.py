@@ -85,8 +85,9 @@ def slow_logps(model, prompt, response, temperature=1.0):
 
 def taught_row(model, k):
     prompts, responses, draw = samples()
-    zeros, temperatures = [[0.0] * len(r) for r in responses], [1.0, 0.7, 1.3]
-    row = next(grpo.collate(prompts, responses, zeros, [0.0] * 3, temperatures, 1000))
+    temperatures = [1.0, 0.7, 1.3]
+    asked = zip(prompts, responses, temperatures, strict=True)
+    row = next(grpo.collate([grpo.Answer(p, r, temperature=t) for p, r, t in asked], 1000))
     hidden, head = grpo.response_hidden(model, row).detach(), model.get_output_embeddings().weight
     ids = distill.top_k(hidden, head, k) if k else row["target"][:, None]
     return row, ids, prompts, responses, temperatures, draw
@@ -96,7 +97,7 @@ def taught_row(model, k):
 def test_ids_and_teacher_are_what_separate_passes_say(model, k):
     row, ids, prompts, responses, temperatures, draw = taught_row(model, k)
     hinted = {0: [draw(12)], 2: [draw(30)]}
-    states = {i: grpo.read(model, hinted[i], [responses[i]], 1000, 0) for i in hinted}
+    states = {i: grpo.read(model, [grpo.Answer(hinted[i][0], responses[i])], 1000, 0) for i in hinted}
     teacher, taught = distill.teach(model.get_output_embeddings().weight, row, ids, states, torch.zeros(ids.shape))
     assert teacher.shape == ids.shape and taught.shape == (33,)
     for i in range(3):
@@ -133,7 +134,7 @@ def test_of_several_hints_the_one_is_taken_that_moves_the_teacher_furthest(model
     assert abs(moved[2]) < 1e-4 and len(set(moved)) == 4
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
         best = max(order, key=moved.__getitem__)
-        states = {2: grpo.read(model, [candidates[i] for i in order], [responses[2]] * 4, 1000, 1000)}
+        states = {2: grpo.read(model, [grpo.Answer(candidates[i], responses[2]) for i in order], 1000, 1000)}
         teacher, taught = distill.teach(model.get_output_embeddings().weight, row, ids, states, plain)
         torch.testing.assert_close(teacher[here], logps[best], atol=1e-4, rtol=1e-4)
         assert torch.equal(taught, here.float())

@@ -129,6 +129,10 @@ def batch(seed=0, temperatures=(1.0, 0.7, 1.3)):
     return prompts, responses, old, [1.0, -0.5, 0.7], list(temperatures)
 
 
+def answers(samples):
+    return [grpo.Answer(*sample) for sample in zip(*samples, strict=True)]
+
+
 def slow_logps(model, prompt, response, temperature):
     """One sample alone, all logits, the textbook way. (T,)"""
     logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float() / temperature
@@ -144,8 +148,8 @@ def response_logps(model, row, chunk):
 def loss_and_gradients(model, samples, limit, chunk=256, tree=0, apart=False):
     model = copy.deepcopy(model)
     n, total = sum(map(len, samples[1])), 0.0
-    batches = [[[x] for x in sample] for sample in zip(*samples, strict=True)] if apart else [samples]
-    for row in [row for batch in batches for row in grpo.collate(*batch, limit, tree=tree)]:
+    batches = [[answer] for answer in answers(samples)] if apart else [answers(samples)]
+    for row in [row for batch in batches for row in grpo.collate(batch, limit, tree)]:
         logp = response_logps(model, row, chunk)
         loss = grpo.ppo_clip_loss(logp, row["old_logp"], row["adv"], LOW, HIGH, DUAL).sum() / n
         loss.backward()
@@ -156,7 +160,7 @@ def loss_and_gradients(model, samples, limit, chunk=256, tree=0, apart=False):
 @pytest.mark.parametrize("limit", [1, 40, 1000])
 def test_logps_equal_the_textbook_ones(model, limit):
     prompts, responses, old, advs, temperatures = samples = batch()
-    for row in grpo.collate(*samples, limit):
+    for row in grpo.collate(answers(samples), limit):
         logp = response_logps(model, row, chunk=4)
         for i in set(row["sample"].tolist()):
             mine = row["sample"] == i
@@ -235,7 +239,7 @@ def test_a_tree_gives_the_loss_and_gradient_of_separate_rows(model, kind, tokens
     for name, g in gradients.items():
         torch.testing.assert_close(other[name], g, atol=1e-5, rtol=1e-3)
     if limit == 1000:  # all in a row
-        assert sum(row["ids"].numel() for row in grpo.collate(*samples, limit, tree=1000)) == tokens
+        assert sum(row["ids"].numel() for row in grpo.collate(answers(samples), limit, 1000)) == tokens
 
 
 def test_a_tree_is_grown_where_it_is_cheaper_and_has_room():
@@ -251,10 +255,10 @@ def test_a_tree_is_grown_where_it_is_cheaper_and_has_room():
 
 
 def test_a_pass_that_reads_gives_what_each_sample_alone_gives(model):
-    prompts, responses = everything(drawn())
-    for found, p, r in zip(grpo.read(model, prompts, responses, 40, 1000), prompts, responses, strict=True):
+    samples = answers(everything(drawn()))
+    for found, answer in zip(grpo.read(model, samples, 40, 1000), samples, strict=True):
         with torch.no_grad():
-            alone = grpo.response_hidden(model, grpo.alone(p, r, "cpu"))
+            alone = grpo.response_hidden(model, grpo.alone(answer.prompt, answer.response, "cpu"))
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
 
 
@@ -286,7 +290,7 @@ def test_gradient_equals_the_textbook_one(model):
 def test_the_stop_token_is_trained(model):
     """With only the last position carrying a signal, its probability moves."""
     prompts, responses, _, _, _ = batch()
-    row = next(grpo.collate(prompts[:1], responses[:1], [[0.0] * 10], [1.0], [1.0], 1000))
+    row = next(grpo.collate([grpo.Answer(prompts[0], responses[0], [0.0] * 10, 1.0)], 1000))
     assert row["target"][-1] == 256
     logp = grpo.response_logps(model, row)
     (gradient,) = torch.autograd.grad(-logp[-1], model.get_output_embeddings().weight)
@@ -302,4 +306,4 @@ def test_rows_hold_what_fits_and_nothing_is_cut():
 
 def test_a_sample_that_does_not_join_is_an_error():
     with pytest.raises(ValueError, match="log-probs"):
-        list(grpo.collate([[1]], [[2, 3]], [[0.0]], [1.0], [1.0], 10))
+        list(grpo.collate([grpo.Answer([1], [2, 3], [0.0])], 10))

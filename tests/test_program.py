@@ -229,7 +229,7 @@ async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_mode
 
 async def test_a_judge_that_writes_hints_keeps_to_the_form(program):
     """The random model under the judge's constraint: NONE, or a line long enough."""
-    messages = chat_judge.hint_messages("q", "a", [user("No, too long.")])
+    messages = chat_judge.few_shot(chat_judge.HINT_RULES, chat_judge.HINT_EXAMPLES, "q", "a", [user("No, too long.")])
     judge = chat_judge.ChatJudge(client(program, BOB), "policy", votes=8)
     written = await judge.samples(messages, str, 1.0, chat_judge.HINT_PATTERN)
     assert [text for text in written if not re.fullmatch(r"NONE|[A-Z][^\n]{10,300}", text)] == []

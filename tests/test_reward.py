@@ -28,7 +28,7 @@ import chat_judge
 import grpo
 import reward
 import run
-from clients.endpoint import INSTEAD, Health, JudgeError
+from clients.endpoint import OPTIONAL, Health, JudgeError
 from durable import journal
 from durable.model import model_folder
 from evaluation.people import PEOPLE, THANKS, WRONG
@@ -260,7 +260,7 @@ def test_a_request_that_is_refused_in_every_form_keeps_every_form() -> None:
     fields = [*ALL_FIELDS]
     with endpoint(play) as (client, seen), pytest.raises(JudgeError, match="400"):
         ask(client, score_fields=fields)
-    assert len(seen) == 4 + len(INSTEAD) and fields == ALL_FIELDS
+    assert len(seen) == 4 + len(OPTIONAL) and fields == ALL_FIELDS
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ for p in model.parameters():
     p.grad = torch.zeros_like(p)
 model.gradient_checkpointing_enable({"use_reentrant": False})
 answers = [[2 + i] * (600 // branches) for i in range(branches)]
-row = next(grpo.unscored([[1] * (tokens - 600)] * branches, answers, 256, "cpu", tokens))
+row = next(grpo.collate([grpo.Answer([1] * (tokens - 600), answer) for answer in answers], 256, tokens))
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 2**20  # GiB
 before = peak()  # (ru_maxrss would be that of the process we were forked from)
 grpo.response_logps(model, row).sum().backward()
