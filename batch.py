@@ -22,7 +22,7 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
     if "" in p.paused:
         return []
     now, size, steps = asyncio.get_running_loop().time(), p.config.batch_size, p.steps()
-    queued, batches, unfit = journal.queued(p.db), defaultdict[str, list](list), []
+    queued, batches, unfit, failed = journal.queued(p.db), defaultdict[str, list](list), [], []
     p.judged_at = {turn["id"]: p.judged_at.get(turn["id"], now) for turn in queued}
     # Turns over their user's share come last: a batch is filled with them if nobody else's wait.
     for turn in sorted(queued, key=lambda turn: turn["newer"] >= max(1.0, p.config.user_share * size)):
@@ -33,7 +33,7 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
         if why_not := guard.reject_reason(turn, batches[owner], steps.get(owner, 0), p.config):
             unfit.append((turn["id"], why_not))
         elif turn["attempts"] >= journal.ALONE_AFTER:
-            return [turn]
+            failed.append(turn)
         else:
             batches[owner].append(turn)
     for turn_id, why_not in unfit:
@@ -47,7 +47,7 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
     for owner in sorted(newest.keys() - p.states, key=newest.get) + list(p.states):  # the last trained is last
         if owner in newest and (len(batches[owner]) == size or newest[owner] + wait <= now):
             return batches[owner]
-    return []
+    return failed[:1]  # alone, and after all others: it may fail again
 
 
 async def prepare_lessons(

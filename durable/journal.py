@@ -91,7 +91,8 @@ FORMAT = 8  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of `readable` to decode for a Turn
 AS_BYTES = {"response_ids": np.int32, "logprobs": np.float32}
 LOOKED_AT = 2000  # queued turns, for a batch
-ALONE_AFTER = 2  # failed steps after which a turn is trained on alone; see `requeue`
+ALONE_AFTER = 2  # failed steps after which a turn is trained on alone, and a failure is taken for its own
+DEATHS = 5  # steps in which the program may die before that: it may have been killed, and not by the turn
 RESERVE = 64 << 20  # bytes of disk space kept for verdicts and SQLite's own work; see `has_disk_space`
 
 
@@ -346,13 +347,13 @@ def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
         return samples
 
 
-def requeue(db: sqlite3.Connection, error: str) -> None:
-    """Queue turns in training again, whose step failed or died with the program. A turn that failed in a batch of its
-    own, after ALONE_AFTER failures with others, is dropped: it must be the cause."""
+def requeue(db: sqlite3.Connection, error: str, most: int = ALONE_AFTER) -> None:
+    """Queue turns in training again, whose step failed or died with the program. A turn with more than `most` failed
+    steps is dropped: it must be the cause."""
     with transaction(db):
         db.execute(
             "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'training' AND attempts > ?",
-            (f"set aside, since training fails on it: {error}", ALONE_AFTER),
+            (f"set aside, since training fails on it: {error}", most),
         )
         db.execute("UPDATE turns SET state = 'queued' WHERE state = 'training'")
 
@@ -430,7 +431,7 @@ def recover(db: sqlite3.Connection) -> None:
     """At the start: queue the turns again that were trained on after the current checkpoints, since those weights are
     lost, and the turns that were in training."""
     with transaction(db):
-        requeue(db, "the program died in the step")
+        requeue(db, "the program died in the step", DEATHS)
         users = db.execute("SELECT DISTINCT user FROM counters WHERE state = 'trained'").fetchall()
         for (user,) in users:
             db.execute(

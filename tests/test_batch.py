@@ -173,10 +173,22 @@ async def test_a_turn_that_training_fails_on_is_found_and_set_aside_and_its_neig
         else:  # a start after a crash
             journal.recover(p.db)
             p.db.execute("UPDATE turns SET state = 'trained' WHERE step IS NOT NULL")
-        assert steps < 10
+        assert steps < 20
     found = {r["id"]: (r["state"], r["reason"]) for r in p.db.execute("SELECT * FROM turns")}
     assert {i for i, (state, _) in found.items() if state == "trained"} == {"t1", "t3", "t4"}
     assert found["poison"][0] == "dropped" and found["poison"][1].startswith("set aside, since training fails on it")
+
+
+async def test_kills_in_the_same_step_lose_no_turn_and_others_come_first(start):
+    p = start(batch_size=1)
+    judged(p, "t1")
+    for _ in range(journal.DEATHS):
+        assert await taken(p) == ["t1"]
+        journal.recover(p.db)
+    judged(p, "t2")
+    assert [await taken(p), await taken(p)] == [["t2"], ["t1"]]
+    journal.recover(p.db)
+    assert journal.counts(p.db) == {"queued": 1, "dropped": 1}
 
 
 async def test_crashes_and_stops_that_are_nobodys_fault_lose_no_turn(start):
