@@ -114,9 +114,9 @@ class Config(Service, Engine, Judge, Turns, Step, Losses):
         limit(lambda value: value < 1, "less than 1", "beta1", "beta2")
         limit(lambda value: value <= 512, "at most 512, vLLM serves no more", "lora_rank")
         limit(lambda value: value <= 65535, "at most 65535", "port")
-        limit(lambda value: value <= 1, "a part from 0 to 1", "user_share", "truncated_share")
+        limit(lambda value: value <= 1, "a fraction from 0 to 1", "user_share", "truncated_share")
         least = 1 / self.batch_size
-        limit(lambda value: least <= value <= 1, f"a part from {least:g} to 1", "session_share")
+        limit(lambda value: least <= value <= 1, f"a fraction from {least:g} to 1", "session_share")
         for name in ("expire", "grad_clip"):
             if not getattr(self, name):
                 raise UsageError(f"--{name}=0: expected more than 0")
@@ -145,7 +145,8 @@ Groups = make_dataclass("Groups", GROUPS.items(), frozen=True)
 
 
 def parse(argv: list[str]) -> Config:
-    """SystemExit after --help, and after a message that names an unknown option; UsageError names an invalid one."""
+    """SystemExit after --help, and after a message that names an unknown or unreadable option. UsageError names an option
+    with an invalid value."""
     description = "Serve a model, and train it on its conversations."
     groups = tyro.cli(tyro.conf.OmitArgPrefixes[Groups], args=argv, use_underscores=True, description=description)
     return Config(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})

@@ -132,7 +132,8 @@ class Program:
         out, owner, step = Path(self.config.out), state.owner, state.step
         if step == journal.saved_step(self.db, owner):
             return
-        size = trainer.saved_bytes(state) + journal.RESERVE
+        # For each weight a bf16 and three fp32 numbers
+        size = 14 * sum(m.numel() for m in state.masters) + journal.RESERVE
         try:
             folder = checkpoint.folder_of(out, owner, step)
             await self.on_trainer(checkpoint.write, folder, size, lambda folder: trainer.save(state, folder))

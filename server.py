@@ -51,7 +51,7 @@ MIN_TEMPERATURE = 0.3  # below it, rounding alone changes log-probs by more than
 class Asked:
     """What the HTTP side knows about the request that the engine is about to answer."""
 
-    user: User  # whose key it has
+    user: User  # whose key came with it
     path: str
     messages: list[dict]  # for other APIs than chat: the chat messages that vLLM makes, see `note_rendered`
     template: dict  # the TEMPLATE_FIELDS that it has
@@ -251,7 +251,7 @@ class Recorder:
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # only the sampled token's; the client doesn't see it
-        # What the turns of all choices have in common
+        # What all choices' turns share
         shared = {"session": session, "user": request.user.name, "messages": request.messages}
         shared |= {"template": request.template, **keys_of(request.messages)}
         delta = sampling_params.output_kind.name == "DELTA"

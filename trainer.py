@@ -291,18 +291,13 @@ def save(state: State, folder: Path) -> None:
     torch.save({"state": state.kept, "step": state.step, "baselines": state.baselines}, folder / "trainer.pt")
 
 
-def saved_bytes(state: State) -> int:
-    """The size of a checkpoint in bytes: for each weight a bf16 and three fp32 numbers."""
-    return 14 * sum(m.numel() for m in state.masters)
-
-
 def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, float]]:
     """Load a checkpoint (None: the starting weights) into the masters, Adam and the policy. Returns its step and
     baselines. Until `commit`, `restore` undoes this.
 
     UsageError if its file is damaged."""
     if folder is None:
-        # Adam's begin at 0; these zeros take no memory.
+        # Adam's state begins at 0; these zeros take no memory.
         zeros = [torch.zeros((), device=t.device).expand_as(t) for t in mutable(state)[len(state.firsts) :]]
         saved = {"state": [*state.firsts, *zeros], "step": 0, "baselines": {}}
     else:

@@ -1,5 +1,5 @@
-"""What particular clients add to messages: text around a person's words, and requests of their own; and how they name
-a session. Nothing depends on this being complete: see sessions.py."""
+"""Particular clients: the text they add around a person's words, the requests they make themselves, and how they name a
+session. Nothing depends on this being complete: see sessions.py."""
 
 import json
 import re

@@ -91,8 +91,8 @@ FORMAT = 8  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of `readable` to decode for a Turn
 AS_BYTES = {"response_ids": np.int32, "logprobs": np.float32}
 LOOKED_AT = 2000  # queued turns, for a batch
-ALONE_AFTER = 2  # failed steps after which a turn is trained on alone, and a failure is taken for its own
-DEATHS = 5  # steps in which the program may die before that: it may have been killed, and not by the turn
+ALONE_AFTER = 2  # failed steps after which a turn is trained on alone, and blamed for the next failure
+DEATHS = 5  # steps in which the program may die before the turn is blamed: something else may have killed it
 RESERVE = 64 << 20  # bytes of disk space kept for verdicts and SQLite's own work; see `has_disk_space`
 
 
@@ -348,8 +348,8 @@ def begin_step(db: sqlite3.Connection, turn_ids: list[str]) -> list[Sample]:
 
 
 def requeue(db: sqlite3.Connection, error: str, most: int = ALONE_AFTER) -> None:
-    """Queue turns in training again, whose step failed or died with the program. A turn with more than `most` failed
-    steps is dropped: it must be the cause."""
+    """Queue turns in training again, whose step failed or died with the program. A turn with more than `most`
+    unfinished steps is dropped: it must be the cause."""
     with transaction(db):
         db.execute(
             "UPDATE turns SET state = 'dropped', reason = ? WHERE state = 'training' AND attempts > ?",

@@ -13,6 +13,7 @@ per second, and smaller for times.
 import asyncio
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -71,7 +72,6 @@ def running(command: list[str], log: Path, url: str) -> Iterator[subprocess.Pope
 def servers(scratch: Path, model: str) -> dict[str, tuple[list[str], str]]:
     """Name -> command and address: run.py, and vLLM's server with the flags that run.py gives its engine."""
     common = {"max-model-len": 2048, "max-num-seqs": 64, "seed": 0}
-    common["dtype"] = str(speed_step.DTYPES[speed_step.faster_dtype(model)[0]]).removeprefix("torch.")
     common |= {"kv-cache-memory-bytes": 1 << 30, "logprobs-mode": "processed_logprobs", "generation-config": "vllm"}
     (scratch / "serve.py").write_text(VLLM)
     theirs = [sys.executable, str(scratch / "serve.py"), f"--model={model}", "--served-model-name=policy"]
@@ -137,17 +137,24 @@ def summary(found: Load) -> dict[str, float]:
 async def measure_serving(o: Options, scratch: Path, model: str) -> dict[str, Any]:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0"  # as run.py does on two cores
     (theirs, their_url), (ours, our_url) = servers(scratch, model).values()
+    log = scratch / "serve.log"
+    with running(ours, log, our_url):
+        dtype = re.search(r"serving and training in (\w+)", log.read_text())[1]
+        with running([*theirs, f"--dtype={dtype}"], scratch / "vllm.log", their_url):
+            return await measure_streams(o, their_url, our_url)
+
+
+async def measure_streams(o: Options, their_url: str, our_url: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    with running(theirs, scratch / "vllm.log", their_url), running(ours, scratch / "serve.log", our_url):
-        await settled(our_url)
-        for streams in STREAMS:
-            found[str(streams)] = {"vLLM": [], "ours": []}
-            for k in range(o.rounds + 1):
-                for name, url in (("vLLM", their_url), ("ours", our_url)):
-                    measured = summary(await load(url, streams, max(2, 16 // streams)))
-                    if k:  # the first round warms up
-                        found[str(streams)][name].append(measured)
-                        print(streams, name, measured, flush=True)
+    await settled(our_url)
+    for streams in STREAMS:
+        found[str(streams)] = {"vLLM": [], "ours": []}
+        for k in range(o.rounds + 1):
+            for name, url in (("vLLM", their_url), ("ours", our_url)):
+                measured = summary(await load(url, streams, max(2, 16 // streams)))
+                if k:  # the first round warms up
+                    found[str(streams)][name].append(measured)
+                    print(streams, name, measured, flush=True)
     return found
 
 

@@ -1,4 +1,4 @@
-"""One training step of TRL's AsyncGRPOTrainer on given samples, timed. evaluation/speed.py runs it in a venv with TRL.
+"""One training step of TRL's AsyncGRPOTrainer on given samples, timed. speed_step.py runs it in a venv with TRL.
 
     PEER/bin/python evaluation/trl_step.py SAMPLES MODEL bf16|fp32
 

@@ -41,6 +41,9 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
     if setting.adapters == "user":  # the initial one, each user's, and one more until another is evicted
         trained *= USERS + 2
     cpu = setting.device == "cpu"
+    in_engine = in_a_batch(setting.adapters)
+    if cpu:  # the engine also keeps the adapters that are not in a batch
+        in_engine += 2 * USERS + 1 if setting.adapters == "user" else VERSIONS
     device = {
         "policy": weights * width,
         "starting weights": 0 if adapter else weights * width,  # with an adapter: the policy without it
@@ -50,9 +53,7 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
         "Adam": 8 * trained,
         "row": width * row_numbers(shape, setting) + 24 * 256 * shape.get_text_config().vocab_size,
         # On a CPU the engine also packs its own copy of the weights.
-        "engine": (2 if cpu else 1) * width * weights
-        + width * in_a_batch(setting.adapters) * adapter
-        + (0 if cpu else 2 * 2**30),
+        "engine": (2 if cpu else 1) * width * weights + width * in_engine * adapter + (0 if cpu else 2 * 2**30),
     }
     host = {"snapshot": 12 * trained, "processes": 2 * 2**30}
     host |= {"pushed copy": 2 * trained} if cpu else {"loading": 2 * weights}

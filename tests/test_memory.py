@@ -31,6 +31,8 @@ def test_an_adapter_needs_no_second_model_no_adam_of_it_and_no_snapshot():
     assert lora[0]["Adam"] + lora[0]["masters"] + lora[1]["snapshot"] < 2
     on_cpu, host = memory.needs(shape("0.5B"), setting("cpu"))
     assert {"snapshot", "processes", "engine"} < on_cpu.keys() and not host
+    assert memory.needs(shape("0.5B"), setting("cpu", width=4))[0]["engine"] == pytest.approx(2 * on_cpu["engine"])
+    assert full[0]["engine"] == pytest.approx(full[0]["policy"] + 2)
 
 
 def test_a_packed_row_is_as_long_as_costs_no_more_than_the_longest_sample():

@@ -2,6 +2,7 @@
 
 import asyncio
 import resource
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,12 +20,14 @@ from tests.conftest import make_tiny_model
 BOUND = 0.05
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied"])  # with an engine in fp32, and in bf16
 async def served(request, tmp_path_factory):
     """An engine, and the trainer's copy of its weights."""
     folder = make_tiny_model(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
     config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1)
-    engine = swap.start_engine(swap.engine_args(config, folder, make_plan(config, folder)))
+    dtype = torch.float32 if request.param == "tied" else torch.bfloat16
+    plan = replace(make_plan(config, folder), dtype=dtype)
+    engine = swap.start_engine(swap.engine_args(config, folder, plan))
     await engine.update_weight_version("0")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
