@@ -145,8 +145,8 @@ Groups = make_dataclass("Groups", GROUPS.items(), frozen=True)
 
 
 def parse(argv: list[str]) -> Config:
-    """SystemExit after --help, and after a message that names an unknown or unreadable option. UsageError names an option
-    with an invalid value."""
+    """SystemExit after --help, and after a message that names an unknown or unreadable option. UsageError names an
+    invalid one."""
     description = "Serve a model, and train it on its conversations."
     groups = tyro.cli(tyro.conf.OmitArgPrefixes[Groups], args=argv, use_underscores=True, description=description)
     return Config(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})

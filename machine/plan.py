@@ -88,7 +88,7 @@ def with_cache(
     device, host = memory.needs(shape, setting)
     left = free - sum(device.values())
     if setting.device == "cpu":
-        cache = engine_memory or min(4.0, max(0.25 * setting.width, left / 4))
+        cache = engine_memory or min(4.0, max(0.5, left / 4))
     else:
         cache = max(1.0, engine_memory - device["engine"] if engine_memory else left - 0.1 * free)
     return device | {"KV cache": cache}, host
