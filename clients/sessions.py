@@ -50,7 +50,9 @@ def words_of(message: dict) -> str:
 
 def without_thinking(text: str) -> str:
     """The text after its <think> block, which clients don't send back. Some chat templates open it in the prompt."""
-    return text[max(at + len(mark) if (at := text.rfind(mark)) >= 0 else 0 for mark in ("</think>", "[/THINK]")) :]
+    for mark in ("</think>", "[/THINK]"):
+        text = text.rpartition(mark)[2]
+    return text
 
 
 def is_own_request(message: dict) -> bool:
