@@ -157,8 +157,9 @@ async def test_no_step_begins_that_was_chosen_before_a_pause_or_a_rollback(start
         await asyncio.wait_for(loop, 5)
 
 
-async def test_a_turn_that_training_fails_on_is_found_and_set_aside_and_its_neighbours_are_trained(start):
-    """Of four turns one makes each step fail: at times by an error, at times the program dies."""
+@pytest.mark.parametrize(("dies", "most"), [(False, 10), (True, 16)])
+async def test_a_turn_that_training_fails_on_is_found_and_set_aside_and_its_neighbours_are_trained(start, dies, most):
+    """Of four turns one makes each step fail, by an error or because the program dies."""
     p = start()
     judged(p, "t1", "poison", "t3", "t4")
     steps = 0
@@ -168,12 +169,12 @@ async def test_a_turn_that_training_fails_on_is_found_and_set_aside_and_its_neig
         steps += 1
         if "poison" not in ids:
             journal.mark_trained(p.db, ids, steps)
-        elif steps % 2:
+        elif not dies:
             journal.requeue(p.db, "RuntimeError: no memory")
         else:  # a start after a crash
             journal.recover(p.db)
             p.db.execute("UPDATE turns SET state = 'trained' WHERE step IS NOT NULL")
-        assert steps < 20
+        assert steps < most
     found = {r["id"]: (r["state"], r["reason"]) for r in p.db.execute("SELECT * FROM turns")}
     assert {i for i, (state, _) in found.items() if state == "trained"} == {"t1", "t3", "t4"}
     assert found["poison"][0] == "dropped" and found["poison"][1].startswith("set aside, since training fails on it")

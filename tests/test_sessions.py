@@ -625,7 +625,7 @@ def test_thousands_of_assistant_messages_in_a_row_cost_bounded_work(db):
     ask(db, [HELLO], HI["content"])
     begun = time.process_time()
     sessions.find_turns(db, "ann", [HELLO, *[bot(f"part {k}") for k in range(9000)], MORE])
-    assert time.process_time() - begun < 0.5
+    assert time.process_time() - begun < 0.2
 
 
 def test_the_time_to_find_a_turn(db):
