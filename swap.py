@@ -40,13 +40,33 @@ for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.i
     os.environ.setdefault(name, value)
 
 PR_SET_PDEATHSIG = 1
+ENGINE_CORES = "VLLM_CPU_OMP_THREADS_BIND"  # the cores that the worker computes on, e.g. "0,1"
+
+
+def end_with_parent() -> None:
+    """Have this process killed when its parent dies. Otherwise `VLLM::EngineCore` and `VLLM::Worker` live on as
+    orphans after a kill -9."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def begin_worker(cores: list[int]) -> None:
+    """In a worker that was just forked: a fork inherits neither of these."""
+    end_with_parent()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+
 
 if multiprocessing.current_process().name != "MainProcess":
     # vLLM's spawned processes import this file too (through run.py as their main module, or for the worker extension
-    # below). Without this, `VLLM::EngineCore` and `VLLM::Worker` live on as orphans if we are killed with -9.
-    # multiprocessing.parent_process() would not do: it is still None while a child imports its main module.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # below). multiprocessing.parent_process() would not do: it is still None while a child imports its main module.
+    end_with_parent()
     os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
+    if cores := os.environ.get(ENGINE_CORES):
+        # On a CPU vLLM spawns its worker, which imports everything once more (10 s and 200 MiB). A fork is as safe:
+        # this process, the engine's core, has not used OpenMP's threads, which a child can't use again. But OpenMP
+        # doesn't read its variables again after a fork, so vLLM can't bind the worker to its cores.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        os.register_at_fork(after_in_child=lambda: begin_worker([int(core) for core in cores.split(",")]))
 
 
 class PushError(RuntimeError):
@@ -194,7 +214,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
         layers = {name.rpartition(".")[2] for name in lora.adapted_layers(model)}
         switches += ["--lora-target-modules", *sorted(layers)]
     if plan.device == "cpu":
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.engine_cores))
+        os.environ[ENGINE_CORES] = ",".join(map(str, plan.engine_cores))
         flags |= {"kv-cache-memory-bytes": int(plan.engine * 2**30)}
         switches += ["--enforce-eager"]  # compiling takes 95 s at the start and gains 10 % on a small model
     else:
