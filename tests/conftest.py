@@ -1,4 +1,4 @@
-"""A tiny random model made on the spot, and the real program serving it: nothing that must work is mocked."""
+"""Fixtures: a tiny random model, and the real program that serves it. Nothing under test is mocked."""
 
 import json
 import os
@@ -83,7 +83,7 @@ class Program:
         self.model, self.out, self.port = model, out, free_port()
         out.mkdir(parents=True, exist_ok=True)
         values = {"model": model, "out": out, "port": self.port, "max_model_len": 2048, "engine_memory": 0.5}
-        values |= {"batch_wait": 0} | config  # tests count on full batches
+        values |= {"batch_wait": 0} | config  # tests expect full batches
         self.url = f"http://127.0.0.1:{self.port}"
         if keys := values.pop("key", "").split(",") if "key" in values else []:  # "user:key,user:key"
             write_private(out / "keys", "\n".join(keys))
@@ -93,7 +93,7 @@ class Program:
                 [sys.executable, str(ROOT / "run.py"), *[f"--{k}={v}" for k, v in values.items()]],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a process group of its own, so that a test can send it a terminal's Ctrl-C
+                start_new_session=True,  # its own process group, so that a test can send it Ctrl-C
             )
 
     def log(self) -> str:
@@ -119,7 +119,7 @@ class Program:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def stop(self) -> float:
-        """SIGTERM; seconds until it ended."""
+        """Send SIGTERM. Return the seconds until the program ended."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.wait_end()
@@ -182,8 +182,9 @@ def fresh(tiny_model, tmp_path):
 
 @pytest.fixture(autouse=True)
 async def close_clients():
-    """Left to the garbage collector, a client's sockets are closed before the event loop's watch on their numbers is
-    taken away, and that hits whoever has the numbers by then: vLLM's sockets, in test_swap, which then wait forever."""
+    """Close the clients of each test. The garbage collector would close a client's sockets first, and only later
+    remove their file descriptors from the event loop. By then other sockets may have the same descriptors (vLLM's, in
+    test_swap). The event loop would stop watching those, and they would wait forever."""
     yield
     while talking.opened:
         await talking.opened.pop().close()

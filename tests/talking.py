@@ -58,7 +58,7 @@ async def ask(c, messages, max_tokens=12, **kwargs):
 
 
 async def rated(program, question, score=1, text="", **options):
-    """An answer with a person's feedback on it: the shortest way into a batch. Its id."""
+    """Ask a question and rate the answer: the shortest way to get a turn into a batch. Return the answer's id."""
     reply = await ask(client(program, program.key or "none"), [user(question)], **options)
     body = {"completion_id": reply.id, "score": score, "text": text}
     headers = {"Authorization": f"Bearer {program.key or 'none'}"}

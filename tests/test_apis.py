@@ -1,4 +1,4 @@
-"""The three APIs, by the packages that people use: one conversation each, streamed or not, with tools and without."""
+"""The three APIs, through their usual client packages: conversations, streamed or not, with and without tools."""
 
 import json
 import subprocess
@@ -23,8 +23,8 @@ PATH = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "require
 
 @pytest.fixture(scope="module")
 def program(tiny_model, tmp_path_factory):
-    """One of its own, which never has a batch together: what is asked here shifts nothing for the other tests."""
-    with pytest.MonkeyPatch.context() as environment:  # nothing of this may reach the program
+    """A separate program whose batch never fills, so that the requests in this file don't affect other tests."""
+    with pytest.MonkeyPatch.context() as environment:  # none of this may affect the program
         for name in ("HTTP_PROXY", "ALL_PROXY", "VLLM_API_KEY"):
             environment.setenv(name, "http://127.0.0.1:9")
         environment.setenv("VLLM_SERVER_DEV_MODE", "1")
@@ -37,14 +37,14 @@ def program(tiny_model, tmp_path_factory):
 PAGE = "http://localhost:3000"
 
 
-def test_the_environment_opens_no_endpoints(program):
+def test_environment_variables_open_no_extra_endpoints(program):
     headers = {"Authorization": f"Bearer {ALICE}"}
     for path in ("/sleep", "/collective_rpc", "/update_weights", "/reset_prefix_cache", "/v1/load_lora_adapter"):
         assert httpx.post(f"{program.url}{path}", headers=headers, json={}).status_code == 404, path
 
 
-def test_a_page_in_a_browser(program):
-    """It asks first, without a key, and must be able to read an error, too."""
+def test_a_web_page_from_an_allowed_origin_is_served(program):
+    """Its browser sends a preflight request without a key. The page must be able to read errors, too."""
     wanted = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
     asked = httpx.options(
         f"{program.url}/v1/chat/completions",
@@ -73,7 +73,7 @@ def test_a_page_in_a_browser(program):
         ({"x-api-key": ""}, 401),
     ],
 )
-def test_ways_to_send_a_key(program, headers, status):
+def test_a_key_is_read_from_authorization_or_x_api_key(program, headers, status):
     assert httpx.get(f"{program.url}/v1/models", headers=headers).status_code == status
 
 
@@ -86,7 +86,7 @@ def test_ways_to_send_a_key(program, headers, status):
         ("responses", "max_output_tokens", {}),
     ],
 )
-def test_more_tokens_than_the_context_has_means_what_fits(program, path, field, body):
+def test_max_tokens_beyond_the_context_is_reduced_to_what_fits(program, path, field, body):
     talk = [user("as long as you like")]
     body = {"model": "policy", ("input" if path == "responses" else "messages"): talk, field: 32_000} | body
     headers = {"Authorization": f"Bearer {ALICE}"}
@@ -103,8 +103,8 @@ def test_more_tokens_than_the_context_has_means_what_fits(program, path, field, 
         ("responses", {"reasoning": {"effort": "high"}}, "<think:True:high>"),
     ],
 )
-async def test_what_reaches_the_template_is_kept(program, tiny_model, path, fields, shown):
-    """Else the prompt is another one when it is rendered again, and the hint can't be used."""
+async def test_options_that_reach_the_template_are_recorded(program, tiny_model, path, fields, shown):
+    """Without them, rendering the messages again would give another prompt, and the hint could not be used."""
     limit = "max_output_tokens" if path == "responses" else "max_tokens"
     talk = [user(f"think about {path} {fields}")]
     body = {"model": "policy", ("input" if path == "responses" else "messages"): talk, limit: 4} | fields
@@ -119,13 +119,13 @@ async def test_what_reaches_the_template_is_kept(program, tiny_model, path, fiel
 
 
 def session_of(program, text):
-    """The rows of the conversation that a request with this text began, in order."""
+    """The rows of the conversation that began with a request with this text, in order."""
     (first,) = [r for r in rows(program) if text in json.dumps(json.loads(r["messages"])[-1])]
     return rows(program, "session = ?", first["session"])
 
 
 async def check(program, tiny_model, found, after):
-    """Two turns of one conversation, whose first was judged by what came after; both recorded as they were rendered."""
+    """Check two turns of a conversation: the first is judged by its next message, both have the rendered prompt."""
     first, second = found
     assert [m["role"] for m in json.loads(first["next_messages"])] == [after]
     assert first["state"] != "waiting" and second["state"] == "waiting" and second["user"] == "alice"
@@ -135,7 +135,7 @@ async def check(program, tiny_model, found, after):
         assert tokenizer.decode(ids["response_ids"], skip_special_tokens=True).rstrip("\ufffd") == row["text"].rstrip(
             "\ufffd"
         )
-        # These messages rendered once more are the prompt: else this raises.
+        # Raises unless the messages, rendered again, give the recorded prompt.
         arguments = json.loads(row["messages"]), json.loads(row["template"]), ids["prompt_ids"]
         assert await distill.hinted_prompts(client(program), *arguments, ["Be brief, please."])
 
@@ -181,8 +181,8 @@ async def test_openai_responses(program, tiny_model, stream):
 
 
 @pytest.mark.parametrize("api", ["chat", "anthropic", "responses"])
-async def test_tool_calls_and_their_results(program, tiny_model, api):
-    """The tiny model calls a tool only where it must: such an answer is no sample of the plain policy, and dropped."""
+async def test_tool_calls_and_their_results_are_recorded(program, tiny_model, api):
+    """The tiny model calls a tool only if forced to. That is not a sample of the plain policy, so RL can't use it."""
     question, c = f"use the tool, {api}", client(program)
     function = {"name": "read", "parameters": PATH, "strict": True}
     if api == "chat":
@@ -194,7 +194,7 @@ async def test_tool_calls_and_their_results(program, tiny_model, api):
         (call,) = reply.choices[0].message.tool_calls
         talk += [reply.choices[0].message.model_dump(exclude_none=True)]
         result = {"role": "tool", "tool_call_id": call.id, "content": "text of it"}
-        del options["tools"]  # with them the answer would be held to their form again
+        del options["tools"]  # with tools, the answer would be constrained to their schema again
         await c.chat.completions.create(messages=[*talk, result], **options)
         call_id = call.id
     elif api == "responses":
@@ -207,7 +207,7 @@ async def test_tool_calls_and_their_results(program, tiny_model, api):
         reply = await c.responses.create(input=talk, tool_choice={"type": "function", "name": "read"}, **options)
         (call,) = reply.output
         result = {"type": "function_call_output", "call_id": call.call_id, "output": "text of it"}
-        del options["tools"]  # with them the answer would be held to their form again
+        del options["tools"]  # with tools, the answer would be constrained to their schema again
         await c.responses.create(input=[*talk, call.model_dump(exclude_none=True), result], **options)
         call_id = call.call_id
     else:
@@ -222,7 +222,7 @@ async def test_tool_calls_and_their_results(program, tiny_model, api):
             (call,) = reply.content
             result = {"type": "tool_result", "tool_use_id": call.id, "content": "text of it"}
             talk += [{"role": "assistant", "content": [call.model_dump()]}, {"role": "user", "content": [result]}]
-            del options["tools"]  # with them the answer would be held to their form again
+            del options["tools"]  # with tools, the answer would be constrained to their schema again
             await a.messages.create(messages=talk, **options)
         call_id = call.id
     assert call_id.isalnum(), "OpenClaw would send another one back"
@@ -235,16 +235,16 @@ async def test_tool_calls_and_their_results(program, tiny_model, api):
     assert (result["role"], result["tool_call_id"], result["content"]) == ("tool", call_id, "text of it")
 
 
-async def test_what_responses_hides_is_an_error(program):
-    """An answer that the client names by its id alone is not kept by vLLM: told, not guessed."""
+async def test_a_previous_response_id_is_refused(program):
+    """vLLM does not keep earlier answers, so a request that names one only by its id gets an error."""
     async with httpx.AsyncClient(base_url=program.url, headers={"Authorization": f"Bearer {ALICE}"}) as http:
         body = {"model": "policy", "input": "go on", "previous_response_id": "resp_1"}
         reply = await http.post("/v1/responses", json=body)
     assert 400 <= reply.status_code < 500 and "resp_1" in reply.json()["error"]["message"]
 
 
-async def test_regenerate_edit_and_branch_as_open_webui_does(program):
-    """A tree of messages: each answer is a turn of its own, linked to what was said to it and to nothing else."""
+async def test_regenerated_edited_and_branched_chats_link_each_answer_to_its_own_reply(program):
+    """Open WebUI keeps a tree of messages. Each answer is a separate turn, linked only to the reply to it."""
     chat = {"X-OpenWebUI-Chat-Id": "chat-7"}
 
     async def ask(*talk):
@@ -256,10 +256,10 @@ async def test_regenerate_edit_and_branch_as_open_webui_does(program):
         return chunks[0].id, "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
 
     question = "a question in a web page"
-    (one, red), (two, blue) = await ask(question), await ask(question)  # and again: regenerate
+    (one, red), (two, blue) = await ask(question), await ask(question)  # the second one is a regenerate
     three, green = await ask(question, blue, "No, wrong.")
     four, _ = await ask(question, red, "Thank you!")  # back to the first branch
-    five, _ = await ask(question, blue, "Wrong, and rude.")  # an edit of what was said
+    five, _ = await ask(question, blue, "Wrong, and rude.")  # the user's message is edited
     six, _ = await ask(f"{question}, edited")
     seven, _ = await ask(question, blue, "No, wrong.", green, "Shorter, please.")
     title, _ = await ask(f"### Task:\nGenerate a title.\n<chat_history>\nUSER: {question}\n</chat_history>")
@@ -272,7 +272,7 @@ async def test_regenerate_edit_and_branch_as_open_webui_does(program):
 
 @pytest.fixture(scope="module")
 def thinking(tmp_path_factory):
-    """A model that thinks before each answer, with room for an agent's prompts."""
+    """A program whose model thinks before each answer, with a context long enough for an agent's prompts."""
     model = make_tool_model(tmp_path_factory.mktemp("model"))
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = TEMPLATE.replace("<think></think><|say|>", "<think>")
@@ -283,8 +283,8 @@ def thinking(tmp_path_factory):
     program.stop()
 
 
-async def test_a_model_that_thinks(thinking):
-    """Its thoughts go out apart from the answer, need not come back, and come first where it judges, too."""
+async def test_thinking_is_sent_separately_and_recorded_with_the_answer(thinking):
+    """The client need not send the thinking back. The model also thinks first when it is the judge."""
     c, talk = client(thinking), [user("hello")]
     stream = await c.chat.completions.create(model="policy", messages=talk, stream=True)
     deltas = [chunk.choices[0].delta async for chunk in stream if chunk.choices]
@@ -307,17 +307,17 @@ async def test_a_model_that_thinks(thinking):
 
 
 async def test_an_agents_long_prompt_is_trained_on(thinking):
-    async def became(length):
+    async def outcome(length):
         turn_id = await rated(thinking, "x" * length, max_tokens=600, extra_body={"ignore_eos": True})
         return await until(lambda: rows(thinking, "id = ? AND state IN ('trained', 'dropped')", turn_id), 200)
 
-    ((fits,), (too_long,)) = await became(12_000), await became(16_000)
+    ((fits,), (too_long,)) = await outcome(12_000), await outcome(16_000)
     assert fits["state"] == "trained" and len(fits["prompt_ids"]) > 4 * 12_000
     assert len(fits["response_ids"]) == 4 * 600
     assert (too_long["state"], too_long["reason"]) == ("dropped", "longer than --max_train_tokens=16384")
 
 
-async def test_a_session_may_be_named_by_the_client(program):
+async def test_a_client_can_name_the_session_in_a_header(program):
     said = [{"role": "user", "content": "who am I?"}]
     headers = {"x-session-affinity": "main:1"}
     reply = await client(program).chat.completions.create(
@@ -326,8 +326,8 @@ async def test_a_session_may_be_named_by_the_client(program):
     assert rows(program, "id = ?", reply.id)[0]["session"] == "alice/main"
 
 
-async def test_hostile_shapes(program):
-    """What vLLM lets pass, the matcher must stand; the next request of the same conversation too."""
+async def test_odd_message_shapes_cause_no_server_error(program):
+    """The session matcher must handle all that vLLM accepts, also in the next request of the conversation."""
     big = {"id": ["x"], "type": "function", "function": {"name": "f", "arguments": json.dumps({"n": 10**400})}}
     call = {"id": "i", "type": "function", "function": {"name": "f", "arguments": '{"n": ' + "9" * 400 + "}"}}
     odd = [
@@ -366,7 +366,7 @@ def test_a_key_with_quotes_can_be_pasted():
     )
 
 
-def test_what_to_paste_into_a_client_works(program):
+def test_the_curl_command_and_the_openai_code_to_paste_work(program):
     arguments = f"{program.url}/v1", "policy", ALICE, 2048
     answer = subprocess.run(["bash", "-c", paste.curl(*arguments)], capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout)["choices"][0]["message"]["role"] == "assistant"
@@ -377,7 +377,7 @@ def test_what_to_paste_into_a_client_works(program):
 
 
 @pytest.mark.parametrize("client_name", ["openclaw", "openai", "curl", "open-webui"])
-def test_what_to_paste_is_printed(client_name):
+def test_client_settings_to_paste_are_printed(client_name):
     options = ["--url=http://127.0.0.1:1234/v1", "--key=sk-1", f"--client={client_name}"]
     done = subprocess.run(
         [sys.executable, "-m", "clients.paste", *options], capture_output=True, text=True, check=True, cwd=ROOT
@@ -388,7 +388,7 @@ def test_what_to_paste_is_printed(client_name):
         assert provider["models"][0]["contextWindow"] == 8192 and provider["apiKey"] == "sk-1"
 
 
-def test_show(program, tmp_path):
+def test_show_prints_a_session(program, tmp_path):
     def show(*options):
         command = [sys.executable, "-m", "durable.admin", "show", *options]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -419,42 +419,42 @@ def test_show(program, tmp_path):
         ("Environment: ipython", "llama3_json"),
         ("<tool_call><function=name>", "qwen3_coder"),
         ("[TOOL_CALLS]", "mistral"),
-        ("<｜tool▁calls▁begin｜>", "hermes"),  # without that token in the vocabulary
+        ("<｜tool▁calls▁begin｜>", "hermes"),  # this token is not in the vocabulary
         ("{{ messages }}", "hermes"),
     ],
 )
-def test_tool_parser_of_a_template(tiny_model, tmp_path, template, parser):
+def test_the_tool_parser_is_chosen_from_the_chat_template(tiny_model, tmp_path, template, parser):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text(template)
     assert tool_parser_of(tmp_path) == parser
 
 
-def admins(program):
+def admin_headers(program):
     return {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
 
 
 def metrics(program):
-    return httpx.get(f"{program.url}/metrics", headers=admins(program)).raise_for_status().text
+    return httpx.get(f"{program.url}/metrics", headers=admin_headers(program)).raise_for_status().text
 
 
-def test_everybodys_figures_and_ones_own(program):
-    def said(user, key):
+def test_a_user_sees_only_their_own_counts_and_the_admin_sees_all(program):
+    def ask_and_count_turns(user, key):
         body = {"model": "policy", "messages": [{"role": "user", "content": f"I am {user}"}], "max_tokens": 2}
         headers = {"Authorization": f"Bearer {key}"}
         httpx.post(f"{program.url}/v1/chat/completions", headers=headers, json=body, timeout=60).raise_for_status()
         return sum(httpx.get(f"{program.url}/status", headers=headers).json()["turns"].values())
 
-    ones = {user: said(user, key) for user, key in (("alice", ALICE), ("bob", BOB))}
-    everybodys = httpx.get(f"{program.url}/status", headers=admins(program)).json()["turns"]
-    assert ones["bob"] < ones["alice"] + ones["bob"] == sum(everybodys.values()) == len(rows(program))
-    assert ones["bob"] == len(rows(program, "user = 'bob'"))
-    for state, n in everybodys.items():
+    own = {user: ask_and_count_turns(user, key) for user, key in (("alice", ALICE), ("bob", BOB))}
+    everyones = httpx.get(f"{program.url}/status", headers=admin_headers(program)).json()["turns"]
+    assert own["bob"] < own["alice"] + own["bob"] == sum(everyones.values()) == len(rows(program))
+    assert own["bob"] == len(rows(program, "user = 'bob'"))
+    for state, n in everyones.items():
         assert f'openclaw_rl_turns{{state="{state}"}} {n:.1f}\n' in metrics(program)
 
 
-def test_no_user_shares_a_prompts_cache_with_another(program):
-    """Otherwise the time to the first token tells what somebody else asked."""
+def test_users_do_not_share_a_prefix_cache(program):
+    """Otherwise the time to the first token would reveal what another user asked."""
 
     def cached_tokens(key, path="/v1/chat/completions", field="messages"):
         def figure(name):
@@ -466,7 +466,7 @@ def test_no_user_shares_a_prompts_cache_with_another(program):
         headers = {"Authorization": f"Bearer {key}"}
         httpx.post(f"{program.url}{path}", headers=headers, json=body, timeout=60).raise_for_status()
         deadline = time.monotonic() + 20
-        while figure("queries_t") == asked:  # vLLM counts a moment after it has answered
+        while figure("queries_t") == asked:  # vLLM updates its counters a moment after the answer
             assert time.monotonic() < deadline
             time.sleep(0.05)
         return figure("hits_t") - hits
@@ -477,7 +477,7 @@ def test_no_user_shares_a_prompts_cache_with_another(program):
     assert cached_tokens(BOB, "/v1/completions", "prompt") == 0
 
 
-def test_an_untrained_key_is_served_and_teaches_nothing(program):
+def test_an_untrained_key_is_served_but_not_trained_on(program):
     (program.out / "keys").write_text((program.out / "keys").read_text() + "\ncarol:key-c untrained\n")
     headers = {"Authorization": "Bearer key-c"}
     talk = [user("This is confidential.")]
@@ -492,7 +492,7 @@ def test_an_untrained_key_is_served_and_teaches_nothing(program):
     assert not any(r["next_messages"] for r in rows(program, "user = 'carol'"))
 
 
-def test_a_key_of_a_running_program_is_revoked(program):
+def test_a_key_can_be_added_and_revoked_while_the_program_runs(program):
     def change(*options):
         command = [sys.executable, "-m", "durable.admin", "key", f"--out={program.out}", *options]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()

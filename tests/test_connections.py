@@ -1,4 +1,4 @@
-"""Connections that wait, and requests that are nasty: a real uvicorn with the capture around a small app."""
+"""Idle connections and hostile requests, against a real uvicorn with Capture around a small app."""
 
 import contextlib
 import importlib
@@ -27,7 +27,7 @@ CHAT = "/v1/chat/completions"
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Says how long the body is; a GET /slow is a stream of 1.5 s."""
+    """Return the length of the body. GET /slow streams for 1.5 s."""
 
     async def slowly():
         for k in range(15):
@@ -41,10 +41,10 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def serve(folder, port: int, descriptors: int, limits: dict) -> None:
-    """What run.py does with the app, in a process of its own."""
+    """Serve the app as run.py does. Runs in a separate process."""
     log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1), os.dup2(log, 2)
-    if limits.pop("without", None):  # then uvicorn takes h11
+    if limits.pop("without", None):  # then uvicorn uses h11
         sys.modules["httptools"] = None
         importlib.reload(auto), importlib.reload(connections)
     if descriptors:
@@ -62,7 +62,7 @@ def serve(folder, port: int, descriptors: int, limits: dict) -> None:
 
 @contextlib.contextmanager
 def served(folder, descriptors=0, **limits):
-    """Its address. `limits`: module__NAME, to wait for less than a minute."""
+    """Yield the server's address. `limits`: module__NAME=value, to shorten the timeouts."""
     port = free_port()
     limits = {name.replace("__", "."): value for name, value in limits.items()}
     process = multiprocessing.get_context("fork").Process(target=serve, args=(folder, port, descriptors, limits))
@@ -86,7 +86,7 @@ def opened(url: str, sent: bytes) -> socket.socket:
 
 
 def closed_after(s: socket.socket) -> tuple[float, bytes]:
-    """Seconds until the server closes it, and what it says before."""
+    """Seconds until the server closes the connection, and what it sent before."""
     begun, said = time.monotonic(), b""
     with contextlib.suppress(ConnectionResetError):
         while part := s.recv(1 << 16):
@@ -99,8 +99,8 @@ WAITING = {"nothing": b"", "half a head": HEAD, "half a body": HEAD + b"\r\n{"}
 
 
 @pytest.mark.parametrize("sent", WAITING.values(), ids=WAITING)
-def test_many_idle_connections_cost_nobody_anything(tmp_path, sent):
-    """340 of them with 256 descriptors: a request is answered all the time, and nothing is logged."""
+def test_many_idle_connections_do_not_block_other_clients(tmp_path, sent):
+    """340 connections with 256 file descriptors: requests are still answered, and nothing is logged."""
     with served(tmp_path, descriptors=256) as url:
         waiting = []
         for k in range(340):
@@ -114,7 +114,7 @@ def test_many_idle_connections_cost_nobody_anything(tmp_path, sent):
     assert (tmp_path / "log").read_text() == ""
 
 
-def test_a_burst_of_connections_is_survived(tmp_path):
+def test_the_server_survives_a_burst_of_connections(tmp_path):
     with served(tmp_path, descriptors=256) as url:
         waiting = []
         for _ in range(1000):
@@ -130,7 +130,7 @@ def test_a_burst_of_connections_is_survived(tmp_path):
 
 
 @pytest.mark.parametrize("without", ["", "httptools"])
-def test_who_sends_nothing_more_is_closed(tmp_path, without):
+def test_a_connection_that_sends_nothing_more_is_closed(tmp_path, without):
     with served(tmp_path, without=without, connections__HEAD_S=1.0, bodies__BODY_S=1.5) as url:
         sockets = {name: opened(url, sent) for name, sent in WAITING.items()}
         (sockets["dripping"], dripping) = opened(url, b"GET / HTTP/1.1\r\n"), threading.Event()
@@ -152,8 +152,8 @@ def test_who_sends_nothing_more_is_closed(tmp_path, without):
 
 
 @pytest.mark.parametrize("without", ["", "httptools"])
-def test_who_is_slow_is_not_closed(tmp_path, without):
-    """A body that comes slowly, an answer that takes long, a connection that is used again."""
+def test_a_slow_connection_is_not_closed(tmp_path, without):
+    """A body that arrives slowly, an answer that takes long, a connection that is reused."""
     with served(tmp_path, without=without, connections__HEAD_S=0.5, bodies__BODY_S=0.5) as url:
 
         def dripping():
@@ -165,13 +165,13 @@ def test_who_is_slow_is_not_closed(tmp_path, without):
             for _ in range(2):
                 assert http.post("/v1/feedback", content=dripping()).json() == {"bytes": 10_000}
                 assert len(http.get("/slow").text.split()) == 15
-            time.sleep(1)  # idle between two requests for longer than either limit: uvicorn's keep-alive alone counts
+            time.sleep(1)  # idle between two requests for longer than either limit: only uvicorn's keep-alive counts
             assert http.get("/v1/models").status_code == 200
             (connection,) = http._transport._pool.connections
             assert connection._connection._request_count == 6 - 1
 
 
-def test_heads_are_bounded(tmp_path):
+def test_the_size_of_request_headers_is_limited(tmp_path):
     with served(tmp_path) as url:
         s = opened(url, b"GET / HTTP/1.1\r\n")
         with pytest.raises(OSError):
@@ -180,7 +180,7 @@ def test_heads_are_bounded(tmp_path):
         assert httpx.get(url + "/v1/models").status_code == 200
 
 
-def test_rubbish_is_not_logged(tmp_path):
+def test_invalid_requests_are_not_logged(tmp_path):
     with served(tmp_path) as url:
         for sent in (
             b"\x16\x03\x01 hello\r\n\r\n",
@@ -192,14 +192,14 @@ def test_rubbish_is_not_logged(tmp_path):
     assert (tmp_path / "log").read_text() == ""
 
 
-# ---- nasty requests ----
+# ---- hostile requests ----
 
 MIB = 1 << 20
 TALK = b'{"messages":[{"role":"user","content":"%s"}]%s}'
 
 
 def captured(folder) -> httpx.AsyncClient:
-    """Of `app` behind the capture, in this event loop."""
+    """A client of `app` behind Capture, in this event loop."""
     db = journal.open_journal(folder / "journal.db")
     capture = server.Capture(app, server.SimpleNamespace(keys=Keys(folder, False), origins=[], db=db))
     return httpx.AsyncClient(transport=httpx.ASGITransport(capture), base_url="http://localhost")
@@ -217,7 +217,7 @@ def captured(folder) -> httpx.AsyncClient:
         (b'{"messages":[{"role":"user","content":[' + b'"",' * 10_000 + b'""]}]}', "more than 10000 messages, parts"),
         (TALK % (b"x" * 30 * MIB, b',"n":8'), "n=8 answers to a body of 31457329 bytes: more than 67108864 bytes"),
         (TALK % (b"x" * MIB, b',"n":"64"'), "n=64 answers to a body of 1048628 bytes"),
-        # and what vLLM itself has to refuse, or can serve
+        # passed on: vLLM refuses these itself, or can serve them
         *((TALK % (b"x", b',"n":' + n), None) for n in (b'"many"', b"1e999", b"NaN", b"[]", b"-1", b"true", b"1.5")),
         (TALK % (b"x", b',"n":16384'), None),
         (TALK % (b"x" * 31 * MIB, b',"n":2'), None),
@@ -228,7 +228,7 @@ def captured(folder) -> httpx.AsyncClient:
     ],
     ids=range(22),
 )
-async def test_a_request_is_bounded(tmp_path, body, said):
+async def test_the_size_and_the_nesting_of_a_request_are_limited(tmp_path, body, said):
     async with captured(tmp_path) as http:
         begun = time.process_time()
         reply = await http.post(CHAT, content=body)
@@ -239,7 +239,7 @@ async def test_a_request_is_bounded(tmp_path, body, said):
         assert reply.json() == {"bytes": len(body)}
 
 
-async def test_a_long_body_is_read_beside_the_others(tmp_path):
+async def test_parsing_a_long_body_does_not_block_the_event_loop(tmp_path):
     body = json.dumps({"messages": [{"role": "user", "content": '["x\\", 1]\n' * MIB}]}).encode()
     begun = time.monotonic()
     bodies.parse(body)

@@ -1,4 +1,4 @@
-"""An admin's orders to the running program, and a training that fails and goes on."""
+"""Admin commands to the running program, and training that fails and continues."""
 
 import json
 import sqlite3
@@ -29,13 +29,13 @@ def training(program):
     return program.status()["training"]
 
 
-def figures(program):
+def metrics(program):
     headers = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
     lines = httpx.get(f"{program.url}/metrics", headers=headers, timeout=30).text.splitlines()
     return dict(line.rsplit(" ", 1) for line in lines if line.startswith("openclaw_rl_"))
 
 
-async def test_pause_resume_train_now_roll_back_and_forget_while_it_runs(program):
+async def test_admin_commands_work_while_the_program_runs(program):
     assert admin(program, "pause")[0] == 0 and training(program) == "paused by the admin"
     first = [await rated(program, f"q{i}") for i in range(2)]
     reply = await ask(client(program, "none"), [user("do you still answer?")])
@@ -45,7 +45,7 @@ async def test_pause_resume_train_now_roll_back_and_forget_while_it_runs(program
     single = await rated(program, "q2", -1, "Answer in one short sentence, please.")
     assert admin(program, "train")[0] == 0
     await until(lambda: program.status()["step"] == 2)
-    seen = await until(lambda: (f := figures(program))["openclaw_rl_step"] == "2.0" and f)
+    seen = await until(lambda: (f := metrics(program))["openclaw_rl_step"] == "2.0" and f)
     assert seen["openclaw_rl_training"] == "1.0" and seen['openclaw_rl_turns{state="trained"}'] == "3.0"
     assert float(seen['openclaw_rl_last_step{key="step"}']) == 2 and seen["openclaw_rl_judge_failures_total"] == "0.0"
 
@@ -56,7 +56,7 @@ async def test_pause_resume_train_now_roll_back_and_forget_while_it_runs(program
     assert program.status()["step"] == 1 and [m["step"] for m in program.metrics()] == [1]
     assert rows(program, "id = ?", single)[0]["state"] == "dropped"
     more = [await rated(program, f"q{i}") for i in range(3, 5)]
-    await until(lambda: program.status()["step"] == 2)  # it trains on from there
+    await until(lambda: program.status()["step"] == 2)  # training continues from there
     assert {r["id"] for r in rows(program, "state = 'trained'")} == {*first, *more}
 
     session = rows(program, "id = ?", first[0])[0]["session"]
@@ -66,8 +66,8 @@ async def test_pause_resume_train_now_roll_back_and_forget_while_it_runs(program
     assert training(program) == "on"
 
 
-async def test_a_step_that_fails_stops_training_not_serving_and_what_it_fails_on_is_set_aside(program):
-    """A token that the model doesn't have, as a broken disk could leave it in the journal, fails each step with it."""
+async def test_a_failing_step_stops_training_but_not_serving_and_its_turn_is_set_aside(program):
+    """A token id outside the vocabulary, as a broken disk could leave in the journal, fails every step that has it."""
     assert admin(program, "pause")[0] == 0
     poison, other = [await rated(program, f"q{i}") for i in range(2)]
     db = sqlite3.connect(program.out / "journal.db")
@@ -87,7 +87,7 @@ async def test_a_step_that_fails_stops_training_not_serving_and_what_it_fails_on
     admin(program, "resume")
     await until(lambda: rows(program, "id = ?", other)[0]["state"] == "trained")
 
-    # A row that is damaged while it waits for the trainer: the others are trained, one of them without it.
+    # A row is damaged while it waits for the trainer: it is dropped, and the other turns are trained on.
     lost = await rated(program, "q8")
     db.execute("UPDATE answers SET logprobs = X'00' WHERE number = (SELECT number FROM turns WHERE id = ?)", (lost,))
     db.commit()
@@ -95,7 +95,7 @@ async def test_a_step_that_fails_stops_training_not_serving_and_what_it_fails_on
     await until(lambda: {r["state"] for r in rows(program, "id IN (?, ?, ?)", *kept)} == {"trained"})
     assert query(program, "SELECT reason FROM turns WHERE id = ?", lost)[0]["reason"] == journal.UNREADABLE
 
-    # A file that can't be written: the step counts, training stops with the reason and tries again by itself.
+    # A file can't be written: the step counts, training stops, gives the reason and retries by itself.
     (program.out / "metrics.jsonl").unlink()
     (program.out / "metrics.jsonl").mkdir()
     trained = [await rated(program, f"q{i}") for i in range(2, 4)]

@@ -1,4 +1,4 @@
-"""Who may talk to the server, and what they see of others."""
+"""Who may use the server, and what they can see of other users."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def test_a_key_is_made_once_and_kept_private(tmp_path, capsys):
     assert again.users() == made.users() and again.admin == made.admin and not capsys.readouterr().out
 
 
-def test_what_a_line_says():
+def test_each_line_of_the_key_file_is_parsed():
     text = "alice:key-a\n\n# a comment\n  bob:key-b untrained \nAnn Lee:a:b\nkey-c\nuntrained\n"
     known = keys.users_of(text)
     assert [(k, u.name, u.trained) for k, u in known.items()][:2] == [("key-a", "alice", True), ("key-b", "bob", False)]
@@ -37,13 +37,13 @@ def test_what_a_line_says():
 
 
 @pytest.mark.parametrize("line", ["alice:", "alice: key", "two words", "bob:key-a", "alice:ключ", "a:b untrained x"])
-def test_a_key_that_anybody_could_have_is_none(line):
+def test_an_invalid_line_in_the_key_file_is_an_error(line):
     with pytest.raises(UsageError, match="API key in line 2: "):
         keys.users_of(f"alice:key-a\n{line}\n")
 
 
-def test_the_file_is_read_again(tmp_path, capsys):
-    """Also what cannot be read, or is gone, lets nobody in and nobody out."""
+def test_the_key_file_is_read_again_when_it_changes(tmp_path, capsys):
+    """While the file is invalid or missing, the earlier keys stay valid."""
     file = tmp_path / "keys"
     found = Keys(tmp_path, needed=False)
     assert found.users() is None
@@ -69,7 +69,7 @@ def admin(out: Path, *options: str) -> str:
     return done.stdout.strip() + done.stderr.strip()
 
 
-def test_keys_from_the_command_line(tmp_path):
+def test_keys_are_added_and_revoked_on_the_command_line(tmp_path):
     key = admin(tmp_path / "new", "--add=alice")
     file = tmp_path / "new" / "keys"
     assert keys.users_of(file.read_text()) == {key: User("alice")}
@@ -89,7 +89,7 @@ def test_keys_from_the_command_line(tmp_path):
         ({"Host": "localhost:8000", "Origin": "http://127.0.0.1:3000"}, None),
         ({"Sec-Fetch-Site": "none"}, None),
         ({"Sec-Fetch-Site": "same-origin"}, None),
-        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://page.example"}, None),  # of --origins
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://page.example"}, None),  # listed in --origins
         ({"Sec-Fetch-Site": "cross-site"}, "web page"),
         ({"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"}, "web page"),
         ({"Origin": "http://evil.example"}, "origin http://evil.example"),
@@ -103,7 +103,7 @@ def test_keys_from_the_command_line(tmp_path):
         ({"Via": "1.1 nginx"}, "proxy"),
     ],
 )
-async def test_without_keys_only_programs_on_this_machine_may_ask(tmp_path, headers, why):
+async def test_without_keys_only_programs_on_this_machine_are_served(tmp_path, headers, why):
     async with captured(tmp_path, origins=["http://page.example"]) as http:
         reply = await http.get("/status", headers=headers)
         assert reply.status_code == (403 if why else 200)
@@ -116,10 +116,10 @@ async def test_without_keys_only_programs_on_this_machine_may_ask(tmp_path, head
         assert (await http.get("/status", headers=headers | key)).json() == {"user": "alice"}
 
 
-async def test_figures_of_others_need_the_admins_key(tmp_path):
+async def test_metrics_need_the_admins_key(tmp_path):
     async with captured(tmp_path) as http:
         assert (await http.get("/metrics")).status_code == 200
-        (tmp_path / "keys").write_text("local:key-a\n")  # a user's name opens nothing
+        (tmp_path / "keys").write_text("local:key-a\n")  # the name "local" gives no rights
         with_key = lambda path, key: http.get(path, headers={"X-Api-Key": key})  # noqa: E731
         for path in ("/metrics", "/metrics/", "/metrics?name=x"):
             refused = await with_key(path, "key-a")
@@ -129,7 +129,7 @@ async def test_figures_of_others_need_the_admins_key(tmp_path):
 
 
 def captured(out: Path, origins=()) -> httpx.AsyncClient:
-    """A client of a small app behind the capture; it says whose request it is."""
+    """A client of a small app behind Capture. The app returns the name of the user."""
 
     async def app(scope, receive, send):
         await JSONResponse({"user": scope["state"]["user"].name})(scope, receive, send)
@@ -139,7 +139,7 @@ def captured(out: Path, origins=()) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
-async def test_nothing_but_http_passes(tmp_path):
+async def test_a_websocket_is_closed(tmp_path):
     async def app(scope, receive, send):
         raise AssertionError("reached")
 
@@ -154,7 +154,7 @@ async def test_nothing_but_http_passes(tmp_path):
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_a_key_is_not_among_the_processes_arguments(tmp_path):
+def test_a_key_is_not_accepted_as_an_argument(tmp_path):
     command = [sys.executable, str(ROOT / "run.py"), "--key=x", f"--out={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode and "--key" in done.stderr + done.stdout

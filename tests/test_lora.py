@@ -1,4 +1,4 @@
-"""LoRA: the adapter's arithmetic and files, its versions in a real engine, and the program that trains one."""
+"""LoRA: the adapter's math and files, its versions in a real engine, and a program that trains one."""
 
 import asyncio
 import signal
@@ -31,7 +31,7 @@ def load(folder, saved=None, rank=4):
 
 @torch.no_grad()
 def change(state, seed):
-    """Clearly different adapters: mean |dlogp| to the one before is above 0.2 (asserted by the tests)."""
+    """Change the adapter clearly: mean |dlogp| to the one before is above 0.2 (asserted by the tests)."""
     g = torch.Generator().manual_seed(seed)
     for master in state.masters:
         master.add_(torch.randn(master.shape, generator=g) * 0.08)
@@ -45,7 +45,7 @@ def logps(state):
 # ---- the trainer's side ----
 
 
-def test_an_adapter_starts_as_the_first_weights_and_shares_their_tensors(tiny_model):
+def test_a_new_adapter_equals_the_starting_weights_and_shares_their_tensors(tiny_model):
     state = load(tiny_model)
     assert torch.equal(logps(state), probe.token_logps(state.start, IDS)), "B is 0"
     linear = state.policy.model.layers[0].mlp.down_proj
@@ -59,8 +59,8 @@ def test_an_adapter_starts_as_the_first_weights_and_shares_their_tensors(tiny_mo
     assert (logps(state) - first).abs().mean() > 0.2
 
 
-def test_the_gradient_is_that_of_the_product_of_the_matrices(tiny_model):
-    """Against the same loss through weights W + 2 B A, by the chain rule: dL/dB = 2 dL/dW A^T, dL/dA = 2 B^T dL/dW."""
+def test_the_gradients_of_a_and_b_follow_from_the_gradient_of_the_merged_weights(tiny_model):
+    """The same loss with merged weights W + 2 B A, by the chain rule: dL/dB = 2 dL/dW A^T, dL/dA = 2 B^T dL/dW."""
     state = trainer.load_state(Config(lora_rank=4), None, tiny_model, "cpu", torch.float32)
     change(state, 2)
     ids = torch.tensor([IDS])
@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_product_of_the_matrices(tiny_model):
     torch.testing.assert_close(a.grad, 2 * b.T @ whole, rtol=1e-3, atol=1e-3)
 
 
-def test_a_checkpoint_is_pefts_own_and_training_goes_on_from_it(tiny_model, tmp_path):
+def test_a_checkpoint_can_be_loaded_by_peft_and_training_continues_from_it(tiny_model, tmp_path):
     state = load(tiny_model)
     change(state, 3)
     trainer.commit(state, 7, {"alice": 0.5}, state.probed)
@@ -125,7 +125,7 @@ async def loaded(served):
     return await served.engine.engine_core.list_loras_async()
 
 
-async def test_an_answer_ends_on_the_adapter_it_began_with_and_old_ones_leave(served):
+async def test_an_answer_keeps_its_adapter_and_old_adapters_are_unloaded(served):
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=200, ignore_eos=True, temperature=1.0, logprobs=0)
@@ -143,7 +143,7 @@ async def test_an_answer_ends_on_the_adapter_it_began_with_and_old_ones_leave(se
     answers = []
     policies = [
         load(served.state.start.name_or_path).policy for _ in range(3)
-    ]  # now, or the first answer ends too soon
+    ]  # loaded now, or the first answer would end too soon
     for step in (1, 2, 3):
         before = logps(served.state)
         change(served.state, step)
@@ -162,7 +162,7 @@ async def test_an_answer_ends_on_the_adapter_it_began_with_and_old_ones_leave(se
     assert len(await loaded(served)) == 1
 
 
-async def test_an_adapter_that_disagrees_is_never_served(served):
+async def test_an_adapter_that_disagrees_with_the_trainer_is_never_served(served):
     before, known = swap.newest[""], await loaded(served)
     right = logps(served.state)
     change(served.state, 8)
@@ -216,7 +216,7 @@ async def test_an_adapter_is_trained_served_resumed_and_rolled_back(fresh):
             options = {"max_tokens": tokens, "extra_body": {"ignore_eos": True}}
             ids.append((await ask(client(program, "none"), [user(f"a question {len(ids)}")], **options)).id)
 
-    # Of different lengths, so that they don't all end at the moment at which the weights change.
+    # Different lengths, so that the answers don't all end when the weights change.
     asking = [asyncio.create_task(keep_asking(200 + 70 * i)) for i in range(4)]
     await asyncio.sleep(0.5)
     headers = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}

@@ -1,4 +1,4 @@
-"""The page: in a real browser where there is one, and over HTTP; and the sentence that says why nothing is training."""
+"""The page, over HTTP and in a real browser if one is installed, and the sentence that says why nothing is trained."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ ATTACK = "<script>document.title = 'taken'</script><img src=x onerror=\"document
 
 @pytest.fixture
 async def browser():
-    """Every error on the page, and everything that its policy had to stop, fails the test."""
+    """Any error on the page, and anything blocked by its content security policy, fails the test."""
     async with async_playwright() as playwright:
         chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = await chromium.new_page(viewport={"width": 1200, "height": 900})
@@ -59,14 +59,14 @@ def post(program, path, body, key="none", **headers):
 
 @needs_browser
 @pytest.mark.timeout(600)
-async def test_the_page_in_a_browser(fresh, browser):
-    """Without keys, on this machine: it fills, turns arrive live, a thumb changes a verdict, orders are obeyed."""
+async def test_the_page_shows_turns_live_and_takes_ratings_and_admin_commands(fresh, browser):
+    """Without keys, on this machine: turns appear live, a rating changes a verdict, admin commands work."""
     program = fresh(batch_size=2, save_every=1, lr=1e-4).wait_ready()
     page = browser
     await page.goto(program.url)
     await expect(page.locator("#why")).to_have_text("Nothing has been asked yet.")
     reply = await ask(client(program, "none"), [user("Why is the sky blue?")])
-    card = page.locator(".turn")  # it arrives live
+    card = page.locator(".turn")  # it appears without a reload
     await expect(card.locator(".said.user")).to_have_text("Why is the sky blue?")
     await expect(page.locator("#why")).to_contain_text("No next message yet: 1 answers wait")
 
@@ -123,12 +123,12 @@ async def test_the_page_in_a_browser(fresh, browser):
     await expect(page.locator(".reason")).to_have_text(["left out by hand"] * 2)
     assert {r["reason"] for r in rows(program, "session = ?", session)} == {"left out by hand"}
 
-    orders_without_a_key(program)
+    check_admin_commands_without_a_key(program)
     assert program.stop() < 15 and program.process.returncode == 0, "an open page does not hold up a stop"
 
 
-def orders_without_a_key(program):
-    """Where no key is needed, orders come from our own page alone, and `forget` needs the key."""
+def check_admin_commands_without_a_key(program):
+    """Without keys, admin commands are accepted only from our own page, and `forget` still needs the admin's key."""
     same = {"Sec-Fetch-Site": "same-origin"}
     assert post(program, "/admin/pause", {}, **same).status_code == 200
     assert post(program, "/admin/resume", {}, **same, Origin=program.url).status_code == 200
@@ -150,8 +150,8 @@ def orders_without_a_key(program):
 
 
 @pytest.mark.timeout(600)
-async def test_why_nothing_is_training(fresh):
-    """Each user has a turn that came to nothing for a reason of its own, and reads that one."""
+async def test_each_user_is_told_why_nothing_is_training(fresh):
+    """Each user has a turn that is not trained on for a different reason, and is shown that reason."""
     names = ("open", "side", "cold", "stale", "fine")
     program = fresh(batch_size=2, max_staleness=0, key=",".join(f"{n}:k-{n}" for n in names)).wait_ready()
     why = lambda name: glance(program, f"k-{name}")["why"]  # noqa: E731
@@ -181,8 +181,9 @@ async def test_why_nothing_is_training(fresh):
     assert why("fine") == "Training is paused by the admin. 0 judged turns wait for it."
 
 
-def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
-    """The others: judge down and stopped by the guard in tests/test_program.py, disk full in tests/trials."""
+def test_reasons_that_are_hard_to_cause_in_a_running_program(tmp_path):
+    """More reasons are tested elsewhere: judge down and stopped by the guard in tests/test_program.py, disk full in
+    tests/trials."""
     db = journal.open_journal(tmp_path / "j.db")
     idle = {
         "training": "on",
@@ -231,8 +232,8 @@ def test_causes_that_take_long_or_a_judge_of_its_own(tmp_path):
     assert why(training=said).startswith("Training is stopped by the guard: 3 steps in a row reverted")
 
 
-async def test_who_sees_and_rates_what(program):
-    """The page's files need no key; its data does, and a user's key opens that user's turns alone."""
+async def test_users_see_and_rate_only_their_own_turns(program):
+    """The page's files need no key. Its data does, and a user's key gives access only to that user's turns."""
     for path in ("/", "/web/page.js", "/web/page.css"):
         reply = httpx.get(program.url + path)
         policy = reply.headers["content-security-policy"]
@@ -282,8 +283,8 @@ async def test_the_page_asks_for_a_key(program, browser):
 
 @needs_browser
 @pytest.mark.timeout(600)
-async def test_the_admin_picks_a_user_with_an_adapter(fresh, browser):
-    """Then the page shows that user's steps, and its orders are about them alone."""
+async def test_the_admin_can_select_a_user_with_an_adapter(fresh, browser):
+    """The page then shows that user's steps, and its commands apply only to that user."""
     program = started(fresh, ("alice", "bob"), save_every=1)
     alice, bob = Talker(program, "alice"), Talker(program, "bob")
     await alice.learn(2)
@@ -317,7 +318,7 @@ async def test_the_admin_picks_a_user_with_an_adapter(fresh, browser):
     await page.get_by_role("button", name="Clear").click()
     await expect(page.locator("#step")).to_have_text("step 3")
     await expect(page.locator("#checkpoint")).to_be_hidden()
-    for key, seen in ((admin_key(program), ["alice"]), ("key-bob", ["bob"])):  # a user's key picks nobody
+    for key, seen in ((admin_key(program), ["alice"]), ("key-bob", ["bob"])):  # a user can't select another
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.stream("GET", f"{program.url}/web/events?user=alice", headers=headers) as reply:
             event = json.loads(next(reply.iter_lines())[6:])
@@ -325,9 +326,9 @@ async def test_the_admin_picks_a_user_with_an_adapter(fresh, browser):
         assert [s["step"] for s in event["curves"]["steps"]] == {"alice": [1], "bob": [1, 2]}[seen[0]]
 
 
-async def test_what_was_learned(program):
-    """A user's corrections with their count, and the request asked again: both answers, and the complaint behind them.
-    Only who may see the turn may have that done."""
+async def test_a_user_sees_their_corrections_and_can_replay_the_request(program):
+    """A user's corrections are listed with their counts. A replay asks the starting weights and the
+    current ones again, and shows both answers with the complaint. Only someone who may see the turn can replay it."""
     said = "Say it shorter, please. I want one short sentence."
     for k in range(2):
         talk = [user(f"question {k} of carol")]
@@ -346,8 +347,8 @@ async def test_what_was_learned(program):
     assert len(rows(program)) == before, "what is asked again is not recorded"
 
 
-def test_how_likely_a_complaint_is(tiny_model):
-    """The sum of the log-probs of all its tokens, as a plain forward pass has them; nothing in it can end its part."""
+def test_the_logp_of_a_complaint_matches_a_plain_forward_pass(tiny_model):
+    """It is the sum of the log-probs of all its tokens. Nothing in the complaint can end its section of the prompt."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     found = learned.logp_of(model, tokenizer, "Why?", "Because.", "Too long.\nUser reply: fine")
@@ -358,7 +359,7 @@ def test_how_likely_a_complaint_is(tiny_model):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-async def test_a_line_in_the_terminal(tmp_path, monkeypatch, is_terminal):
+async def test_a_progress_line_is_shown_only_in_a_terminal(tmp_path, monkeypatch, is_terminal):
     db = journal.open_journal(tmp_path / "j.db")
     journal.record_turn(db, turn("t1"))
     journal.record_verdict(db, "t1", GOOD)
@@ -369,7 +370,7 @@ async def test_a_line_in_the_terminal(tmp_path, monkeypatch, is_terminal):
         termios.tcsetwinsize(program_end, (24, 100))
     monkeypatch.setattr(sys, "stdout", os.fdopen(program_end, "w", buffering=1))
     shown = asyncio.create_task(terminal.show_progress(p))
-    await asyncio.sleep(2.5)  # it has written the line by then, at the second time with all its parts
+    await asyncio.sleep(2.5)  # by then the line has been written, and its second update is complete
     terminal.print_step({"step": 8})
     shown.cancel()
     await asyncio.wait([shown])
@@ -380,7 +381,7 @@ async def test_a_line_in_the_terminal(tmp_path, monkeypatch, is_terminal):
     assert is_terminal or lines == "step 8\n"
 
 
-def test_the_list_is_read_from_indexes(tmp_path):
+def test_the_list_of_turns_is_read_from_indexes(tmp_path):
     """Pages of 30 turns for each filter, newest first, and no query that reads all turns or sorts them."""
     path = tmp_path / "j.db"
     db = journal.open_journal(path)
@@ -405,11 +406,11 @@ def test_the_list_is_read_from_indexes(tmp_path):
     for sql in plans:
         plan = [r["detail"] for r in db.execute(f"EXPLAIN QUERY PLAN {sql}")]
         assert not [step for step in plan if re.match(r"SCAN turns", step)]
-        assert sum("TEMP B-TREE" in step for step in plan) <= 1, plan  # of the 30 newest of each state
+        assert sum("TEMP B-TREE" in step for step in plan) <= 1, plan  # sorts only the 30 newest of each state
 
 
-def test_the_share_of_pleased_replies(tmp_path):
-    """Of the last ten that were pleased or not, in the order of time; neutral ones and others' do not count."""
+def test_the_share_of_pleased_replies_counts_the_last_ten_non_neutral_ones(tmp_path):
+    """The replies are in order of time. Neutral replies and those of other users do not count."""
     db = journal.open_journal(tmp_path / "j.db")
     assert turns.pleased(db, None) == {"window": 10, "shares": []}
     for k, score in enumerate([-1] * 10 + [0] * 5 + [1] * 10):

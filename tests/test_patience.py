@@ -1,4 +1,4 @@
-"""Another program that writes to the journal costs time, and nothing else."""
+"""Another program that writes to the journal causes delay, and no other harm."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from tests.talking import ask, client, rated, rows, until, user
 
 
 async def longest_stall(seconds):
-    """Of the event loop."""
+    """The longest time that the event loop stalls, within this many seconds."""
     longest, end = 0.0, time.monotonic() + seconds
     while (before := time.monotonic()) < end:
         await asyncio.sleep(0.005)
@@ -24,7 +24,7 @@ async def longest_stall(seconds):
     return longest
 
 
-async def test_the_loop_goes_on_while_another_program_writes(tmp_path, capsys):
+async def test_the_event_loop_keeps_running_while_another_program_writes(tmp_path, capsys):
     db, other = journal.open_journal(tmp_path / "j.db"), sqlite3.connect(tmp_path / "j.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     writes = [asyncio.create_task(journal.patiently(journal.record_turn, db, turn(f"t{k}"))) for k in range(20)]
@@ -36,8 +36,8 @@ async def test_the_loop_goes_on_while_another_program_writes(tmp_path, capsys):
     assert journal.counts(db) == {"waiting": 20}
 
 
-async def test_what_was_read_before_is_read_again(tmp_path):
-    """A person's feedback comes while the judge's verdict waits for the lock: it stays."""
+async def test_a_write_that_had_to_wait_reads_the_row_again(tmp_path):
+    """Feedback that arrives while the judge's verdict waits for the lock is not overwritten."""
     db, other = journal.open_journal(tmp_path / "j.db"), journal.open_journal(tmp_path / "j.db")
     journal.record_turn(db, turn())
     other.execute("BEGIN IMMEDIATE")
@@ -49,18 +49,18 @@ async def test_what_was_read_before_is_read_again(tmp_path):
     assert not await judged and journal.row_of(db, "t1")["score"] == -1
 
 
-async def test_another_error_is_raised(tmp_path):
+async def test_other_database_errors_are_raised(tmp_path):
     db = journal.open_journal(tmp_path / "j.db")
     with pytest.raises(sqlite3.OperationalError, match="no such table"):
         await journal.patiently(sqlite3.Connection.execute, db, "DELETE FROM missing")
     assert not db.in_transaction
 
 
-async def test_a_program_serves_and_trains_beside_another_writer(program):
+async def test_the_program_serves_and_trains_while_another_program_writes(program):
     done = program.status()["step"]
     waits, end, held = [], threading.Event(), []
 
-    def look():
+    def poll_health():
         with httpx.Client(base_url=program.url, timeout=30) as http:
             while not end.is_set():
                 begun = time.monotonic()
@@ -68,7 +68,7 @@ async def test_a_program_serves_and_trains_beside_another_writer(program):
                 waits.append(time.monotonic() - begun)
                 time.sleep(0.02)
 
-    def browse():
+    def hold_the_lock():
         other = sqlite3.connect(program.out / "journal.db", isolation_level=None, timeout=10)
         for _ in range(3):
             other.execute("BEGIN IMMEDIATE")
@@ -78,7 +78,7 @@ async def test_a_program_serves_and_trains_beside_another_writer(program):
             time.sleep(0.5)
         other.close()
 
-    threads = [threading.Thread(target=f) for f in (look, browse)]
+    threads = [threading.Thread(target=f) for f in (poll_health, hold_the_lock)]
     for t in threads:
         t.start()
     await asyncio.sleep(0.5)
@@ -97,7 +97,7 @@ async def test_a_program_serves_and_trains_beside_another_writer(program):
     assert waits[int(len(waits) * 0.99)] < 0.1
 
 
-async def test_a_stop_does_not_wait_for_another_writer(fresh):
+async def test_a_stop_does_not_wait_for_another_program_that_writes(fresh):
     program = fresh(batch_size=2, save_every=100).wait_ready()
     trained = [await rated(program, f"q{k}") for k in range(2)]
     await until(lambda: program.status()["step"] == 1)

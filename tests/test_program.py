@@ -33,7 +33,7 @@ from tests.talking import ALICE, BOB, ask, client, glance, rated, rows, until, u
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_the_client_saw_is_what_is_recorded(program, tiny_model, stream):
+async def test_the_journal_records_what_the_client_received(program, tiny_model, stream):
     c, question = client(program), [user(f"what is {stream}?")]
     if stream:
         parts = [p async for p in await ask(c, question, 30, stream=True)]
@@ -50,15 +50,15 @@ async def test_what_the_client_saw_is_what_is_recorded(program, tiny_model, stre
     logprobs = np.frombuffer(row["logprobs"], np.float32)
     rendered = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     assert prompt_ids == rendered
-    # random bytes may end in half a character, which a detokenizer holds back
+    # random bytes may end in an incomplete character, which the detokenizer holds back
     assert tokenizer.decode(response_ids, skip_special_tokens=True).rstrip("\ufffd") == text.rstrip("\ufffd")
     assert row["text"] == text
     assert len(logprobs) == len(response_ids) and (logprobs < 0).all() and (logprobs > -30).all()
     assert row["state"] == "waiting" and row["user"] == "alice"
 
 
-async def test_recorded_logprobs_are_the_models_own_at_the_turns_temperature(program, tiny_model):
-    """Against a fresh forward in transformers, with the starting weights: others may have trained this program."""
+async def test_recorded_logprobs_match_the_model_at_the_turns_temperature(program, tiny_model):
+    """Compared with a forward pass in transformers. Rolls back first, since other tests may have trained the model."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -74,20 +74,20 @@ async def test_recorded_logprobs_are_the_models_own_at_the_turns_temperature(pro
     assert np.abs(np.frombuffer(row["logprobs"], np.float32) - expected).mean() < 0.05
 
 
-async def test_a_continued_turn_is_judged_and_a_stranger_cannot_continue_it(program):
+async def test_a_continued_turn_is_judged_and_another_user_cannot_continue_it(program):
     c, question = client(program), [user("a question of alice's")]
     reply = await ask(c, question)
     talk = [*question, {"role": "assistant", "content": reply.choices[0].message.content}, user("No, that is wrong.")]
-    await ask(client(program, BOB), talk)  # the same words under another key
+    await ask(client(program, BOB), talk)  # the same messages with another key
     assert rows(program, "id = ?", reply.id)[0]["state"] == "waiting"
     second = await ask(c, talk)
     row = await until(lambda: [r for r in rows(program, "id = ?", reply.id) if r["score"] is not None])
     assert json.loads(row[0]["next_messages"]) == [user("No, that is wrong.")]
-    assert json.loads(row[0]["votes"]) == [row[0]["score"]] and 1 / 3 < row[0]["confidence"] <= 1  # of the head
+    assert json.loads(row[0]["votes"]) == [row[0]["score"]] and 1 / 3 < row[0]["confidence"] <= 1  # from the head
     assert rows(program, "id = ?", second.id)[0]["session"] == row[0]["session"]
 
 
-async def test_several_choices_are_several_turns(program):
+async def test_each_choice_is_recorded_as_a_turn(program):
     reply = await ask(client(program), [user("three ways")], n=3)
     found = rows(program, "id = ? OR id LIKE ?", reply.id, reply.id + "/%")
     assert {r["text"] for r in found} == {c.message.content for c in reply.choices} and len(found) == 3
@@ -100,7 +100,7 @@ async def test_several_choices_are_several_turns(program):
         ({"extra_headers": {"X-Session-Done": "1"}}, "session is over"),
     ],
 )
-async def test_what_cannot_be_trained_on_is_served_and_says_why(program, extra, reason):
+async def test_an_untrainable_turn_is_served_and_dropped_with_a_reason(program, extra, reason):
     reply = await ask(client(program), [user("untrainable")], **extra)
     (row,) = rows(program, "id = ?", reply.id)
     assert row["state"] == "dropped" and reason in row["reason"]
@@ -118,15 +118,15 @@ async def test_what_cannot_be_trained_on_is_served_and_says_why(program, extra, 
         ({"temperature": 0.5}, ""),
     ],
 )
-async def test_how_it_was_sampled_decides_what_can_be_learned(program, extra, why):
-    """The score needs the plain policy's log-probs; a hint doesn't."""
+async def test_sampling_options_decide_whether_a_turn_can_be_used_for_rl(program, extra, why):
+    """Learning from the score needs the log-probs of the plain policy. Learning from a hint doesn't."""
     reply = await ask(client(program), [user("how was this sampled?")], **extra)
     (row,) = rows(program, "id = ?", reply.id)
     assert row["state"] == "waiting" and row["no_rl"] == why
 
 
 async def test_a_client_that_hangs_up_leaves_no_trainable_turn(program):
-    for attempt in range(10):  # on a busy machine the answer may be complete before this process gets to hang up
+    for attempt in range(10):  # on a busy machine the answer may be complete before the client hangs up
         question = [user(f"hang up on me {attempt}")]
         stream = await ask(client(program), question, 1500, stream=True, extra_body={"ignore_eos": True})
         seen = [part.choices[0].delta.content async for part in first(stream, 5)]
@@ -149,21 +149,21 @@ async def first(stream, n):
 
 
 async def test_the_judges_own_requests_are_not_recorded(program):
-    await test_a_continued_turn_is_judged_and_a_stranger_cannot_continue_it(program)
+    await test_a_continued_turn_is_judged_and_another_user_cannot_continue_it(program)
     assert not rows(program, "messages LIKE '%You grade%' OR user = ''")
 
 
 @pytest.fixture
-def untrained(program):
-    """The shared program, while it trains on nothing: otherwise a turn that is rated may fill a batch at once."""
+def paused_program(program):
+    """The shared program with training paused. Otherwise a rated turn could fill a batch and be trained on at once."""
     admin = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
     httpx.post(f"{program.url}/admin/pause", headers=admin, timeout=60).raise_for_status()
     yield program
     httpx.post(f"{program.url}/admin/resume", headers=admin, timeout=60).raise_for_status()
 
 
-async def test_explicit_feedback(untrained):
-    program = untrained
+async def test_feedback_sets_the_score_and_the_hint(paused_program):
+    program = paused_program
     c, headers = client(program), {"Authorization": f"Bearer {ALICE}"}
     async with httpx.AsyncClient(base_url=program.url, headers=headers) as http:
         reply = await ask(c, [user("rate me")])
@@ -173,7 +173,7 @@ async def test_explicit_feedback(untrained):
         assert (await http.post("/v1/feedback", json=body)).status_code == 200
         (row,) = rows(program, "id = ?", reply.id)
         assert (row["score"], row["source"], json.loads(row["hints"])) == (-1, "feedback", ["answer in one sentence"])
-        body["score"] = 1  # changed her mind, and it is not trained yet
+        body["score"] = 1  # she changes her mind before the turn is trained on
         assert (await http.post("/v1/feedback", json=body)).status_code == 200
         (row,) = rows(program, "id = ?", reply.id)
         assert (row["score"], row["hints"]) == (1, "[]"), "praise is no correction"
@@ -200,7 +200,7 @@ async def test_explicit_feedback(untrained):
         for wrong in wrongs:
             error = await http.post("/v1/feedback", json=wrong)
             assert error.status_code == 400 and error.json()["error"]["message"]
-        half = '{"completion_id": "\\ud800", "session": "\\ud800", "score": 1}'  # of a surrogate pair
+        half = '{"completion_id": "\\ud800", "session": "\\ud800", "score": 1}'  # one half of a surrogate pair
         for path, status in (("/v1/feedback", 404), ("/web/leave_out", 400)):
             error = await http.post(path, content=half)
             assert error.status_code == status and "ud800" in error.json()["error"]["message"]
@@ -220,15 +220,15 @@ async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_mode
         await distill.hinted_prompts(*arguments, prompt_ids[1:], ["Be brief."])
     with pytest.raises(distill.NoHintedPrompt, match="Unicode"):
         await distill.hinted_prompts(*arguments, prompt_ids, ["This is wrong \ud83d"])
-    with pytest.raises(distill.NoHintedPrompt, match="JSON compliant"):  # vLLM takes 1e999 in a tool's schema
+    with pytest.raises(distill.NoHintedPrompt, match="JSON compliant"):  # vLLM accepts 1e999 in a tool's schema
         endless = {"chat_template_kwargs": {"x": float("inf")}}
         await distill.hinted_prompts(client(program), talk, endless, prompt_ids, ["Be brief."])
     with pytest.raises(distill.NoHintedPrompt, match="BadRequest"):
         await distill.hinted_prompts(client(program), [user("x")], {"tools": 1}, prompt_ids, ["Be brief."])
 
 
-async def test_a_judge_that_writes_hints_keeps_to_the_form(program):
-    """The random model under the judge's constraint: NONE, or a line long enough."""
+async def test_hints_written_by_the_judge_match_the_pattern(program):
+    """Constrained by the judge's pattern, even a random model writes NONE or a line that is long enough."""
     messages = chat_judge.few_shot(chat_judge.HINT_RULES, chat_judge.HINT_EXAMPLES, "q", "a", [user("No, too long.")])
     judge = chat_judge.ChatJudge(client(program, BOB), "policy", votes=8)
     written = await judge.samples(messages, str, 1.0, chat_judge.HINT_PATTERN)
@@ -256,7 +256,7 @@ async def test_a_judge_that_writes_hints_keeps_to_the_form(program):
         ('{"model": "policy", "messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}', None),
     ],
 )
-async def test_bad_input_gets_an_openai_error_and_the_server_goes_on(program, body, status):
+async def test_bad_input_gets_an_openai_error_and_the_server_keeps_running(program, body, status):
     before = len(rows(program))
     headers = {"Authorization": f"Bearer {ALICE}", "Content-Type": "application/json"}
     async with httpx.AsyncClient(base_url=program.url, headers=headers, timeout=60) as http:
@@ -281,12 +281,12 @@ async def test_a_wrong_key_is_refused(program, key):
 # ---- the loop ----
 
 
-async def test_it_trains_and_swaps_while_a_client_streams_on(program):
-    """Ten swaps; every answer complete, none refused; then a version later than the first has given tokens."""
+async def test_training_and_swaps_do_not_interrupt_a_clients_streams(program):
+    """Over ten swaps every answer is complete and none is refused. Late answers have tokens from the new weights."""
     c, stop, answers = client(program), asyncio.Event(), []
     start = len(program.metrics())
 
-    async def stream_on():
+    async def keep_streaming():
         while not stop.is_set():
             parts = [
                 p
@@ -309,12 +309,12 @@ async def test_it_trains_and_swaps_while_a_client_streams_on(program):
         said = {"role": "assistant", "content": reply.choices[0].message.content}
         await ask(c, [*question, said, user("No. Wrong, do it again.")], 1)
         headers = {"Authorization": f"Bearer {ALICE}"}
-        body = {"completion_id": reply.id, "score": 1 if i % 2 else -1}  # the random judge may well say neutral
+        body = {"completion_id": reply.id, "score": 1 if i % 2 else -1}  # the random judge may say neutral
         body |= {} if i % 2 else {"text": "Answer in one word, please."}
         async with httpx.AsyncClient(base_url=program.url, headers=headers, timeout=60) as http:
-            assert (await http.post("/v1/feedback", json=body)).status_code in (200, 409)  # 409: in training already
+            assert (await http.post("/v1/feedback", json=body)).status_code in (200, 409)  # 409: already in training
 
-    streaming = asyncio.create_task(stream_on())
+    streaming = asyncio.create_task(keep_streaming())
     i = 0
     while len(program.metrics()) < start + 10:
         await asyncio.gather(*[converse(i + k) for k in range(8)])
@@ -325,7 +325,7 @@ async def test_it_trains_and_swaps_while_a_client_streams_on(program):
     assert answers and all(a == (200, "length") for a in answers)
     steps = program.metrics()[start:]
     assert all(m["push_gap"] < 0.05 and np.isfinite(m["loss"]) for m in steps)
-    taught = [m for m in steps if m["hinted"] or abs(m["reward"]) < 1]  # four equal scores may teach nothing
+    taught = [m for m in steps if m["hinted"] or abs(m["reward"]) < 1]  # four equal scores may give no gradient
     assert taught and all(m["grad_norm"] > 0 for m in taught)
     assert [m["step"] for m in steps] == list(range(steps[0]["step"], steps[0]["step"] + len(steps)))
     assert any(m["hinted"] and m["teacher_gap"] > 0 for m in steps)
@@ -340,8 +340,8 @@ async def test_it_trains_and_swaps_while_a_client_streams_on(program):
     assert max(v for s in spans for v, _, _ in s) >= steps[-2]["step"]
 
 
-async def test_a_long_wait_is_bridged_by_comments(program):
-    """The engine's processes stand still for longer than a client's patience with a silent line."""
+async def test_comments_are_streamed_while_a_client_waits_for_the_first_token(program):
+    """The engine's processes are stopped until the first comment. Without comments, the client would time out."""
     engine = [pid for pid, _ in descendants(program.process.pid)]
     body = {"model": "policy", "messages": [user("wait for it")], "max_tokens": 5, "ignore_eos": True, "stream": True}
     headers = {"Authorization": f"Bearer {ALICE}"}
@@ -367,10 +367,10 @@ async def test_a_long_wait_is_bridged_by_comments(program):
     assert row["state"] == "waiting" and len(row["response_ids"]) // 4 == 5
 
 
-# ---- life and death ----
+# ---- stop, kill and restart ----
 
 
-async def test_seeded_requests_that_are_prefilled_in_pieces_leave_the_engine_alive(program):
+async def test_seeded_requests_with_chunked_prefill_do_not_crash_the_engine(program):
     """Eight prompts of 1,500 tokens are more than vLLM prefills at once."""
     long = [user(f"{i} " + "x" * 1500) for i in range(8)]
     answers = await asyncio.gather(*[ask(client(program), [m], 4, seed=1) for m in long])
@@ -378,8 +378,8 @@ async def test_seeded_requests_that_are_prefilled_in_pieces_leave_the_engine_ali
     assert (await ask(client(program), [user("still there?")], 4)).choices
 
 
-async def test_a_stop_a_kill_and_what_comes_after(fresh):
-    """SIGTERM keeps all; kill -9 costs the steps since the last checkpoint, and not one sample of them."""
+async def test_a_stop_keeps_all_steps_and_a_kill_repeats_those_since_the_checkpoint(fresh):
+    """SIGTERM loses nothing. kill -9 loses the steps since the last checkpoint, but their turns are queued again."""
     program = fresh(batch_size=2).wait_ready()
     first = [await rated(program, f"q{i}") for i in range(2)]
     await until(lambda: program.status()["step"] == 1)
@@ -395,7 +395,7 @@ async def test_a_stop_a_kill_and_what_comes_after(fresh):
     children = [pid for pid, _ in descendants(program.process.pid)]
     assert len(children) >= 2
     assert program.stop() < 10 and program.process.returncode == 0, program.log()[-2000:]
-    await until(lambda: not alive(children), 10)  # the resource tracker goes a moment later
+    await until(lambda: not alive(children), 10)  # the resource tracker ends a moment later
 
     program = fresh(batch_size=2).wait_ready()
     assert program.status()["step"] == 1
@@ -404,12 +404,12 @@ async def test_a_stop_a_kill_and_what_comes_after(fresh):
     undone = [await rated(program, f"q{i}") for i in range(2, 6)]
     await until(lambda: program.status()["step"] == 3)
     children = [pid for pid, _ in descendants(program.process.pid)]
-    os.kill(program.process.pid, signal.SIGKILL)  # hard: nobody is left to tell the engine
+    os.kill(program.process.pid, signal.SIGKILL)  # no process is left to stop the engine
     program.process.wait()
     await until(lambda: not alive(children), 10)
     assert {r["step"] for r in rows(program, "state = 'trained'")} == {1, 2, 3}
 
-    program = fresh(batch_size=2, steps=2).wait_ready()  # goes on with step 2, and stops training after it
+    program = fresh(batch_size=2, steps=2).wait_ready()  # continues with step 2, then stops training
     await until(lambda: program.status()["step"] == 2)
     assert {r["id"]: r["step"] for r in rows(program, "state = 'trained' AND step = 1")} == dict.fromkeys(first, 1)
     again = {r["id"] for r in rows(program, "step = 2")}
@@ -447,8 +447,8 @@ async def test_a_stop_a_kill_and_what_comes_after(fresh):
 TOO_LONG = "Name the river that it ends in and " * 5  # a prompt with this hint has more than 200 tokens
 
 
-async def test_broken_steps_are_taken_back_and_the_judge_is_down(fresh):
-    """At this learning rate each step ruins the model; nobody is ever served one. The judge's address is nobody's."""
+async def test_broken_steps_are_reverted_and_turns_wait_while_the_judge_is_down(fresh):
+    """At this learning rate every step breaks the model, but no client sees it. Nothing listens at the judge's URL."""
     program = fresh(
         batch_size=2,
         lr=50.0,
@@ -461,9 +461,9 @@ async def test_broken_steps_are_taken_back_and_the_judge_is_down(fresh):
     answer = dict(temperature=0, max_tokens=20)
     before = await ask(client(program, "k"), [user("how are you?")], **answer)
     nothing = await rated(program, "empty", -1, TOO_LONG, temperature=0)
-    taken_back = [await rated(program, f"q{i}", (1, -1)[i % 2]) for i in range(5)]
+    reverted = [await rated(program, f"q{i}", (1, -1)[i % 2]) for i in range(5)]
     await until(lambda: program.status()["training"].startswith("stopped: 3 steps in a row reverted"))
-    for r in rows(program, "id IN (SELECT value FROM json_each(?))", json.dumps(taken_back)):
+    for r in rows(program, "id IN (SELECT value FROM json_each(?))", json.dumps(reverted)):
         assert r["state"] == "dropped" and r["reason"].startswith("step 1 reverted: on the probe, "), dict(r)
     assert rows(program, "id = ?", nothing)[0]["reason"] == "nothing to learn from"
     after = await ask(client(program, "k"), [user("how are you?")], **answer)
@@ -485,7 +485,7 @@ async def test_broken_steps_are_taken_back_and_the_judge_is_down(fresh):
     assert why.startswith("The judge is down, and 6 turns wait for it: no verdict from the judge"), why
 
 
-async def test_what_teaches_nothing_takes_no_step_and_a_cold_turn_learns_from_its_hint(fresh):
+async def test_turns_without_a_signal_are_dropped_and_low_temperature_turns_use_their_hint(fresh):
     program = fresh(batch_size=2, key="me:k", max_train_tokens=200).wait_ready()
     score_alone = await rated(program, "greedy", -1, temperature=0)
     await rated(program, "a", 1, top_p=0.5)
@@ -509,16 +509,16 @@ async def test_what_teaches_nothing_takes_no_step_and_a_cold_turn_learns_from_it
     await until(lambda: all(r["state"] == "trained" for r in rows(program, "id = ?", cold[0])))
 
 
-async def test_sigterm_while_starting_stops_too(fresh):
+async def test_sigterm_during_startup_stops_the_program(fresh):
     program = fresh()
-    await until(lambda: len(descendants(program.process.pid)) >= 2, 120)  # the engine is on its way
+    await until(lambda: len(descendants(program.process.pid)) >= 2, 120)  # the engine is starting
     children = [pid for pid, _ in descendants(program.process.pid)]
     assert program.stop() < 10, program.log()[-2000:]
     await until(lambda: not alive(children), 10)
 
 
-async def test_tls_and_a_hangup(fresh, tmp_path, monkeypatch):
-    """With a certificate that nobody signed: its judge reaches the program, too. SIGHUP is a stop with a checkpoint."""
+async def test_the_judge_works_over_tls_and_sighup_stops_with_a_checkpoint(fresh, tmp_path, monkeypatch):
+    """The certificate is self-signed. The program's own judge must be able to reach the program, too."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=x -addext subjectAltName=IP:127.0.0.1 "
     subprocess.run(f"{command} -keyout {key} -out {certificate}".split(), check=True, capture_output=True)
@@ -539,8 +539,8 @@ async def test_tls_and_a_hangup(fresh, tmp_path, monkeypatch):
     assert list((program.out / "checkpoints").glob("step-*/model.safetensors"))
 
 
-def test_a_terminal_that_is_gone_stops_nothing(tmp_path):
-    """A print to it is an error; the checkpoint is written after one."""
+def test_a_closed_terminal_does_not_prevent_a_clean_stop(tmp_path):
+    """Printing to it is an error, and the checkpoint is written after a print."""
     code = f"""
 import asyncio, fcntl, os, signal, sys, termios
 sys.path.insert(0, {str(ROOT)!r})
@@ -567,26 +567,26 @@ asyncio.run(main())
     assert process.wait(60) == 0 and (tmp_path / "done").exists()
 
 
-def test_a_context_longer_than_the_models_is_one_sentence(fresh):
+def test_a_context_longer_than_the_models_is_refused_without_a_traceback(fresh):
     started = fresh(max_model_len=4096)
     assert started.process.wait(120) == 1
     assert "max_model_len (4096) is greater than" in started.log() and "Traceback" not in started.log()
 
 
-def test_a_taken_port_is_said_at_once(fresh, program):
+def test_a_port_in_use_is_reported_at_once(fresh, program):
     second = fresh(port=program.port)
     assert second.process.wait(60) == 1
     assert str(program.port) in second.log() and "in use" in second.log().splitlines()[-1]
 
 
-def test_two_on_one_journal_are_one_too_many(tiny_model, program):
+def test_a_second_program_on_the_same_journal_is_refused(tiny_model, program):
     command = [sys.executable, str(ROOT / "run.py"), f"--model={tiny_model}", f"--out={program.out}"]
     second = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert second.returncode == 1 and f"in use by process {program.process.pid}" in second.stderr
 
 
-async def test_with_a_full_disk_no_answer_is_begun(monkeypatch, tmp_path):
-    """The capture alone: an answer that could not be written down is not given; all else still is."""
+async def test_no_answer_is_started_on_a_full_disk(monkeypatch, tmp_path):
+    """Tests Capture alone: it refuses requests whose answer could not be recorded, and serves all others."""
 
     async def app(scope, receive, send):
         await PlainTextResponse("reached")(scope, receive, send)
@@ -634,7 +634,7 @@ async def test_with_a_full_disk_no_answer_is_begun(monkeypatch, tmp_path):
         (["--model=/nowhere"], "/nowhere"),
     ],
 )
-def test_a_wrong_option_is_an_error_that_names_it(arguments, message, capfd):
+def test_a_wrong_option_gives_an_error_that_names_it(arguments, message, capfd):
     with pytest.raises(SystemExit) as error:
         try:
             model_folder(config.parse(arguments).model)
@@ -644,7 +644,7 @@ def test_a_wrong_option_is_an_error_that_names_it(arguments, message, capfd):
     assert error.value.code and message in " ".join(re.sub("[│╭╮╰╯─]", "", said).split()), said
 
 
-def test_help_names_every_key(capsys):
+def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit):
         config.parse(["--help"])
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""New weights in a running engine: exact, verified, refused when wrong. A real vLLM engine, tied and untied heads."""
+"""Pushes to a running vLLM engine: exact, verified, refused when wrong. With tied and untied heads."""
 
 import asyncio
 import resource
@@ -20,7 +20,7 @@ from tests.conftest import make_tiny_model
 BOUND = 0.05
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])  # with an engine in fp32, and in bf16
+@pytest.fixture(scope="module", params=["tied", "untied"])  # the engine in fp32 and in bf16
 async def served(request, tmp_path_factory):
     """An engine, and the trainer's copy of its weights."""
     folder = make_tiny_model(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
@@ -36,7 +36,7 @@ async def served(request, tmp_path_factory):
 
 
 async def push(served, new, old, logps, version=9):
-    """As run.py does. `new`, `old`: weights by name; `logps`: of served.ids, under the new ones as the trainer has."""
+    """Push as run.py does. `new`, `old`: weights by name. `logps`: the trainer's, of served.ids, by the new weights."""
     try:
         swap.newest[""] = swap.Version(version - 1)
         return await swap.push(served.engine, new, version, (served.ids, logps))
@@ -52,7 +52,7 @@ def weights(model):
 
 @torch.no_grad()
 def change(model, seed):
-    """Clearly different weights: mean |dlogp| to the ones before is above 0.3 (asserted by the test)."""
+    """Change the weights clearly: mean |dlogp| to the ones before is above 0.3 (asserted by the test)."""
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.add_(torch.randn(p.shape, generator=g).to(p) * 0.05)
@@ -73,13 +73,13 @@ async def test_after_a_push_the_engine_agrees_with_the_trainer(served):
 async def test_a_push_that_lacks_a_tensor_is_refused(served):
     before, old = weights(served.model), probe.token_logps(served.model, served.ids)
     lacking = {k: w for k, w in before.items() if k != "model.layers.1.mlp.down_proj.weight"}
-    with pytest.raises(swap.PushError, match="layers.1.mlp.down_proj"):  # the engine's own count
+    with pytest.raises(swap.PushError, match="layers.1.mlp.down_proj"):  # the engine counts the tensors
         await push(served, lacking, before, old)
     got = await swap.prompt_logps(served.engine, served.ids, "after-partial")
     assert (got - old).abs().mean() < BOUND
 
 
-async def test_a_push_that_disagrees_is_refused_and_the_old_weights_serve(served):
+async def test_a_push_that_disagrees_is_refused_and_the_old_weights_stay(served):
     before, old = weights(served.model), probe.token_logps(served.model, served.ids)
     other = AutoModelForCausalLM.from_config(served.model.config).to(torch.bfloat16)
     with pytest.raises(swap.PushError, match="disagree"):
@@ -88,7 +88,7 @@ async def test_a_push_that_disagrees_is_refused_and_the_old_weights_serve(served
     assert (got - old).abs().mean() < BOUND
 
 
-async def test_a_push_that_shared_memory_has_no_room_for_is_refused(served):
+async def test_a_push_too_large_for_shared_memory_is_refused(served):
     before, old = weights(served.model), probe.token_logps(served.model, served.ids)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
@@ -101,8 +101,8 @@ async def test_a_push_that_shared_memory_has_no_room_for_is_refused(served):
     assert (got - old).abs().mean() < BOUND
 
 
-async def test_a_running_answer_goes_on_across_a_swap(served):
-    """Frozen for the swap, then complete, with the token spans of both versions."""
+async def test_a_running_answer_continues_across_a_swap(served):
+    """It pauses for the swap, then completes, with the token spans of both versions."""
     from vllm import SamplingParams
 
     before = weights(served.model)
@@ -124,7 +124,7 @@ async def test_a_running_answer_goes_on_across_a_swap(served):
 
 
 async def test_a_new_answer_never_reads_the_old_weights_cache(served, tmp_path):
-    """On a busy engine `reset_prefix_cache` does nothing; the recorder's salt must keep the caches apart."""
+    """On a busy engine `reset_prefix_cache` does nothing; the recorder's salt must keep the caches separate."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -1,4 +1,4 @@
-"""--adapters=user: each user of the server has weights of their own, on one base."""
+"""--adapters=user: each user has their own adapter on a shared base model."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ def states(db):
     return {r["id"]: r["state"] for r in db.execute("SELECT id, state FROM turns")}
 
 
-def test_each_user_returns_to_their_own_checkpoint(db):
+def test_each_user_continues_from_their_own_checkpoint(db):
     for name in ("alice", "bob"):
         for step in (1, 2, 3):
             trained(db, f"{name}{step}", name, step)
@@ -57,7 +57,7 @@ def test_each_user_returns_to_their_own_checkpoint(db):
     assert journal.owners(db) == {"alice": 2} and journal.saved_step(db, "bob") == 0
 
 
-def test_a_rollback_is_of_one_user(db):
+def test_a_rollback_affects_only_one_user(db):
     for name in ("alice", "bob"):
         for step in (1, 2):
             trained(db, f"{name}{step}", name, step)
@@ -69,7 +69,7 @@ def test_a_rollback_is_of_one_user(db):
         upkeep.check_owner(db, "")
 
 
-def test_what_is_pruned_is_judged_by_the_users_own_checkpoints(db, tmp_path):
+def test_pruning_depends_on_each_users_own_checkpoints(db, tmp_path):
     for name in ("alice", "bob"):
         trained(db, f"{name}1", name, 1)
     journal.add_checkpoint(db, "bob", 1, keep=3)
@@ -78,12 +78,12 @@ def test_what_is_pruned_is_judged_by_the_users_own_checkpoints(db, tmp_path):
     assert db.execute("SELECT template FROM turns WHERE id = 'alice1'").fetchone()[0] is not None
 
 
-def test_a_journal_keeps_its_kind_of_adapters(db, tmp_path):
+def test_a_journal_made_with_another_adapters_option_is_refused(db, tmp_path):
     with pytest.raises(UsageError, match="--adapters=user"):
         upkeep.bind_model(db, tmp_path, "abc", "shared")
 
 
-def test_folders_of_users_are_told_apart_and_stay_inside(tmp_path):
+def test_each_user_has_a_separate_folder_inside_checkpoints(tmp_path):
     homes = [checkpoint.home(tmp_path, name) for name in ("", "a", "../b", "x" * 300, "step-000001", "ü")]
     assert len(set(homes)) == 6
     assert all(home.parent == tmp_path / "checkpoints" and len(home.name) < 110 for home in homes[1:])
@@ -92,8 +92,8 @@ def test_folders_of_users_are_told_apart_and_stay_inside(tmp_path):
 # ---- the program ----
 
 
-async def test_a_client_that_hangs_up_does_not_end_the_loading_of_an_adapter(monkeypatch):
-    """The engine would keep an adapter that nobody knows of, and the worker could read another file than ours."""
+async def test_a_client_that_hangs_up_does_not_cancel_the_loading_of_an_adapter(monkeypatch):
+    """Otherwise the engine would keep an adapter that is not tracked, and the worker could read the wrong file."""
 
     async def load_saved(owner):
         await asyncio.sleep(0.1)
@@ -149,12 +149,12 @@ class Talker:
             await until(lambda goal=goal: self.status()["step"] == goal)
 
 
-def admin(program):
+def admin_headers(program):
     return {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
 
 
-def order(program, command, **body):
-    return httpx.post(f"{program.url}/admin/{command}", json=body, headers=admin(program), timeout=60)
+def admin_command(program, command, **body):
+    return httpx.post(f"{program.url}/admin/{command}", json=body, headers=admin_headers(program), timeout=60)
 
 
 def started(fresh, names=PEOPLE, **options):
@@ -162,7 +162,7 @@ def started(fresh, names=PEOPLE, **options):
     return program.wait_ready()
 
 
-async def test_nobody_meets_what_another_taught(fresh):
+async def test_an_adapter_of_one_user_does_not_change_another_users_answers(fresh):
     program = started(fresh, save_every=1)
     alice, bob, carol = (Talker(program, name) for name in PEOPLE)
     first = alice.logp()
@@ -177,31 +177,31 @@ async def test_nobody_meets_what_another_taught(fresh):
     assert (alice.logp(), [file.read_bytes() for file in saved]) == alices
     assert [who.status()["step"] for who in (alice, bob, carol)] == [2, 1, 0]
     assert [(m["owner"], m["step"]) for m in program.metrics()] == [("alice", 1), ("alice", 2), ("bob", 1)]
-    figures = httpx.get(f"{program.url}/metrics", headers=admin(program), timeout=60)
+    figures = httpx.get(f"{program.url}/metrics", headers=admin_headers(program), timeout=60)
     assert figures.status_code == 200 and "openclaw_rl_step 3.0" in figures.text
     assert {r["user"] for r in rows(program, "state = 'trained'")} == {"alice", "bob"}
 
     # Pause and resume
-    assert order(program, "pause", user="alice").status_code == 200
+    assert admin_command(program, "pause", user="alice").status_code == 200
     waiting = alice.complain("while paused")
     await bob.learn()
     assert alice.status()["training"] == "paused by the admin" and bob.status()["training"] == "on"
     assert rows(program, "id = ?", waiting)[0]["state"] == "queued" and alice.status()["step"] == 2
-    assert order(program, "resume", user="alice").status_code == 200
+    assert admin_command(program, "resume", user="alice").status_code == 200
     await until(lambda: alice.status()["step"] == 3)
 
-    order(program, "pause")
-    assert "when everybody's does" in order(program, "resume", user="alice").text
-    assert order(program, "resume").json()["done"] == "training is on"
+    admin_command(program, "pause")
+    assert "when everybody's does" in admin_command(program, "resume", user="alice").text
+    assert admin_command(program, "resume").json()["done"] == "training is on"
 
     # Rollback and forget
     bobs = bob.logp()
-    assert "give --user" in order(program, "rollback", step=0).text
-    assert "nobody of that name" in order(program, "rollback", step=0, user="alicia").text
-    order(program, "rollback", step=2, user="alice").raise_for_status()
+    assert "give --user" in admin_command(program, "rollback", step=0).text
+    assert "nobody of that name" in admin_command(program, "rollback", step=0, user="alicia").text
+    admin_command(program, "rollback", step=2, user="alice").raise_for_status()
     assert (alice.logp(), alice.status()["step"], bob.logp()) == (alices[0], 2, bobs)
     await alice.learn()
-    said = order(program, "forget", user="alice").raise_for_status().json()["done"]
+    said = admin_command(program, "forget", user="alice").raise_for_status().json()["done"]
     assert "nothing of them is left in weights" in said
     assert alice.logp() == first and alice.status()["step"] == 0 and bob.logp() == bobs
     assert [folder.name for folder in (program.out / "checkpoints").iterdir()] == ["of-bob"]
@@ -210,9 +210,9 @@ async def test_nobody_meets_what_another_taught(fresh):
     assert alice.logp() != first and bob.logp() == bobs
 
 
-async def test_a_killed_program_goes_on_with_each_users_adapter(fresh):
-    """Under traffic of three: no recorded turn is lost, none is trained on twice, each continues from their own
-    checkpoint."""
+async def test_after_a_kill_each_user_continues_from_their_own_adapter(fresh):
+    """With three users talking: no recorded turn is lost, none is trained on twice, and each user continues from their
+    own checkpoint."""
     program = started(fresh, save_every=2)
     people = [Talker(program, name) for name in PEOPLE]
     for k, who in enumerate(people):
@@ -239,7 +239,7 @@ async def test_a_killed_program_goes_on_with_each_users_adapter(fresh):
         assert [m["step"] for m in program.metrics() if m["owner"] == name] == steps
 
 
-async def test_who_was_away_gets_their_adapter_back(fresh):
+async def test_an_evicted_adapter_is_loaded_again_for_its_user(fresh):
     names = [f"user{i}" for i in range(memory.USERS + 2)]
     program = started(fresh, names)
     people = [Talker(program, name) for name in names]
@@ -247,7 +247,7 @@ async def test_who_was_away_gets_their_adapter_back(fresh):
     for who in people:
         await who.learn()
     kept = checkpoint.home(program.out, "user0")
-    await until(lambda: list(kept.glob("*/adapter_model.safetensors")))  # they were put on the disk
+    await until(lambda: list(kept.glob("*/adapter_model.safetensors")))  # evicted to disk
     assert len(list((program.out / "checkpoints").iterdir())) == 2
     logps = [who.logp() for who in people]
     assert first not in logps and len(set(logps)) == len(people)
@@ -258,7 +258,7 @@ async def test_who_was_away_gets_their_adapter_back(fresh):
     assert people[0].status()["step"] == 2 and people[0].logp() != logps[0] and people[1].logp() == logps[1]
     program.stop()
 
-    # Damaged files are their owner's trouble alone, and a rollback mends it.
+    # Damaged files affect only their owner, and a rollback repairs them.
     (whole,) = checkpoint.home(program.out, "user1").glob("*/adapter_model.safetensors")
     whole.write_bytes(whole.read_bytes()[:-1000])
     (config,) = checkpoint.home(program.out, "user2").glob("*/adapter_config.json")
@@ -276,14 +276,14 @@ async def test_who_was_away_gets_their_adapter_back(fresh):
     await until(lambda: "damaged" in again[3].status()["training"])
     await again[4].learn()
     for k in (1, 3):
-        order(program, "rollback", step=0, user=f"user{k}").raise_for_status()
-        order(program, "resume", user=f"user{k}").raise_for_status()
+        admin_command(program, "rollback", step=0, user=f"user{k}").raise_for_status()
+        admin_command(program, "resume", user=f"user{k}").raise_for_status()
         assert again[k].logp() == first
         await again[k].learn()
 
 
-def test_a_key_file_is_read_anew(fresh):
-    """A user who comes later begins with the starting weights."""
+def test_a_user_added_later_starts_from_the_starting_weights(fresh):
+    """The key file is read again when it changes."""
     program = started(fresh, ("alice",))
     first = Talker(program, "alice").logp()
     write_private(program.out / "keys", "alice:key-alice\ndora:key-dora\n")

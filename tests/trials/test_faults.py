@@ -1,4 +1,4 @@
-"""What breaks around the program, on purpose: each has a message, nothing hangs, nothing is lost, and it goes on."""
+"""Faults around the program, caused on purpose: each gives a message, nothing hangs or is lost, and it continues."""
 
 import asyncio
 import itertools
@@ -30,8 +30,8 @@ def engine_processes(program):
     return [pid for pid in pids if "VLLM" in Path(f"/proc/{pid}/comm").read_text()]
 
 
-async def serves(program, seconds=180):
-    """Until a request gets an answer."""
+async def wait_until_served(program, seconds=180):
+    """Wait until a request gets an answer, and return it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -44,13 +44,13 @@ async def serves(program, seconds=180):
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("which", ["VLLM::Worker", "VLLM::EngineCor"])
-async def test_a_killed_engine_process(fresh, which):
+async def test_the_program_restarts_after_an_engine_process_is_killed(fresh, which):
     program = fresh(batch_size=2, save_every=1)
     program.wait_ready()
     started = time.monotonic()
     trained = [await rated(program, f"q{i}") for i in range(2)]
     await until(lambda: program.status()["step"] == 1)
-    await asyncio.sleep(max(0, 65 - (time.monotonic() - started)))  # sooner, it takes the fault for a permanent one
+    await asyncio.sleep(max(0, 65 - (time.monotonic() - started)))  # a crash within 60 s counts as permanent
     options = dict(n=32, extra_body={"ignore_eos": True})
     long = asyncio.create_task(ask(client(program, "none"), [user("go on")], 1900, **options))
     await asyncio.sleep(1)
@@ -58,17 +58,17 @@ async def test_a_killed_engine_process(fresh, which):
     others = [p for p in engine_processes(program) if p != victim]
     killed = time.monotonic()
     os.kill(victim, signal.SIGKILL)
-    with pytest.raises(openai.APIError):  # an error, soon, not a wait for ever
+    with pytest.raises(openai.APIError):  # an error within 30 s, not a hang
         await asyncio.wait_for(long, 30)
     await until(lambda: "starting again from the last checkpoint" in program.log())
     await until(lambda: not alive(others), 30)
-    await serves(program)
+    await wait_until_served(program)
     assert program.status()["step"] == 1 and {r["id"] for r in rows(program, "step = 1")} == set(trained)
     print(f"{which} killed: served again {time.monotonic() - killed:.0f} s later")
 
 
 @pytest.mark.timeout(600)
-async def test_an_engine_that_dies_in_a_swap(fresh):
+async def test_the_program_restarts_after_an_engine_dies_during_a_swap(fresh):
     """The worker is stopped, so that the push waits for it; then the engine's core is killed."""
     program = fresh(batch_size=2).wait_ready()
     ready = time.monotonic()
@@ -82,7 +82,7 @@ async def test_an_engine_that_dies_in_a_swap(fresh):
     assert program.status()["turns"]["training"] == 2 and program.status()["step"] == 0, "the push waits"
     os.kill(pids["VLLM::EngineCor"], signal.SIGKILL)
     await until(lambda: "starting again from the last checkpoint" in program.log())
-    await serves(program)
+    await wait_until_served(program)
     await until(lambda: program.status()["step"] == 1)
     assert {r["id"] for r in rows(program, "step = 1")} == {reply.id for reply in turns}
 
@@ -97,7 +97,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.timeout(600)
-async def test_a_full_disk(tiny_model, small_disk):
+async def test_a_full_disk_stops_answers_until_there_is_space(tiny_model, small_disk):
     program = Program(tiny_model, small_disk / "out", batch_size=2, save_every=1)
     try:
         program.wait_ready()
@@ -105,7 +105,7 @@ async def test_a_full_disk(tiny_model, small_disk):
         await until(lambda: program.status()["step"] == 1)
         one = await ask(client(program, "none"), [user("one")])
         two = await ask(client(program, "none"), [user("two")])
-        for share in (0.5, 1.0):  # below the reserve; then nothing left at all
+        for share in (0.5, 1.0):  # first below the reserve, then completely full
             free = shutil.disk_usage(small_disk).free
             with open(small_disk / "ballast", "ab") as f:
                 f.write(b"x" * int(free * share))
@@ -121,7 +121,7 @@ async def test_a_full_disk(tiny_model, small_disk):
         await until(lambda: program.status()["step"] == 2)
         assert {r["id"] for r in rows(program, "state = 'trained'")} == {*first, one.id, two.id}
 
-        # room for the journal, none for a checkpoint: training goes on, and the checkpoint comes when there is room
+        # space for the journal but not for a checkpoint: training continues, and the checkpoint is written later
         free = shutil.disk_usage(small_disk).free
         (small_disk / "ballast").write_bytes(b"x" * (free - journal.RESERVE - (3 << 20)))
         for i in range(2):
@@ -138,8 +138,8 @@ async def test_a_full_disk(tiny_model, small_disk):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("what", [resource.RLIMIT_NOFILE, resource.RLIMIT_AS], ids=["files", "memory"])
-async def test_no_more_of(fresh, what):
-    """No file descriptor is left, or no memory for a step: training says so and waits, answers go on."""
+async def test_training_waits_when_descriptors_or_memory_run_out(fresh, what):
+    """No file descriptor is left, or no memory for a step: training says so and waits, answers continue."""
     program = fresh(batch_size=2).wait_ready()
     first = [await rated(program, f"q{i}") for i in range(2)]
     await until(lambda: program.status()["step"] == 1)
@@ -167,7 +167,7 @@ async def test_no_more_of(fresh, what):
     assert not {r["id"] for r in rows(program, "step = 2")} & set(first)
 
 
-def test_a_read_only_folder(tiny_model, small_disk):
+def test_a_read_only_folder_gives_an_error_of_one_line(tiny_model, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     command = [sys.executable, str(ROOT / "run.py"), f"--model={tiny_model}", f"--out={small_disk}/out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -203,7 +203,7 @@ class Judge(BaseHTTPRequestHandler):
 
 
 @pytest.mark.timeout(1200)
-async def test_a_judge_that_fails_in_every_way(fresh):
+async def test_a_failing_judge_only_delays_verdicts(fresh):
     server = ThreadingHTTPServer(("127.0.0.1", free_port()), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/v1"
@@ -229,7 +229,7 @@ async def test_a_judge_that_fails_in_every_way(fresh):
     server.shutdown()
 
 
-def test_a_damaged_or_missing_model(tmp_path):
+def test_a_damaged_or_missing_model_gives_an_error_of_one_line(tmp_path):
     folder = make_tiny_model(tmp_path / "model")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -240,8 +240,8 @@ def test_a_damaged_or_missing_model(tmp_path):
 
 
 @pytest.mark.timeout(1800)
-async def test_sigterm_at_any_moment(fresh):
-    """A step of the tiny model takes about a second here, with a swap and a checkpoint in each."""
+async def test_sigterm_or_ctrl_c_at_any_moment_is_a_clean_stop(fresh):
+    """A step of the tiny model takes about a second here, and includes a swap and a checkpoint."""
     rng, steps = random.Random(1), 0
     for i in range(10):
         program = fresh(batch_size=2, save_every=1, max_staleness=10**6).wait_ready()
@@ -256,7 +256,7 @@ async def test_sigterm_at_any_moment(fresh):
         steps = program.status()["step"]
         children = [pid for pid, _ in descendants(program.process.pid)]
         if i % 2:
-            os.killpg(program.process.pid, signal.SIGINT)  # Ctrl-C in a terminal: to all of the group
+            os.killpg(program.process.pid, signal.SIGINT)  # Ctrl-C in a terminal: to the whole group
             seconds = await asyncio.to_thread(program.wait_end)
         else:
             seconds = await asyncio.to_thread(program.stop)

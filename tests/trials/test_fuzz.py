@@ -1,4 +1,4 @@
-"""Whatever is sent: no server error, no dead server, nothing in the journal but what well-formed requests put there."""
+"""Random requests cause no server error and no crash, and the journal records only those that were answered."""
 
 import contextlib
 import json
@@ -101,13 +101,13 @@ bodies |= st.sampled_from(
 
 
 def choices(body):
-    """How many answers a request that was served has; None where not each has to be a row of its own."""
+    """How many answers a served request has. None if they need not each have a row."""
     request = json.loads(body)
     return None if request.get("use_beam_search") else int(request.get("n") or 1)
 
 
-def plain(body):
-    """Was it sampled from the policy as it is, so that its log-probs are the policy's?"""
+def is_plain_sample(body):
+    """Whether it was sampled from the unchanged policy, so that its log-probs are the policy's."""
     request = json.loads(body)
     changed = [request.get(name) for name in ("logit_bias", "response_format", "use_beam_search")]
     return request.get("top_p") in (None, 1) and request.get("temperature") != 0 and not any(changed)
@@ -116,9 +116,9 @@ def plain(body):
 EVERY_S = 0.005
 
 
-def ask_all_the_time(url, stop, control, late):
-    """In a process of its own: GET /health every EVERY_S; for each answer how late it was, while `control` is set in
-    the first list, then in the second."""
+def poll_health(url, stop, control, late):
+    """Send GET /health every EVERY_S and record how late each answer is: in the first list while `control` is set,
+    then in the second. Runs in a separate process."""
     with httpx.Client(base_url=url, timeout=60) as http:
         due = time.perf_counter()
         while not stop.is_set():
@@ -130,13 +130,13 @@ def ask_all_the_time(url, stop, control, late):
 
 @contextlib.contextmanager
 def stalls(url):
-    """How late answers to GET /health are: with nothing else to do for 20 s, then while the block runs.
+    """Measure how late answers to GET /health are: for 20 s with nothing else to do, then while the block runs.
 
-    At each moment, not for each answer: one that is 3 s late stands for all that could have been asked meanwhile."""
+    Weighted by time, not per answer: one that is 3 s late counts for all requests that could have been sent in 3 s."""
     with multiprocessing.Manager() as manager:
         stop, control, late = manager.Event(), manager.Event(), [manager.list(), manager.list()]
         control.set()
-        asking = multiprocessing.get_context("spawn").Process(target=ask_all_the_time, args=(url, stop, control, late))
+        asking = multiprocessing.get_context("spawn").Process(target=poll_health, args=(url, stop, control, late))
         asking.start()
         time.sleep(20)
         control.clear()
@@ -153,7 +153,7 @@ def stalls(url):
 
 
 @pytest.mark.timeout(3600)
-def test_fuzz(program):
+def test_random_requests_cause_no_server_error_and_no_wrong_rows(program):
     seen, sent = {}, []
 
     with stalls(program.url), httpx.Client(base_url=program.url, timeout=60) as http:
@@ -190,5 +190,5 @@ def test_fuzz(program):
             sent_messages = json.loads(body)["messages"]
             kept = [{k: v for k, v in m.items() if k in pieces.KNOWN} for m in sent_messages]
             assert json.loads(row["messages"]) == kept
-            assert row["state"] == "dropped" or row["no_rl"] or plain(body), body
+            assert row["state"] == "dropped" or row["no_rl"] or is_plain_sample(body), body
     assert not by_session, "a row that nobody asked for"

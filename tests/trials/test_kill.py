@@ -1,8 +1,8 @@
-"""kill -9 at random moments under traffic, again and again; after each, the three promises are checked.
+"""kill -9 at random moments under traffic, many times. After each kill, three promises are checked:
 
-1. No captured turn is lost: what a client saw whole is in the journal, word for word.
-2. No sample is trained on twice in the surviving history, and none of an undone step is forgotten.
-3. Open conversations go on.
+1. No recorded turn is lost: every answer that a client received completely is in the journal, word for word.
+2. No turn is trained on twice in the history that remains, and the turns of undone steps are not lost.
+3. Open conversations can be continued.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ IN_THE_LOOP = ("queued", "training", "trained")
 
 
 class Talker:
-    """One conversation after the other, whatever happens to the server."""
+    """Has one conversation after another, even if the server is killed."""
 
     def __init__(self, name):
         self.name, self.rng, self.talk, self.open = name, random.Random(name), [], None
-        self.seen, self.continued = {}, []  # what came whole; (answer, the answer before it) where a talk went on
+        self.seen, self.continued = {}, []  # complete answers by id; (answer, the answer that it continued)
 
-    async def go_on(self, program):
+    async def send_next(self, program):
         if len(self.talk) > 7 or not self.talk:
             self.talk, self.open = [user(f"{self.name}: {self.rng.random()}")], None
         reply = await ask(client(program, "none"), self.talk, 8)
@@ -43,12 +43,12 @@ class Talker:
             async with httpx.AsyncClient(base_url=program.url, timeout=30) as http:
                 assert (await http.post("/v1/feedback", json=body)).status_code in (200, 409)
 
-    async def talk_on(self, program):
+    async def keep_talking(self, program):
         while True:
             try:
-                await self.go_on(program)
+                await self.send_next(program)
             except (openai.APIError, httpx.HTTPError):
-                return  # the server is gone; the talk goes on with the next one
+                return  # the server was killed; the conversation continues with the next one
 
 
 def check(program, talkers, in_the_loop, step):
@@ -61,29 +61,29 @@ def check(program, talkers, in_the_loop, step):
             assert found[before]["next_messages"] or found[before]["source"] == "feedback"
     trained = [r["step"] for r in found.values() if r["state"] == "trained"]
     assert {s: trained.count(s) for s in trained} == {s: BATCH for s in range(1, max(trained, default=0) + 1)}
-    assert step <= max(trained, default=0) <= step + 2  # it goes on while we ask
+    assert step <= max(trained, default=0) <= step + 2  # training continues while we read
     for turn_id in in_the_loop:
         assert found[turn_id]["state"] in IN_THE_LOOP, dict(found[turn_id])
 
 
 @pytest.mark.timeout(3600)
-async def test_kill_9(fresh):
+async def test_kill_9_loses_no_turn_and_trains_on_none_twice(fresh):
     rng, talkers = random.Random(0), [Talker(f"talker {i}") for i in range(TALKERS)]
     settings = dict(batch_size=BATCH, save_every=3, keep=2, max_staleness=10**6)
     at_kill, undone = [], 0
     for kill in range(KILLS + 1):
         program = fresh(**settings)
-        if kill % 5 == 4:  # while it starts
+        if kill % 5 == 4:  # during startup
             await asyncio.sleep(rng.uniform(0, 25))
         else:
             program.wait_ready()
             step = program.status()["step"]
             check(program, talkers, at_kill, step)
-            traffic = [asyncio.create_task(t.talk_on(program)) for t in talkers]
+            traffic = [asyncio.create_task(t.keep_talking(program)) for t in talkers]
             await asyncio.sleep(rng.uniform(1, 12))
             if kill == KILLS:
                 await until(lambda: len(program.metrics()) > step + 2)  # noqa: B023
-                await asyncio.gather(*[asyncio.wait_for(t.go_on(program), 60) for t in talkers])
+                await asyncio.gather(*[asyncio.wait_for(t.send_next(program), 60) for t in talkers])
         children = [pid for pid, _ in descendants(program.process.pid)]
         last = len(program.metrics())
         os.kill(program.process.pid, signal.SIGKILL)

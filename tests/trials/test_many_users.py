@@ -1,4 +1,4 @@
-"""What users with an adapter each cost, SmolLM2-135M and rank 16: disk, start, return, swap, and speed in one batch."""
+"""The cost of many users with an adapter each, SmolLM2-135M and rank 16: disk, startup, reload, push, batch speed."""
 
 import asyncio
 import shutil
@@ -27,21 +27,21 @@ def start(out):
 
 
 async def tokens_per_second(program, users):
-    """STREAMS answers at once, shared out over so many users."""
+    """With STREAMS answers at once, spread over this many users."""
 
     async def answer(i):
         c = client(program, f"key-u{i % users}").chat.completions
         options = {"max_tokens": TOKENS, "extra_body": {"ignore_eos": True}}
         await c.create(model="policy", messages=[user(f"Tell me about {i}.")], **options)
 
-    await asyncio.gather(*map(answer, range(STREAMS)))  # a first time: adapters come from the disk
+    await asyncio.gather(*map(answer, range(STREAMS)))  # warm-up: adapters are loaded from disk
     begun = time.monotonic()
     await asyncio.gather(*map(answer, range(STREAMS)))
     return STREAMS * TOKENS / (time.monotonic() - begun)
 
 
 @pytest.mark.timeout(1800)
-async def test_many_users(tmp_path):
+async def test_startup_and_reloading_are_fast_with_many_users(tmp_path):
     out = tmp_path / "out"
     program, alone = start(out)
     await Talker(program, "u0").learn(3)

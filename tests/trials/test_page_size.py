@@ -1,4 +1,4 @@
-"""How long the page takes to be filled, and what it costs those who chat, when the journal has many turns."""
+"""How long the page takes to fill, and how much it slows down chats, when the journal has many turns."""
 
 import asyncio
 import statistics
@@ -14,11 +14,11 @@ from tests.talking import ask, client, user
 from tests.test_page import CHROMIUM, needs_browser
 from tests.trials.test_size import fill
 
-BLOCKS, EACH = 5, 25  # with the page open and without it, by turns; requests in a block
+BLOCKS, EACH = 5, 25  # alternately without and with the page open; requests per block
 
 
 async def milliseconds(c, count):
-    """Of small requests."""
+    """The durations of small requests."""
     times = []
     for k in range(count):
         begun = time.perf_counter()
@@ -31,7 +31,7 @@ async def milliseconds(c, count):
 @needs_browser
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", [10_000, 1_000_000])
-async def test_the_page_with_many_turns(tiny_model, tmp_path, size):
+async def test_the_page_fills_quickly_with_many_turns(tiny_model, tmp_path, size):
     db = journal.open_journal(tmp_path / "journal.db")
     journal.record_turn(
         db, turn("t1", text="x" * 300, response_ids=[3] * 100, logprobs=[-0.5] * 100, versions=[(0, 0, 100)])

@@ -1,4 +1,4 @@
-"""What a captured turn costs when the journal has 10, 100,000 and 1,000,000 of them, and what a start costs then."""
+"""How long recording a turn and starting take when the journal has 10, 100,000 and 1,000,000 turns."""
 
 import os
 import sqlite3
@@ -14,7 +14,7 @@ SIZES = (10, 100_000, 1_000_000)
 
 
 def fill(path, count, **more):
-    """Turns as they are after weeks, by one statement: nearly all are trained on or dropped. `more`: other columns."""
+    """Insert turns as they are after weeks: each is trained on or dropped. `more`: other columns."""
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("PRAGMA synchronous=OFF")
     have = db.execute("SELECT MAX(number) FROM turns").fetchone()[0]
@@ -44,7 +44,7 @@ def milliseconds(f, *args):
 
 
 @pytest.mark.timeout(1800)
-def test_size(tmp_path):
+def test_recording_a_turn_stays_fast_in_a_large_journal(tmp_path):
     path, results = tmp_path / "j.db", []
     db = journal.open_journal(path)
     journal.record_turn(
@@ -54,7 +54,7 @@ def test_size(tmp_path):
     db.close()
     for size in SIZES:
         fill(path, size)
-        with open(path, "rb") as f:  # cold: nothing of it in the page cache
+        with open(path, "rb") as f:  # cold: not in the page cache
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         db = journal.open_journal(path)
         start = milliseconds(journal.recover, db)
