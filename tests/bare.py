@@ -1,4 +1,4 @@
-"""A program with a journal, but without engine and trainer."""
+"""A program with a journal, but without an engine or a trainer."""
 
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
@@ -9,5 +9,5 @@ from program import Program
 
 def program(db, **config):
     needed = [f.name for f in fields(Program) if f.default is MISSING and f.default_factory is MISSING]
-    first = SimpleNamespace(step=0, baselines={})
-    return Program(**dict.fromkeys(needed) | {"config": Config(**config), "db": db, "states": {"": first}})
+    state = SimpleNamespace(step=0, baselines={})
+    return Program(**dict.fromkeys(needed) | {"config": Config(**config), "db": db, "states": {"": state}})

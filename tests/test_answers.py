@@ -1,4 +1,4 @@
-"""What a client was sent, read from the body on its way out."""
+"""The answers that a client is sent, read from the response body."""
 
 import json
 
@@ -60,7 +60,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("api", STREAMS)
 @pytest.mark.parametrize("size", [1, 7, 100_000])
-def test_a_stream_in_pieces_of_any_size(api, size):
+def test_a_streamed_answer_is_read_from_chunks_of_any_size(api, size):
     reader, found, body = AnswerReader(streamed=True), {}, STREAMS[api]
     for at in range(0, len(body), size):
         found |= reader.feed(body[at : at + size], True)
@@ -68,17 +68,17 @@ def test_a_stream_in_pieces_of_any_size(api, size):
 
 
 @pytest.mark.parametrize("api", WHOLE)
-def test_a_whole_body(api):
+def test_an_answer_is_read_from_a_body_that_is_not_streamed(api):
     reader, body = AnswerReader(streamed=False), json.dumps(WHOLE[api]).encode()
     assert reader.feed(body[:20], True) == {}
     assert answer_digest(reader.feed(body[20:], False)[0]) == answer_digest(WANTED)
 
 
-def test_an_answer_is_known_before_its_last_bytes_are_sent():
-    """A client may hang up when it has read the finish reason."""
+def test_an_answer_is_complete_before_its_last_bytes_are_sent():
+    """A client may disconnect as soon as it has the finish reason."""
     reader, end = AnswerReader(streamed=True), STREAMS["chat"].index(b"data: [DONE]")
     assert 0 in reader.feed(STREAMS["chat"][:end], True)
 
 
-def test_an_error_is_no_answer():
+def test_an_error_event_is_not_an_answer():
     assert AnswerReader(streamed=True).feed(event({"error": {"message": "gone", "code": 500}}), False) == {}

@@ -1,4 +1,4 @@
-"""The distillation loss against slow, obvious references; and that a hint teaches."""
+"""The distillation loss against slow, obvious references, and one whole step with a hint."""
 
 import copy
 import math
@@ -26,8 +26,8 @@ def logits(*shape, seed=0):
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_the_loss_is_the_formula(clip):
-    """Token by token, with ratios on both sides of the clip."""
+def test_top_k_loss_matches_the_formula(clip):
+    """Computed token by token, with ratios inside and outside the clip range."""
     student, teacher, now = (logits(6, 3, seed=s).log_softmax(-1) for s in (1, 2, 3))
     now.requires_grad_()
     expected = []
@@ -48,7 +48,7 @@ def test_the_loss_is_the_formula(clip):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_over_the_whole_vocabulary_it_is_the_gradient_of_the_kl_to_the_teacher():
+def test_top_k_loss_over_the_whole_vocabulary_has_the_gradient_of_the_kl():
     x, teacher = logits(4, 9).requires_grad_(), logits(4, 9, seed=1).log_softmax(-1)
     now = x.log_softmax(-1)
     loss = distill.top_k_loss(now, now.detach(), teacher, 0.0, LOW, HIGH)
@@ -57,7 +57,7 @@ def test_over_the_whole_vocabulary_it_is_the_gradient_of_the_kl_to_the_teacher()
     torch.testing.assert_close(ours, exact)
 
 
-def test_the_advantage_is_bounded_or_not():
+def test_the_advantage_is_clipped_unless_clip_is_0():
     student, teacher = torch.tensor([0.0, -5.0, -1.0]), torch.tensor([-3.0, -1.0, -0.5])
     assert distill.advantage(student, teacher, 1.0).tolist() == [-1.0, 1.0, 0.5]
     assert distill.advantage(student, teacher, 0.0).tolist() == [-3.0, 4.0, 0.5]
@@ -78,41 +78,41 @@ def samples():
 
 
 def slow_logps(model, prompt, response, temperature=1.0):
-    """(T, V), one sample alone."""
+    """Log-probs of one sample in a pass of its own: (T, V)."""
     out = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
     return (out / temperature).log_softmax(-1)
 
 
-def taught_row(model, k):
+def make_row(model, k):
     prompts, responses, draw = samples()
     temperatures = [1.0, 0.7, 1.3]
-    asked = zip(prompts, responses, temperatures, strict=True)
-    row = next(grpo.collate([grpo.Answer(p, r, temperature=t) for p, r, t in asked], 1000))
+    parts = zip(prompts, responses, temperatures, strict=True)
+    row = next(grpo.collate([grpo.Answer(p, r, temperature=t) for p, r, t in parts], 1000))
     hidden, head = grpo.response_hidden(model, row).detach(), model.get_output_embeddings().weight
     ids = distill.top_k(hidden, head, k) if k else row["target"][:, None]
     return row, ids, prompts, responses, temperatures, draw
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_ids_and_teacher_are_what_separate_passes_say(model, k):
-    row, ids, prompts, responses, temperatures, draw = taught_row(model, k)
+def test_top_k_ids_and_teacher_logps_match_separate_passes(model, k):
+    row, ids, prompts, responses, temperatures, draw = make_row(model, k)
     hinted = {0: [draw(12)], 2: [draw(30)]}
     states = {i: grpo.read(model, [grpo.Answer(hinted[i][0], responses[i])], 1000, 0) for i in hinted}
-    teacher, taught = distill.teach(model.get_output_embeddings().weight, row, ids, states, torch.zeros(ids.shape))
-    assert teacher.shape == ids.shape and taught.shape == (33,)
+    teacher, hint_mask = distill.teach(model.get_output_embeddings().weight, row, ids, states, torch.zeros(ids.shape))
+    assert teacher.shape == ids.shape and hint_mask.shape == (33,)
     for i in range(3):
         here = row["sample"] == i
         plain = slow_logps(model, prompts[i], responses[i], temperatures[i])
         expected = plain.topk(k).indices if k else torch.tensor(responses[i])[:, None]
         assert torch.equal(ids[here].sort().values, expected.sort().values)
-        assert taught[here].tolist() == [float(i in hinted)] * len(responses[i])
+        assert hint_mask[here].tolist() == [float(i in hinted)] * len(responses[i])
         if i in hinted:
-            other = slow_logps(model, hinted[i][0], responses[i], temperatures[i])
-            torch.testing.assert_close(teacher[here], other.gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
+            logps = slow_logps(model, hinted[i][0], responses[i], temperatures[i])
+            torch.testing.assert_close(teacher[here], logps.gather(-1, ids[here]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 6, 8])
-def test_shift_is_the_kl_over_the_named_tokens_and_the_rest(k):
+def test_shift_is_the_kl_over_the_k_tokens_and_any_other_token(k):
     p, q = (torch.randn(5, 8, generator=torch.Generator().manual_seed(i)).softmax(-1) for i in (1, 2))
     expected = [
         sum(a * math.log(a / b) for a, b in zip(x[:k], y[:k], strict=True))
@@ -123,27 +123,27 @@ def test_shift_is_the_kl_over_the_named_tokens_and_the_rest(k):
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_of_several_hints_the_one_is_taken_that_moves_the_teacher_furthest(model, k):
-    row, ids, prompts, responses, temperatures, draw = taught_row(model, k)
+def test_of_several_hints_the_one_that_changes_the_teacher_most_is_used(model, k):
+    row, ids, prompts, responses, temperatures, draw = make_row(model, k)
     candidates = [draw(30), draw(8), prompts[2], draw(5)]
     here = row["sample"] == 2
     logps = [slow_logps(model, p, responses[2], temperatures[2]).gather(-1, ids[here]) for p in candidates]
     plain = torch.zeros(ids.shape)
-    plain[here] = logps[2]  # the third candidate is the prompt itself: it moves nothing
-    moved = [distill.shift(found, plain[here]).sum().item() for found in logps]
-    assert abs(moved[2]) < 1e-4 and len(set(moved)) == 4
+    plain[here] = logps[2]  # the third candidate is the prompt itself: it changes nothing
+    changes = [distill.shift(found, plain[here]).sum().item() for found in logps]
+    assert abs(changes[2]) < 1e-4 and len(set(changes)) == 4
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
-        best = max(order, key=moved.__getitem__)
+        best = max(order, key=changes.__getitem__)
         states = {2: grpo.read(model, [grpo.Answer(candidates[i], responses[2]) for i in order], 1000, 1000)}
-        teacher, taught = distill.teach(model.get_output_embeddings().weight, row, ids, states, plain)
+        teacher, hint_mask = distill.teach(model.get_output_embeddings().weight, row, ids, states, plain)
         torch.testing.assert_close(teacher[here], logps[best], atol=1e-4, rtol=1e-4)
-        assert torch.equal(taught, here.float())
+        assert torch.equal(hint_mask, here.float())
 
 
-# ---- the hinted prompt (the rendering itself: test_program.py) ----
+# ---- the hinted prompt (its rendering is tested in test_program.py) ----
 
 
-def test_the_hint_ends_the_last_user_message_and_nothing_else_changes():
+def test_the_hint_is_appended_to_the_last_user_message_and_nothing_else_changes():
     said, hint = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "c"
     tool = [*said, {"role": "user", "content": "d"}, {"role": "tool", "content": "e"}]
     before = copy.deepcopy(tool)
@@ -152,13 +152,13 @@ def test_the_hint_ends_the_last_user_message_and_nothing_else_changes():
     assert got[:2] + got[3:] == before[:2] + before[3:] and tool == before
     listed = distill.with_hint([{"role": "user", "content": [{"type": "text", "text": "a"}], "name": "n"}], hint)
     assert [p["text"] for p in listed[0]["content"]] == ["a", distill.HINT + "c"] and listed[0]["name"] == "n"
-    carrier = [*said[:1], {"role": "user", "content": CARRIER + " the time"}]  # OpenClaw's own, not the person's
+    carrier = [*said[:1], {"role": "user", "content": CARRIER + " the time"}]  # from OpenClaw, not from the person
     assert distill.with_hint(carrier, hint) == [{"role": "user", "content": "a" + distill.HINT + "c"}, carrier[1]]
     with pytest.raises(distill.NoHintedPrompt):
         distill.with_hint(said[1:], hint)
 
 
-# ---- the whole step, on the real small model ----
+# ---- a whole step, on the real small model ----
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,8 @@ def real():
 
 
 @pytest.mark.parametrize("k", [0, 20])
-def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
-    """One step on "... is Max" with the hint "say Luna": at its place Luna goes up, without a hint in the prompt."""
+def test_a_hint_that_names_a_word_makes_it_likelier_in_a_prompt_without_the_hint(real, k):
+    """One step on "... is Max" with the hint "Say Luna.": without the hint, Luna becomes likelier at that position."""
     folder, tokenizer = real
     question = "What is a good name for my dog?"
 
@@ -178,8 +178,8 @@ def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
         return tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
 
     answer = tokenizer("A good name for your dog is Max.<|im_end|>")["input_ids"]
-    (word,), (said,) = (tokenizer(w)["input_ids"] for w in (" Luna", " Max"))
-    at = answer.index(said)
+    (wanted,), (sampled,) = (tokenizer(w)["input_ids"] for w in (" Luna", " Max"))
+    at = answer.index(sampled)
     config = Config(lr=1e-5, opd_k=k, w_rl=0.0, kl=0.0)
     state = trainer.load_state(config, None, folder)
 
@@ -195,6 +195,6 @@ def test_a_hint_that_names_a_word_makes_it_likelier_without_the_hint(real, k):
     after = probabilities()
     assert metrics["hinted"] == 1 and metrics["teacher_gap"] > 0.1 and metrics["kl"] == 0
     if k:
-        assert after[word] > 1.2 * before[word]
-    else:  # the sampled token alone has a signal
-        assert after[said] < before[said]
+        assert after[wanted] > 1.2 * before[wanted]
+    else:  # only the sampled token gets a signal
+        assert after[sampled] < before[sampled]

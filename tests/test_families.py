@@ -1,4 +1,4 @@
-"""Which models can be trained: tiny random ones of many families, read as the trainer reads them."""
+"""Which model families can be trained, checked on tiny random models."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ SIZE = {
     "eos_token_id": 2,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_local_experts": 4}
-SHARES = [
+PACKED = [
     "llama",
     "qwen2",
     "qwen3",
@@ -38,7 +38,7 @@ SHARES = [
     "phi3",
     "gpt_oss",
 ]
-MIXES = ["lfm2", "qwen3_next"]
+NOT_PACKED = ["lfm2", "qwen3_next"]
 REFUSED = ["granite", "cohere", "gemma2"]
 
 
@@ -52,7 +52,7 @@ def tiny(family: str):
         extra = {"logits_scaling": 4.0}
     config = AutoConfig.for_model(family, **SIZE | EXPERTS | extra)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for p in model.parameters():  # the usual 0.02 would hide what leaks
+    for p in model.parameters():  # with the usual 0.02, a leak between samples would be too small to see
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.3)
     return model
@@ -61,18 +61,18 @@ def tiny(family: str):
 IDS = torch.randint(3, 128, (60,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-@pytest.mark.parametrize(("family", "packs"), [*[(f, True) for f in SHARES], *[(f, False) for f in MIXES]])
-def test_samples_share_a_row_only_where_they_do_not_mix(family, packs):
+@pytest.mark.parametrize(("family", "packs"), [*[(f, True) for f in PACKED], *[(f, False) for f in NOT_PACKED]])
+def test_samples_share_a_row_only_if_the_model_does_not_mix_them(family, packs):
     assert arithmetic.check_arithmetic(tiny(family), IDS) is packs
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_head_that_does_more_than_a_product_is_refused(family):
+def test_a_model_that_scales_or_caps_its_logits_is_refused(family):
     with pytest.raises(UsageError, match="scaled, capped or shifted"):
         arithmetic.check_arithmetic(tiny(family), IDS)
 
 
-def edited(folder, **changes):
+def edit_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
 
@@ -80,15 +80,15 @@ def edited(folder, **changes):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda f: edited(f, quantization_config={"quant_method": "awq", "bits": 4}), "quantized"),
+        (lambda f: edit_config(f, quantization_config={"quant_method": "awq", "bits": 4}), "quantized"),
         (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "can't be loaded"),
         (lambda f: [file.unlink() for file in f.glob("chat_template*")], "no chat template"),
-        (lambda f: edited(f, model_type="none_such"), "can't be loaded"),
-        (lambda f: edited(f, num_hidden_layers=1), "different tensors"),
-        (lambda f: edited(f, num_hidden_layers=9), "different tensors"),
+        (lambda f: edit_config(f, model_type="none_such"), "can't be loaded"),
+        (lambda f: edit_config(f, num_hidden_layers=1), "different tensors"),
+        (lambda f: edit_config(f, num_hidden_layers=9), "different tensors"),
     ],
 )
-def test_a_folder_that_would_fail_later_is_refused_at_once(tiny_model, tmp_path, spoil, reason):
+def test_a_model_folder_that_cannot_be_used_is_refused_at_once(tiny_model, tmp_path, spoil, reason):
     folder = tmp_path / "m"
     shutil.copytree(tiny_model, folder)
     check_folder(folder)

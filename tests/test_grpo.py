@@ -21,15 +21,15 @@ def ppo(logp, old, adv):
         (1.0, 1.0, -1.0),
         (1.1, 2.0, -2.2),
         (1.5, 1.0, -1.28),  # clipped above
-        (0.5, 1.0, -0.5),  # not clipped below where A > 0
+        (0.5, 1.0, -0.5),  # not clipped below if A > 0
         (1.0, -1.0, 1.0),
         (0.5, -1.0, 0.8),  # clipped below
-        (2.0, -1.0, 2.0),  # not clipped above where A < 0
+        (2.0, -1.0, 2.0),  # not clipped above if A < 0
         (9.0, -1.0, 3.0),  # dual clip
         (9.0, 0.0, 0.0),
     ],
 )
-def test_ppo_by_hand(ratio, adv, expected):
+def test_ppo_loss_matches_values_computed_by_hand(ratio, adv, expected):
     assert ppo(math.log(ratio), 0.0, adv) == pytest.approx(expected, rel=1e-5)
 
 
@@ -45,7 +45,7 @@ def test_ppo_gradient_at_ratio_1_is_reinforce():
 
 
 @pytest.mark.parametrize("ratio, adv", [(1.5, 1.0), (0.5, -1.0), (9.0, -1.0)])
-def test_ppo_gradient_stops_where_clipped(ratio, adv):
+def test_ppo_gradient_is_0_where_clipped(ratio, adv):
     logp = torch.tensor([math.log(ratio)], requires_grad=True)
     grpo.ppo_clip_loss(logp, torch.zeros(1), torch.tensor([adv]), LOW, HIGH, DUAL).sum().backward()
     assert logp.grad.item() == 0
@@ -83,18 +83,18 @@ def test_running_mean_baseline():
     assert grpo.advantages([1, -1, 0], ["u"] * 3, range(3), baselines, "mean") == [1 - b, -1 - b, 0.0]
 
 
-def test_a_first_batch_of_complaints_pushes_and_silence_keeps_the_next_one_strong():
+def test_complaints_have_large_advantages_at_first_and_among_neutral_turns():
     baselines = {}
     assert grpo.advantages([-1] * 4, ["u"] * 4, range(4), baselines, "mean") == [-1.0] * 4
-    for r in [0] * 12 + [-1] * 7 + [1]:  # 60 % silence, 35 % complaints, 5 % thanks
+    for r in [0] * 12 + [-1] * 7 + [1]:  # 60 % neutral, 35 % complaints, 5 % thanks
         grpo.move_baseline(baselines, "u", r)
-    silent = {}
+    mostly_neutral = {}
     for r in [-1, 0, 0, -1, 0] * 20:
-        grpo.move_baseline(silent, "u", r)
-    assert -0.5 < silent["u"] < -0.3 and grpo.advantages([-1], ["u"], [0], silent, "mean")[0] < -0.5
+        grpo.move_baseline(mostly_neutral, "u", r)
+    assert -0.5 < mostly_neutral["u"] < -0.3 and grpo.advantages([-1], ["u"], [0], mostly_neutral, "mean")[0] < -0.5
 
 
-def test_baselines_are_per_user_and_apart_for_tools():
+def test_baselines_are_per_user_and_separate_for_tools():
     keys = [grpo.baseline_key("a", False), grpo.baseline_key("a", True), grpo.baseline_key("b", False)]
     assert len(set(keys)) == 3
     baselines = {keys[0]: -0.5, keys[1]: 0.75}
@@ -104,7 +104,7 @@ def test_baselines_are_per_user_and_apart_for_tools():
 def test_raw_and_group_advantages():
     assert grpo.advantages([1, -1, 0], ["u"] * 3, range(3), {"u": 0.7}, "none") == [1.0, -1.0, 0.0]
     advs = grpo.advantages([1, 1, -1, -1, 1], ["u"] * 5, ["p", "p", "p", "p", "q"], {"u": 0.25}, "group")
-    assert advs == [1.0, 1.0, -1.0, -1.0, 0.75]  # q has no group: the running mean
+    assert advs == [1.0, 1.0, -1.0, -1.0, 0.75]  # q is alone in its group: the running mean
     assert grpo.advantages([1, 1], ["u"] * 2, ["p", "p"], {}, "group") == [0.0, 0.0]
     with pytest.raises(ValueError, match="gropu"):
         grpo.advantages([1], ["u"], [0], {}, "gropu")
@@ -134,21 +134,21 @@ def answers(samples):
 
 
 def slow_logps(model, prompt, response, temperature):
-    """One sample alone, all logits, the textbook way. (T,)"""
+    """Log-probs of one sample alone, from all its logits, the textbook way. (T,)"""
     logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float() / temperature
     return logits.log_softmax(-1)[range(len(response)), response]
 
 
 def response_logps(model, row, chunk):
-    """`grpo.response_logps` in chunks of another size."""
+    """`grpo.response_logps` with another chunk size."""
     hidden, head = grpo.response_hidden(model, row), model.get_output_embeddings().weight
     return grpo.token_logps(hidden, head, row["target"][:, None], row["temperature"], chunk).squeeze(-1)
 
 
-def loss_and_gradients(model, samples, limit, chunk=256, tree=0, apart=False):
+def loss_and_gradients(model, samples, limit, chunk=256, tree=0, separate=False):
     model = copy.deepcopy(model)
     n, total = sum(map(len, samples[1])), 0.0
-    batches = [[answer] for answer in answers(samples)] if apart else [answers(samples)]
+    batches = [[answer] for answer in answers(samples)] if separate else [answers(samples)]
     for row in [row for batch in batches for row in grpo.collate(batch, limit, tree)]:
         logp = response_logps(model, row, chunk)
         loss = grpo.ppo_clip_loss(logp, row["old_logp"], row["adv"], LOW, HIGH, DUAL).sum() / n
@@ -158,7 +158,7 @@ def loss_and_gradients(model, samples, limit, chunk=256, tree=0, apart=False):
 
 
 @pytest.mark.parametrize("limit", [1, 40, 1000])
-def test_logps_equal_the_textbook_ones(model, limit):
+def test_logps_match_the_textbook_computation(model, limit):
     prompts, responses, old, advs, temperatures = samples = batch()
     for row in grpo.collate(answers(samples), limit):
         logp = response_logps(model, row, chunk=4)
@@ -183,13 +183,13 @@ def test_loss_is_invariant_to_rows_order_and_chunks(model):
 # ---- trees ----
 
 
-def drawn(seed=0):
+def random_ids(seed=0):
     g = torch.Generator().manual_seed(seed)
     return lambda n: torch.randint(0, 256, (n,), generator=g).tolist()
 
 
 def chain(draw, turns=3):
-    """The turns of a conversation: each prompt is the last one with its answer and what was said to it."""
+    """The turns of a conversation: each prompt is the one before with its answer and the next message."""
     prompts, responses = [draw(7)], [draw(5)]
     for _ in range(turns - 1):
         prompts.append(prompts[-1] + responses[-1] + draw(4))
@@ -198,13 +198,13 @@ def chain(draw, turns=3):
 
 
 def fork(draw):
-    """The same, but the second prompt has the first answer without its beginning, as where thinking is left out."""
+    """Two turns. The second prompt has the first answer without its beginning, as if thinking was removed."""
     prompts, responses = chain(draw, 2)
     return [prompts[0], prompts[0] + responses[0][2:] + draw(4)], responses
 
 
 def group(draw):
-    """Answers to the same prompt: two begin alike, two are the same."""
+    """Four answers to one prompt: two are the same, and a third begins like them."""
     answer = draw(6)
     return [draw(9)] * 4, [answer, answer[:2] + draw(5), draw(3), answer]
 
@@ -214,13 +214,13 @@ def unrelated(draw):
 
 
 def everything(draw):
-    """All of these, in no order: trees in a row with others, branches off branches."""
+    """All of these, shuffled: several trees in a row, and branches of branches."""
     parts = [kind(draw) for kind in (chain, fork, group, unrelated)]
     together = [x for prompts, responses in parts for x in zip(prompts, responses, strict=True)]
     return [p for p, _ in together[::2] + together[1::2]], [r for _, r in together[::2] + together[1::2]]
 
 
-def learned(prompts, responses, seed=0):
+def add_training_values(prompts, responses, seed=0):
     g = torch.Generator().manual_seed(seed)
     old = [(torch.randn(len(r), generator=g) * 0.3 - 5.5).tolist() for r in responses]
     numbers = torch.rand(2, len(prompts), generator=g) + 0.3
@@ -232,37 +232,37 @@ def learned(prompts, responses, seed=0):
     ("kind", "tokens"), [(chain, 30), (fork, 24), (group, 9 + 6 + 5 + 3), (unrelated, 48), (everything, 125)]
 )
 def test_a_tree_gives_the_loss_and_gradient_of_separate_rows(model, kind, tokens, limit):
-    samples = learned(*kind(drawn()))
-    apart, gradients = loss_and_gradients(model, samples, 1, apart=True)
+    samples = add_training_values(*kind(random_ids()))
+    separate, gradients = loss_and_gradients(model, samples, 1, separate=True)
     loss, other = loss_and_gradients(model, samples, limit, tree=1000)
-    assert loss == pytest.approx(apart, abs=1e-5)
+    assert loss == pytest.approx(separate, abs=1e-5)
     for name, g in gradients.items():
         torch.testing.assert_close(other[name], g, atol=1e-5, rtol=1e-3)
-    if limit == 1000:  # all in a row
+    if limit == 1000:  # all in one row
         assert sum(row["ids"].numel() for row in grpo.collate(answers(samples), limit, 1000)) == tokens
 
 
-def test_a_tree_is_grown_where_it_is_cheaper_and_has_room():
-    """Its tokens squared are at most the sum of its samples' squares, unless it fits a packed row."""
+def test_samples_share_a_tree_only_if_that_is_cheaper_and_there_is_room():
+    """Cheaper: the tree's tokens squared are at most the sum of its samples' squares, unless it fits a packed row."""
     lengths = lambda samples, limit, tree: [n for n, _ in grpo.grow_trees(samples, limit, tree)]  # noqa: E731
     prompt, other = list(range(100)), [[*range(200, 240)], [*range(300, 340)], [*range(400, 440)]]
     assert lengths([prompt + o for o in other], 1, 1000) == [220]
     assert lengths([prompt + o for o in other], 1, 200) == [180, 140]  # no room for the third
-    little = [[0, 1, *o] for o in other]
-    assert lengths(little, 1, 1000) == [42] * 3 and lengths(little, 82, 1000) == [82, 42]
+    short = [[0, 1, *o] for o in other]
+    assert lengths(short, 1, 1000) == [42] * 3 and lengths(short, 82, 1000) == [82, 42]
     assert lengths([prompt, prompt + other[0], prompt + other[0] + other[1]], 1, 0) == [180]  # a chain
-    assert lengths([prompt + other[0], prompt + other[1]], 1000, 0) == [140] * 2  # no branches where none are allowed
+    assert lengths([prompt + other[0], prompt + other[1]], 1000, 0) == [140] * 2  # no branches if none are allowed
 
 
-def test_a_pass_that_reads_gives_what_each_sample_alone_gives(model):
-    samples = answers(everything(drawn()))
+def test_read_gives_the_same_hidden_states_as_each_sample_alone(model):
+    samples = answers(everything(random_ids()))
     for found, answer in zip(grpo.read(model, samples, 40, 1000), samples, strict=True):
         with torch.no_grad():
             alone = grpo.response_hidden(model, grpo.alone(answer.prompt, answer.response, "cpu"))
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_a_long_row_makes_its_activations_anew_and_gets_the_same_gradient(model):
+def test_recomputing_activations_does_not_change_the_gradient(model):
     whole, gradients = loss_and_gradients(model, batch(), limit=1000)
     model = copy.deepcopy(model).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -272,7 +272,7 @@ def test_a_long_row_makes_its_activations_anew_and_gets_the_same_gradient(model)
         torch.testing.assert_close(other[name], g, atol=1e-6, rtol=1e-4)
 
 
-def test_gradient_equals_the_textbook_one(model):
+def test_gradient_matches_the_textbook_computation(model):
     prompts, responses, old, advs, temperatures = batch()
     reference = copy.deepcopy(model)
     loss = 0.0
@@ -287,8 +287,8 @@ def test_gradient_equals_the_textbook_one(model):
         torch.testing.assert_close(gradients[name], p.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_the_stop_token_is_trained(model):
-    """With only the last position carrying a signal, its probability moves."""
+def test_the_stop_token_is_trained_on(model):
+    """The gradient of the last position's log-prob is largest at the stop token."""
     prompts, responses, _, _, _ = batch()
     row = next(grpo.collate([grpo.Answer(prompts[0], responses[0], [0.0] * 10, 1.0)], 1000))
     assert row["target"][-1] == 256
@@ -297,13 +297,13 @@ def test_the_stop_token_is_trained(model):
     assert gradient[256].norm() > gradient[:256].norm(dim=-1).max()
 
 
-def test_rows_hold_what_fits_and_nothing_is_cut():
+def test_rows_keep_to_the_limit_and_no_sample_is_truncated():
     lengths = [50, 10, 200, 60, 30]
     rows = grpo.pack_rows(lengths, 100)
     assert sorted(i for row in rows for i in row) == [0, 1, 2, 3, 4]
     assert all(sum(lengths[i] for i in row) <= 100 or len(row) == 1 for row in rows) and len(rows) == 3
 
 
-def test_a_sample_that_does_not_join_is_an_error():
+def test_a_sample_whose_lengths_do_not_match_is_an_error():
     with pytest.raises(ValueError, match="log-probs"):
         list(grpo.collate([grpo.Answer([1], [2, 3], [0.0])], 10))

@@ -1,4 +1,4 @@
-"""What is trained on, what is served."""
+"""Which turns may be trained on, and which weights may be served."""
 
 import math
 
@@ -10,7 +10,7 @@ import probe
 from config import Config
 from durable import guard
 
-FINE = dict(batch_size=4, max_staleness=2, max_train_tokens=10)
+DEFAULTS = dict(batch_size=4, max_staleness=2, max_train_tokens=10)
 
 
 def queued(versions="[[5, 0, 3]]", **changes):
@@ -29,7 +29,7 @@ def queued(versions="[[5, 0, 3]]", **changes):
         ({"prompt_tokens": 8}, {}, "longer than --max_train_tokens=10"),
         ({"hints": "[]"}, {}, None),
         ({"hints": "[]"}, {"w_rl": 0}, "nothing to learn from: there is no hint, and the score"),
-        ({}, {"user_share": 0.5}, None),  # one user may have all of a batch where nobody else waits
+        ({}, {"user_share": 0.5}, None),  # one user may have all of a batch if nobody else waits
         ({}, {"session_share": 0.5}, "over the share of a batch: session, 0.5"),
         ({"session": "u"}, {"session_share": 0.5}, None),
         ({"user": "bob"}, {"session_share": 0.5}, None),
@@ -38,8 +38,8 @@ def queued(versions="[[5, 0, 3]]", **changes):
         ({"finish_reason": "stop"}, {"truncated_share": 0.0}, None),
     ],
 )
-def test_what_is_fit_for_a_batch(changes, settings, why):
-    found = guard.reject_reason(queued(**changes), [queued(), queued()], 5, Config(**FINE | settings))
+def test_a_turn_that_does_not_fit_a_batch_is_rejected_with_the_reason(changes, settings, why):
+    found = guard.reject_reason(queued(**changes), [queued(), queued()], 5, Config(**DEFAULTS | settings))
     assert (found is None) if why is None else why in found
 
 
@@ -55,7 +55,7 @@ def test_what_is_fit_for_a_batch(changes, settings, why):
         (0.1, 1.0, math.nan, "dlogp"),
     ],
 )
-def test_numbers_that_mean_nothing_are_no_step(loss, norm, dlogp, why):
+def test_a_step_with_non_finite_numbers_or_a_large_dlogp_is_refused(loss, norm, dlogp, why):
     if why is None:
         return guard.check_batch(loss, norm, dlogp)
     with pytest.raises(guard.Refused, match=why):
@@ -88,7 +88,7 @@ def test_broken_weights_are_refused(changes, why):
         guard.check_weights(FIRST | changes, FIRST, before)
 
 
-def test_the_probe_against_an_obvious_reference(tiny_model):
+def test_the_probe_matches_an_obvious_reference(tiny_model):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids, prompts = list(range(5, 45)), [[1, 2, 3], [4, 5, 6, 7, 8]]
@@ -111,7 +111,7 @@ def test_the_probe_against_an_obvious_reference(tiny_model):
     assert (found["nll"], found["entropy"], found["kl"]) == pytest.approx((nll, entropy, kl), rel=1e-4)
 
 
-def test_weights_that_are_no_numbers_are_refused(tiny_model):
+def test_weights_with_nan_or_inf_are_refused(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids, first = [1, 2, 3], probe.text_logps(model, [1, 2, 3])
     with torch.no_grad():
@@ -121,11 +121,11 @@ def test_weights_that_are_no_numbers_are_refused(tiny_model):
         probe.Probe(ids, [[1, 2]], first).measure(model)
 
 
-def test_probe_answers_are_the_models_own(tiny_model):
-    """Padding on the left and batching change nothing: each token is likely after its own prompt."""
+def test_probe_answers_are_sampled_after_their_own_prompts(tiny_model):
+    """Left padding and batching change nothing: each token is likely after its own prompt."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(200)  # nearly no chance left in what is sampled
+        model.get_output_embeddings().weight.mul_(200)  # sampling is now nearly deterministic
     prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4]]
     for prompt, answer in zip(prompts, probe.sample_answers(model, prompts), strict=True):
         so_far = list(prompt)

@@ -1,4 +1,4 @@
-"""The rules that keep the code readable, and the docs true to it."""
+"""Rules that keep the code readable and the docs correct."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 FOLDERS = (".", "machine", "web", "durable", "clients", "evaluation")
 SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).glob("*.py"))]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PURE_MATHS = ("grpo.py", "distill.py")  # a loss keeps its explicit floats
+PURE_MATHS = ("grpo.py", "distill.py")  # a loss takes each float as its own parameter
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -35,7 +35,7 @@ def test_the_readme_is_one_page():
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_that_the_docs_name_exist(path: Path):
+def test_files_named_in_the_docs_exist(path: Path):
     text = path.read_text()
     named = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|md|jsonl|json|png))`|`([\w/]+/)`", text)
     named = {file or folder for file, folder in named} | {
@@ -47,7 +47,7 @@ def test_files_that_the_docs_name_exist(path: Path):
 
 
 def commands() -> list[str]:
-    """The commands of the docs that start one of our programs, without their comments."""
+    """The commands in the docs that start one of our programs, without comments."""
     found = re.findall(
         r"(?:python|PY\)) ((?:run\.py|-m (?:evaluation|durable|clients)\.\w+)[^\n`#]*)",
         "\n".join(p.read_text() for p in DOCS),
@@ -55,7 +55,7 @@ def commands() -> list[str]:
     return sorted({c.strip() for c in found})
 
 
-def test_commands_of_the_docs_are_known():
+def test_commands_in_the_docs_are_valid():
     seen = commands()
     assert len(seen) >= 8
     for command in seen:

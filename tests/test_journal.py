@@ -1,4 +1,4 @@
-"""The life of a row."""
+"""The journal: the states of a turn, checkpoints, rollback, and what is refused."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def state(db, turn_id="t1"):
     return tuple(db.execute("SELECT state, reason, step, score FROM turns WHERE id = ?", (turn_id,)).fetchone())
 
 
-def test_from_waiting_to_trained(db):
+def test_a_turn_goes_from_waiting_to_trained(db):
     journal.record_turn(db, turn())
     assert state(db) == ("waiting", None, None, None)
     assert journal.record_next(db, "t1", [{"role": "user", "content": "thanks"}])
@@ -40,7 +40,7 @@ def test_from_waiting_to_trained(db):
     assert not journal.record_next(db, "t1", [{"role": "user", "content": "again"}])
 
 
-def test_feedback_outranks_the_judge_before_and_after(db):
+def test_feedback_overrides_the_judge_in_either_order(db):
     for first, second in ((GOOD, BAD), (BAD, GOOD)):
         turn_id = first.source
         journal.record_turn(db, turn(turn_id))
@@ -49,7 +49,7 @@ def test_feedback_outranks_the_judge_before_and_after(db):
         assert state(db, turn_id)[3] == -1
 
 
-def test_a_bad_score_without_words_keeps_the_judges_hint(db):
+def test_a_bad_rating_without_words_keeps_the_judges_hint(db):
     journal.record_turn(db, turn())
     journal.record_next(db, "t1", [{"role": "user", "content": "no"}])
     assert journal.record_verdict(db, "t1", Verdict(-1, [-1], 1.0, ["Be brief, please."], "judge", "policy", "judge"))
@@ -60,7 +60,7 @@ def test_a_bad_score_without_words_keeps_the_judges_hint(db):
     assert journal.load_sample(db, "t1").verdict.hints == []
 
 
-def test_a_file_of_another_format_is_refused(tmp_path):
+def test_a_journal_of_another_format_is_refused(tmp_path):
     db = journal.open_journal(tmp_path / "j.db")
     db.execute("PRAGMA user_version = 1")
     db.close()
@@ -68,7 +68,7 @@ def test_a_file_of_another_format_is_refused(tmp_path):
         journal.open_journal(tmp_path / "j.db")
 
 
-def test_neutral_is_dropped_and_feedback_may_still_queue_it(db):
+def test_a_neutral_turn_is_dropped_and_feedback_can_still_queue_it(db):
     journal.record_turn(db, turn())
     assert journal.record_verdict(db, "t1", Verdict(0, [0, 0, 1], 1.0, [], "", "policy", "judge")) == "dropped"
     assert state(db)[:2] == ("dropped", journal.NEUTRAL)
@@ -78,7 +78,7 @@ def test_neutral_is_dropped_and_feedback_may_still_queue_it(db):
         journal.record_verdict(db, "t1", BAD)
 
 
-def test_expiry_and_late_feedback(db):
+def test_an_expired_turn_is_dropped_and_can_still_be_rated(db):
     journal.record_turn(db, turn("old", created=1.0))
     journal.record_turn(db, turn("new"))
     assert journal.expire(db, 60) == 1 and state(db, "old")[:2] == ("dropped", journal.ALONE)
@@ -86,40 +86,40 @@ def test_expiry_and_late_feedback(db):
     assert journal.record_verdict(db, "old", BAD), "a person may still rate what nobody went on from"
 
 
-def test_a_batch_in_training_is_settled_until_it_is_undone(db):
+def test_a_turn_in_training_takes_no_verdict_until_it_is_queued_again(db):
     journal.record_turn(db, turn())
     journal.record_verdict(db, "t1", BAD)
     (sample,) = journal.begin_step(db, ["t1"])
     assert sample.verdict == BAD and state(db)[0] == "training"
     with pytest.raises(ValueError, match="t1 is training"):
         journal.record_verdict(db, "t1", BAD)
-    assert recovered(db) == 0
+    assert recover(db) == 0
     assert journal.in_state(db, "queued") == ["t1"]
 
 
-def recovered(db):
+def recover(db):
     journal.recover(db)
     return journal.saved_step(db, "")
 
 
-def trained(db, turn_id, step):
+def train(db, turn_id, step):
     journal.record_turn(db, turn(turn_id))
     journal.record_verdict(db, turn_id, BAD)
     journal.begin_step(db, [turn_id])
     journal.mark_trained(db, [turn_id], step)
 
 
-def test_what_was_trained_on_after_the_current_checkpoint_is_queued_again(db):
+def test_turns_trained_on_after_the_current_checkpoint_are_queued_again(db):
     for step in (1, 2, 3):
-        trained(db, f"t{step}", step)
+        train(db, f"t{step}", step)
         if step == 2:
             journal.add_checkpoint(db, "", 2, keep=3)
-    assert recovered(db) == 2
+    assert recover(db) == 2
     assert state(db, "t1") == ("trained", None, 1, -1) and state(db, "t2") == ("trained", None, 2, -1)
     assert state(db, "t3") == ("queued", None, None, -1)
     journal.mark_trained(db, ["t3"], 3)
     journal.add_checkpoint(db, "", 3, keep=3)
-    assert recovered(db) == 3 and state(db, "t3")[0] == "trained"
+    assert recover(db) == 3 and state(db, "t3")[0] == "trained"
 
 
 def test_the_last_checkpoints_are_kept(db):
@@ -128,9 +128,9 @@ def test_the_last_checkpoints_are_kept(db):
     assert journal.checkpoints(db, "") == [20, 30]
 
 
-def test_rollback_after_a_kill_drops_what_later_weights_said(db):
+def test_rollback_after_a_kill_drops_answers_of_later_weights(db):
     for step in (1, 2, 3):
-        trained(db, f"t{step}", step)  # said by weights 0 and 1
+        train(db, f"t{step}", step)  # answered by weights 0 and 1
     journal.add_checkpoint(db, "", 1, keep=3)
     for name, version in (("old", 1), ("new", 2), ("newest", 3)):
         journal.record_turn(db, turn(name, versions=[(0, 0, 1), (version, 1, 3)]))
@@ -144,7 +144,7 @@ def test_rollback_after_a_kill_drops_what_later_weights_said(db):
 
 
 def test_answers_of_undone_weights_are_dropped(db):
-    """Those that ended between a push and the proof that failed."""
+    """Those that ended between a push and the check that failed."""
     for name, version in (("old", 1), ("new", 2)):
         journal.record_turn(db, turn(name, versions=[(1, 0, 1), (version, 1, 3)]))
     journal.record_turn(db, turn("bobs", user="bob", versions=[(2, 0, 3)]))
@@ -154,19 +154,19 @@ def test_answers_of_undone_weights_are_dropped(db):
     assert state(db, "new")[:2] == ("dropped", journal.UNDONE) and state(db, "old")[0] == "waiting"
 
 
-def test_rollback_drops_what_led_astray(db):
+def test_rollback_drops_turns_that_later_steps_were_trained_on(db):
     for step in (1, 2, 3):
-        trained(db, f"t{step}", step)
+        train(db, f"t{step}", step)
         journal.add_checkpoint(db, "", step, keep=2)
     with pytest.raises(UsageError, match="--step=1: there are checkpoints of the steps 0, 2, 3"):
         upkeep.rollback(db, "", 1)
     assert upkeep.rollback(db, "", 2) == 1 and journal.checkpoints(db, "") == [2]
     assert state(db, "t3")[:2] == ("dropped", "undone by a rollback to step 2") and state(db, "t2")[0] == "trained"
-    assert recovered(db) == 2 and journal.in_state(db, "queued") == []
-    assert upkeep.rollback(db, "", 0) == 2 and recovered(db) == 0
+    assert recover(db) == 2 and journal.in_state(db, "queued") == []
+    assert upkeep.rollback(db, "", 0) == 2 and recover(db) == 0
 
 
-def test_a_folder_is_one_programs(tmp_path):
+def test_an_out_folder_is_locked_by_one_program(tmp_path):
     held = upkeep.lock_out_dir(tmp_path / "out")
     with pytest.raises(UsageError, match=f"in use by process {os.getpid()}: stop it first"):
         upkeep.lock_out_dir(tmp_path / "out")
@@ -177,32 +177,32 @@ def test_a_folder_is_one_programs(tmp_path):
         upkeep.lock_out_dir(tmp_path / "file" / "out")
 
 
-def test_a_journal_is_one_models(db, tmp_path):
+def test_a_journal_is_bound_to_one_model(db, tmp_path):
     upkeep.bind_model(db, tmp_path / "model", "abc", "shared")
     upkeep.bind_model(db, tmp_path / "moved", "abc", "shared")
     with pytest.raises(UsageError, match="begun with the model of .*/model, not .*/another: give that one"):
         upkeep.bind_model(db, tmp_path / "another", "def", "shared")
 
 
-def test_checkpoints_that_a_new_journal_does_not_know_are_not_touched(db, tmp_path):
+def test_a_new_journal_is_refused_beside_existing_checkpoints(db, tmp_path):
     (tmp_path / "checkpoints" / "step-000050").mkdir(parents=True)
     with pytest.raises(UsageError, match="no journal that knows them"):
         upkeep.bind_model(db, tmp_path / "model", "abc", "shared")
 
 
-def test_what_is_no_journal_is_refused(tmp_path):
+def test_a_file_that_is_not_a_journal_is_refused(tmp_path):
     (tmp_path / "j.db").write_bytes(b"not a database" * 100)
     with pytest.raises(UsageError, match="j.db: file is not a database"):
         journal.open_journal(tmp_path / "j.db")
 
 
-def test_what_does_not_join_is_refused():
+def test_a_turn_whose_lengths_do_not_match_is_refused():
     for wrong in ({"logprobs": [-1.0]}, {"versions": [(0, 0, 2)]}, {"response_ids": [3]}):
         with pytest.raises(ValueError, match="t1"):
             turn(**wrong)
 
 
-def test_it_survives_and_is_private(tmp_path):
+def test_the_journal_survives_a_kill_and_only_its_owner_can_read_it(tmp_path):
     db = journal.open_journal(tmp_path / "j.db")
     journal.record_turn(db, turn())
     again = journal.open_journal(tmp_path / "j.db")  # as after kill -9: nothing was closed
@@ -211,7 +211,7 @@ def test_it_survives_and_is_private(tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
-def test_feedback_that_comes_too_late_is_kept(db):
+def test_late_feedback_is_kept(db):
     journal.record_turn(db, turn())
     for score in (1, -1):
         journal.keep_late_feedback(db, "t1", {"score": score, "text": "it's late", "time": 1.0})
@@ -219,7 +219,7 @@ def test_feedback_that_comes_too_late_is_kept(db):
     assert [(k["score"], k["text"]) for k in kept] == [(1, "it's late"), (-1, "it's late")]
 
 
-def test_the_counts_follow_every_change(db):
+def test_the_counts_are_right_after_every_change(db):
     truth = lambda: dict(db.execute("SELECT state, COUNT(*) FROM turns GROUP BY state").fetchall())  # noqa: E731
     for k in range(6):
         journal.record_turn(db, turn(f"t{k}", user=("alice", "bob")[k % 2]), journal.LAST if k == 5 else None)
@@ -239,15 +239,15 @@ def test_the_counts_follow_every_change(db):
     assert "bob" not in str([tuple(r) for r in db.execute("SELECT * FROM counters")])
 
 
-def test_reasons_are_counted_by_kind(db):
+def test_drop_reasons_are_counted_by_kind(db):
     for k in range(40):
         journal.record_turn(db, turn(f"t{k}"))
         journal.drop(db, [f"t{k}"], f"step {k % 10} reverted: loss {k}" if k % 2 else f"the judge failed: error {k}")
     assert journal.drop_reasons(db) == {"step # reverted": 20, "the judge failed": 20}
 
 
-def test_a_start_reads_no_more_than_it_changes(db):
-    """Counted in steps of SQLite's machine, with 5,000 turns that need nothing."""
+def test_a_start_reads_only_the_turns_that_it_changes(db):
+    """Counted in steps of SQLite's virtual machine, with 5,000 turns that need no change."""
     for k in range(5000):
         journal.record_turn(db, turn(f"t{k}"))
     journal.mark_trained(db, [f"t{k}" for k in range(5000)], 1)
@@ -259,7 +259,7 @@ def test_a_start_reads_no_more_than_it_changes(db):
     assert len(steps) < 10
 
 
-def test_a_folder_that_was_there_is_for_its_owner_alone(tmp_path, capsys):
+def test_an_existing_out_folder_is_made_private_or_refused(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir(mode=0o755)
     upkeep.lock_out_dir(out).close()
@@ -275,7 +275,7 @@ def test_a_folder_that_was_there_is_for_its_owner_alone(tmp_path, capsys):
             upkeep.lock_out_dir(out)
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     done = []
 
     def synced(descriptor):

@@ -1,4 +1,4 @@
-"""The plan of memory: its counts against real models, its items by mode, and what is said where a model doesn't fit."""
+"""The memory plan: its counts against real models, its items by mode, and the error if a model doesn't fit."""
 
 import dataclasses
 
@@ -16,14 +16,14 @@ def setting(device="cuda", lora_rank=0, tokens=16384, width=2):
     return memory.Setting(device, width, lora_rank, tokens, 1024)
 
 
-def test_parameters_are_those_of_the_model_and_its_adapter(tiny_model):
+def test_parameter_counts_match_the_model_and_its_adapter(tiny_model):
     state = trainer.load_state(Config(lora_rank=4), None, tiny_model)
     counted = memory.parameters(AutoConfig.from_pretrained(tiny_model), 4)
     assert counted == (sum(p.numel() for p in state.start.parameters()), sum(m.numel() for m in state.masters))
     assert memory.parameters(shape("4B"), 0) == (4_022_468_096, 0)  # Qwen3-4B
 
 
-def test_an_adapter_needs_no_second_model_no_adam_of_it_and_no_snapshot():
+def test_an_adapter_needs_no_second_model_and_little_for_adam_and_the_snapshot():
     full, lora = memory.needs(shape("4B"), setting()), memory.needs(shape("4B"), setting(lora_rank=32))
     assert full[0]["starting weights"] == full[0]["policy"] == lora[0]["policy"] and "starting weights" not in lora[0]
     assert full[1]["snapshot"] == pytest.approx(1.5 * full[0]["Adam"]) and full[1]["snapshot"] > 40
@@ -35,7 +35,7 @@ def test_an_adapter_needs_no_second_model_no_adam_of_it_and_no_snapshot():
     assert full[0]["engine"] == pytest.approx(full[0]["policy"] + 2)
 
 
-def test_a_packed_row_is_as_long_as_costs_no_more_than_the_longest_sample():
+def test_a_packed_row_needs_no_more_memory_than_the_longest_sample():
     for name in ("0.5B", "4B"):
         rows = memory.free_row_tokens(shape(name), 16384)
         longest = setting(tokens=16384)
@@ -44,7 +44,7 @@ def test_a_packed_row_is_as_long_as_costs_no_more_than_the_longest_sample():
         assert memory.row_numbers(shape(name), dataclasses.replace(longest, row_tokens=4 * rows)) > least
 
 
-def test_what_fits_is_said():
+def test_the_advice_names_options_that_fit():
     advice = lambda name, free, **options: plan.what_fits(shape(name), setting(**options), 0, free, 64)  # noqa: E731
     assert advice("4B", 79).startswith("--lora_rank=32 needs ")
     assert advice("4B", 31).startswith("--lora_rank=32 --max_train_tokens=8192 needs ")
@@ -53,7 +53,7 @@ def test_what_fits_is_said():
     assert advice("8B", 15) == "a smaller --model is needed"
 
 
-def test_a_model_that_does_not_fit_is_refused_with_its_items(tmp_path):
+def test_a_model_that_does_not_fit_is_refused_with_a_list_of_its_needs(tmp_path):
     shape("8B").save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"GiB \(policy .*Adam .*\) needed, [\d.]+ free on cpu: a smaller --model"):
         plan.make_plan(Config(device="cpu"), tmp_path)

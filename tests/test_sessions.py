@@ -1,4 +1,4 @@
-"""Which answer does a request go on from? Recordings of the real OpenClaw client, and what else clients do."""
+"""Which turn does a request continue? Recordings of the real OpenClaw client, and other things that clients do."""
 
 import itertools
 import json
@@ -27,12 +27,12 @@ def db(tmp_path):
 class Asked(NamedTuple):
     id: str
     session: str
-    before: str | None  # id of the turn that this request went on from
-    judged: bool  # was it the first to do so?
+    before: str | None  # id of the turn that this request continues
+    judged: bool  # is that turn now to be judged?
 
 
 def sent(answer):
-    """What a client is sent of a raw answer, as vLLM's parsers would make it."""
+    """The message that a client gets for a raw answer, as vLLM's parsers would make it."""
     text = sessions.without_thinking(answer)
     calls = [json.loads(c, strict=False) for c in re.findall(r"<tool_call>\n(.*?)\n</tool_call>", text, re.DOTALL)]
     content = re.sub(r"<tool_call>\n.*?\n</tool_call>", "", text, flags=re.DOTALL)
@@ -79,11 +79,11 @@ MORE = says("user", "tell me more")
 
 class Recorded(NamedTuple):
     n: int
-    session: str  # as the client calls it
+    session: str  # the client's own id
     messages: list
     reply: dict
-    before: int | None  # the true one: the request of this session whose exact reply is the last assistant message
-    following: list | None  # what came after that, without the carrier
+    before: int | None  # expected: the request of this session whose exact reply is the last assistant message
+    following: list | None  # the messages after it, without the carrier
 
 
 def load(name):
@@ -104,14 +104,14 @@ def load(name):
 
 
 def raw_answer(reply):
-    """What the model wrote, before any parser, for this reply of the recording."""
+    """The raw text of the model, before any parser, for this recorded reply."""
     thinking = f"<think>\n{reply['reasoning_content']}\n</think>\n\n" if reply["reasoning_content"] else ""
     calls = [raw_call(name, json.dumps(json.loads(text))) for _, name, text in reply["tool_calls"] or []]
     return "\n".join([thinking + (reply["content"] or ""), *calls])
 
 
 def replay(db, recording):
-    """Ask it all again, in order; count the sessions and the links."""
+    """Send all requests again, in order. Returns the number of sessions and of links."""
     asked = {r.n: ask(db, r.messages, raw_answer(r.reply)) for r in recording}
     links = [(asked[r.n], asked[r.before], r.following) for r in recording if r.before is not None]
     for later, earlier, following in links:
@@ -124,13 +124,13 @@ def replay(db, recording):
 
 
 @pytest.mark.parametrize(("names", "found"), [("default", (2, 4)), ("strict", (4, 13)), ("default strict", (6, 17))])
-def test_recording(db, names, found):
+def test_recorded_requests_continue_the_right_turns(db, names, found):
     interleaved = itertools.zip_longest(*(load(name) for name in names.split()))
     assert replay(db, [r for at_once in interleaved for r in at_once if r]) == found
 
 
-def test_recording_without_session_ids(db):
-    """Two sessions of it begin alike but for the Runtime tail: without that, only the answers tell them apart."""
+def test_recorded_requests_continue_the_right_turns_without_session_ids(db):
+    """Two sessions differ at first only in the Runtime line: without it, only the answers tell them apart."""
     recording = load("strict")
     for message in (m for r in recording for m in r.messages if m["role"] == "user"):
         message["content"] = message["content"].split("\n\nRuntime: ")[0]
@@ -143,10 +143,11 @@ UNSEEN = ["NO_REPLY", "Nothing new. HEARTBEAT_OK", "<think>\nhm\n</think>\n\nno_
 
 
 @pytest.mark.parametrize("reply", [*SEEN, *UNSEEN])
-def test_recording_of_what_it_asks_by_itself(db, reply):
-    """A heartbeat and a memory flush in a conversation, a compaction's summaries, a title: none is a next message. What
-    a person says behind an answer that the heartbeat showed them (None: as recorded) is no evidence on the one before.
-    """
+def test_recorded_requests_of_the_client_itself_are_not_next_messages(db, reply):
+    """A heartbeat, a memory flush, a compaction's summaries and a title are not next messages. If the person was shown
+    the answer to the heartbeat, their next message is no evidence about the answer before it.
+
+    `reply`: the answer to the heartbeat (None: as recorded)."""
     lines = [json.loads(line) for line in (CAPTURES / "own.jsonl").read_text().splitlines()]
     asked, shown = {}, lines[11]["message"]["content"]
     for request, given in zip(lines[::2], lines[1::2], strict=True):
@@ -165,8 +166,8 @@ def test_recording_of_what_it_asks_by_itself(db, reply):
         assert "number 2" in said["content"]
 
 
-def test_what_a_tool_said_to_the_person_in_between(db):
-    """And a tool's result that came before it is evidence all the same."""
+def test_a_message_after_a_tools_notification_is_not_a_next_message(db):
+    """The message may be about the notification. A tool's result before it is still a next message."""
     tell = calling(("i", "heartbeat_respond", '{"notify":true,"notificationText":"The washing machine is done."}'))
     alert = [HEARTBEAT, tell, says("tool", "sent", tool_call_id="i")]
     first = ask(db, [HELLO], HI["content"])
@@ -177,10 +178,9 @@ def test_what_a_tool_said_to_the_person_in_between(db):
     assert journal.load_turn(db, looked.id)[1] == [result]
 
 
-def test_recording_of_a_subagent(db):
-    """It has a conversation of its own, and what it found is told to its parent in a message that nobody wrote. That is
-    gone from the parent's history later, where the answers before and behind it are one: neither has a next message.
-    """
+def test_a_recorded_subagent_has_its_own_conversation(db):
+    """Its result is sent to its parent in a message that no person wrote. Later that message is missing from the
+    parent's history, so the answers before and after it are joined: neither has a next message."""
     lines = [json.loads(line) for line in (CAPTURES / "subagent.jsonl").read_text().splitlines()]
     asked = {}
     for request, given in zip(lines[::2], lines[1::2], strict=True):
@@ -246,7 +246,7 @@ RAG += '<context>\n<source id="1" name="a.txt">a <b>bee</b></source>\n</context>
         ('No:\n{"user_id": 1, "user_name": "bob"}', 'No:\n{"user_id": 1, "user_name": "bob"}'),
     ],
 )
-def test_a_persons_own_words(written, words):
+def test_words_of_keeps_only_the_persons_own_words(written, words):
     assert sessions.words_of(says("user", written)) == words
     assert sessions.words_of(says("tool", "[Sun 2026-11-22 23:33 UTC] x")) == "[Sun 2026-11-22 23:33 UTC] x"
 
@@ -273,14 +273,14 @@ def test_a_rating_finds_its_turn_by_the_conversation(db):
     assert sessions.find_rated(db, "bob", [HELLO, HI], thumb) is None
 
 
-def test_users_are_never_linked(db):
+def test_turns_of_different_users_are_never_linked(db):
     ann = ask(db, [HELLO], HI["content"], user="ann")
     bob = ask(db, [HELLO, HI, MORE], "Sure.", user="bob")
     assert bob.before is None and bob.session != ann.session
     assert ask(db, [HELLO, HI, MORE], "Sure.", user="ann").before == ann.id
 
 
-def test_same_first_message_different_answers(db):
+def test_conversations_that_begin_the_same_are_told_apart_by_their_answers(db):
     one, two = ask(db, [HELLO], "Hi!"), ask(db, [HELLO], "Good morning.")
     next_one = ask(db, [HELLO, bot("Hi!"), MORE], "x")
     next_two = ask(db, [HELLO, bot("Good morning."), MORE], "y")
@@ -288,8 +288,8 @@ def test_same_first_message_different_answers(db):
     assert next_one.session == one.session != two.session == next_two.session
 
 
-def test_same_first_message_same_answer(db):
-    """Nobody can tell them apart: the newest wins, and it is judged once."""
+def test_of_two_equal_turns_the_newest_is_continued(db):
+    """They can't be told apart: the newest one is used, and it is judged once."""
     ask(db, [HELLO], HI["content"])
     newest = ask(db, [HELLO], HI["content"])
     first, second = ask(db, [HELLO, HI, MORE], "x"), ask(db, [HELLO, HI, says("user", "bye")], "y")
@@ -297,21 +297,21 @@ def test_same_first_message_same_answer(db):
     assert second.before is not None and journal.load_turn(db, newest.id)[1] == [MORE]
 
 
-def test_yes_and_yes_but_no(db):
+def test_an_answer_that_begins_like_another_is_not_confused_with_it(db):
     for answers in (["Yes", "Yes, but no"], ["Yes, but no", "Yes"]):
         opening = says("user", f"{answers}?")
         for asked, answer in [(ask(db, [opening], answer), answer) for answer in answers]:
             assert ask(db, [opening, bot(answer), MORE], "x").before == asked.id
 
 
-def test_regenerate(db):
+def test_of_two_regenerated_answers_only_the_continued_one_is_judged(db):
     red, blue = ask(db, [HELLO], "Red"), ask(db, [HELLO], "Blue")
     assert blue.before is None
     assert ask(db, [HELLO, bot("Red"), MORE], "x").before == red.id
     assert journal.in_state(db, "judging") == [red.id] and blue.id in journal.in_state(db, "waiting")
 
 
-def test_edit_of_an_earlier_message(db):
+def test_an_edited_message_begins_a_branch_in_the_same_session(db):
     first = ask(db, [HELLO], HI["content"])
     ask(db, [HELLO, HI, MORE], "Of course.")
     edited = [HELLO, HI, says("user", "tell me less")]
@@ -320,8 +320,8 @@ def test_edit_of_an_earlier_message(db):
     assert journal.load_turn(db, first.id)[1] == edited[2:]
 
 
-def test_a_branch_does_not_replace_what_the_person_said_first(db):
-    """It did so while nobody knew better: then the history shows what stayed in the conversation."""
+def test_a_branch_does_not_replace_a_next_message_that_the_history_shows(db):
+    """Until then a branch does replace it: only a later history shows which message stayed."""
     first = ask(db, [HELLO], HI["content"])
     second = ask(db, [HELLO, HI, MORE], "Of course.")
     assert ask(db, [HELLO, HI, says("user", "tell me less")], "All right.").judged
@@ -331,7 +331,7 @@ def test_a_branch_does_not_replace_what_the_person_said_first(db):
     assert journal.load_turn(db, first.id)[1] == [MORE] and journal.load_turn(db, second.id)[1] == [HELLO]
 
 
-def test_retry_is_judged_once(db):
+def test_a_retried_request_is_judged_once(db):
     first = ask(db, [HELLO], HI["content"])
     once, again = ask(db, [HELLO, HI, MORE], "Sure."), ask(db, [HELLO, HI, MORE], "Of course.")
     assert (once.before, once.judged) == (first.id, True)
@@ -339,14 +339,14 @@ def test_retry_is_judged_once(db):
 
 
 def test_the_longest_history_wins(db):
-    """The same words again: the first turn fits too, but the request goes on from the last."""
+    """The same words again: the first turn fits too, but the request continues the last one."""
     ask(db, [HELLO], HI["content"])
     last = ask(db, [HELLO, HI, HELLO], HI["content"])
     assert ask(db, [HELLO, HI, HELLO, HI, MORE], "x").before == last.id
     assert journal.load_turn(db, last.id)[1] == [MORE]
 
 
-def test_system_prompt_with_the_date(db):
+def test_a_system_prompt_may_change_during_a_conversation(db):
     first = ask(db, [says("system", "Today is Sunday."), HELLO], HI["content"])
     second = ask(db, [says("system", "Today is Monday."), HELLO, HI, MORE], "Sure.")
     third = [says("developer", "Tuesday"), HELLO, HI, MORE, bot("Sure."), HELLO]
@@ -354,7 +354,7 @@ def test_system_prompt_with_the_date(db):
 
 
 @pytest.mark.parametrize("carrier", [CARRIER, [{"type": "text", "text": CARRIER}]])
-def test_carrier_is_dropped(db, carrier):
+def test_the_carrier_is_not_part_of_the_next_messages(db, carrier):
     first = ask(db, [HELLO, says("user", carrier)], HI["content"])
     assert ask(db, [HELLO, HI, MORE, says("user", carrier)], "x").before == first.id
     assert journal.load_turn(db, first.id)[1] == [MORE]
@@ -362,7 +362,7 @@ def test_carrier_is_dropped(db, carrier):
     assert ask(db, [MORE, bot("Sure."), says("user", carrier)], "x")[1:] == (sure.session, sure.id, False)
 
 
-def test_content_in_parts(db):
+def test_content_in_parts_matches_the_same_text(db):
     parts = [{"type": "text", "text": "Hi!"}, {"type": "text", "text": "What can I do?"}]
     first = ask(db, [says("user", [{"type": "text", "text": "hello"}])], HI["content"])
     second = ask(db, [HELLO, bot(parts), MORE], "Sure.")
@@ -382,8 +382,8 @@ def test_content_in_parts(db):
         ('{"limit": 5.0, "all": [1e3, -2.50, 0.1]}', '{"limit":5,"all":[1000,-2.5,0.1]}'),
     ],
 )
-def test_tool_call_rewritten(db, written, sent):
-    """Ids are cut to letters and digits and arguments re-serialised; again differently in the request after that."""
+def test_a_tool_call_rewritten_by_the_client_is_matched(db, written, sent):
+    """The client reduces ids to letters and digits and serialises arguments again, differently in each request."""
     first = ask(db, [HELLO], "<think>\nlet me look\n</think>\n\n" + raw_call("read", written))
     result = says("tool", "3 files", tool_call_id="call1")
     second = ask(db, [HELLO, calling(("call1", "read", sent)), result], "Three.")
@@ -392,7 +392,7 @@ def test_tool_call_rewritten(db, written, sent):
     assert ask(db, [*again, bot("Three."), MORE], "x").before == second.id
 
 
-def test_text_beside_two_tool_calls(db):
+def test_an_answer_with_text_and_two_tool_calls_is_matched(db):
     calls = [("read", '{"path": "a"}'), ("exec", '{"command": "ls -l"}')]
     first = ask(db, [HELLO], "\n".join(["One moment.", *(raw_call(*c) for c in calls)]))
     message = calling(*((f"id{k}", *c) for k, c in enumerate(calls)), content="One moment.")
@@ -401,7 +401,7 @@ def test_text_beside_two_tool_calls(db):
     assert journal.load_turn(db, first.id)[1] == results
 
 
-def test_text_on_both_sides_of_a_call(db):
+def test_an_answer_with_text_on_both_sides_of_a_call_is_matched(db):
     first = ask(db, [HELLO], "One moment.\n" + raw_call("read", '{"path": "a"}') + "\nThat is all, I think.")
     message = calling(("id0", "read", '{"path": "a"}'), content="One moment. That is all, I think.")
     assert ask(db, [HELLO, message, says("tool", "text")], "x").before == first.id
@@ -409,8 +409,8 @@ def test_text_on_both_sides_of_a_call(db):
     assert ask(db, [HELLO, message, says("tool", "text")], "x").before is None
 
 
-def test_unknown_tool_is_taken_out_of_the_history(db):
-    """OpenClaw shows the model its call to a tool that there is none of once, and deletes both after the answer."""
+def test_a_call_to_an_unknown_tool_may_vanish_from_the_history(db):
+    """OpenClaw sends a call to an unknown tool and its error only once, and deletes both after the answer."""
     ask_ = partial(ask, db)
     first = ask_([HELLO], raw_call("look", '{"path": "a"}'))
     failed = [calling(("i1", "look", '{"path": "a"}'), content=""), says("tool", "no such tool", tool_call_id="i1")]
@@ -421,7 +421,7 @@ def test_unknown_tool_is_taken_out_of_the_history(db):
     assert ask_([HELLO, bot("Sorry, I can't look."), MORE, bot("Sure."), HELLO], "x").before == third.id
 
 
-def test_tools_change_in_the_conversation(db):
+def test_the_answer_after_a_tool_call_is_matched(db):
     call, result = calling(("i", "read", '{"path": "a"}')), says("tool", "text of a", tool_call_id="i")
     ask(db, [HELLO], raw_call("read", '{"path": "a"}'))
     second = ask(db, [HELLO, call, result], "Done.")
@@ -432,14 +432,14 @@ FLUSH = says("user", "Pre-compaction memory flush. Store durable memories now.")
 HEARTBEAT = says("user", [{"type": "text", "text": "Follow the heartbeat monitor instructions."}])
 
 
-# What OpenClaw's history keeps of its own requests.
+# What OpenClaw keeps of its own requests in the history.
 POLL = "[OpenClaw heartbeat poll]"
 EXEC = "[OpenClaw exec completion]\nDisable automatic completion turns with tools.exec.notifyOnExit=false; check them."
 
 
 @pytest.mark.parametrize("own", [FLUSH, HEARTBEAT])
-@pytest.mark.parametrize("stays", [False, True])  # in the history
-def test_what_the_client_asks_in_between(db, own, stays):
+@pytest.mark.parametrize("stays", [False, True])  # does the request stay in the history?
+def test_a_clients_own_request_in_between_is_not_a_next_message(db, own, stays):
     first = ask(db, [HELLO], HI["content"])
     side = ask(db, [HELLO, HI, own], raw_call("read", '{"path": "MEMORY.md"}'))
     call, result = calling(("i", "read", '{"path": "MEMORY.md"}')), says("tool", "empty", tool_call_id="i")
@@ -476,12 +476,12 @@ def test_what_the_client_asks_in_between(db, own, stays):
         ([], False),
     ],
 )
-def test_who_asks(messages, own):
+def test_a_clients_own_requests_are_recognised(messages, own):
     assert sessions.asked_by_the_client(messages) is own
 
 
-def test_what_stays_of_a_heartbeat_is_joined_with_the_persons_message(db):
-    """The live request had the person's words alone. In the history there is a line before them, from then on."""
+def test_a_heartbeat_line_before_the_persons_message_is_ignored(db):
+    """The first request has only the person's words. In later ones there is a line before them."""
     asked, answer = says("user", "[Sun 12:28 UTC] Hello!"), bot("OK.")
     joined = says("user", f"[Sun 12:28 UTC] {POLL}\nHello!")
     first = ask(db, [asked], "OK.")
@@ -494,8 +494,8 @@ def test_what_stays_of_a_heartbeat_is_joined_with_the_persons_message(db):
 
 
 @pytest.mark.parametrize("own", ["[SUGGESTION MODE: Suggest what they may type.]", "Propose three tags, please."])
-def test_a_request_of_the_clients_own_does_not_use_up_the_reply(db, own):
-    """One that is known is no evidence; one in words never seen is replaced by what the person says."""
+def test_the_persons_message_replaces_a_clients_own_request(db, own):
+    """A known request is not recorded; an unknown one is recorded, then replaced by the person's message."""
     first = ask(db, [HELLO], HI["content"])
     aside = ask(db, [HELLO, HI, says("user", own)], "run the tests again")
     assert aside.judged is own.startswith("Propose")
@@ -514,7 +514,7 @@ def test_a_turn_in_training_keeps_its_next_message(db, state):
     assert journal.load_turn(db, first.id)[1] == [says("user", "Propose three tags.")]
 
 
-def test_a_reply_after_expiry_revives_the_turn(db):
+def test_a_reply_to_an_expired_turn_is_judged(db):
     first = ask(db, [HELLO], HI["content"])
     assert journal.expire(db, 0.0) == 1 and journal.in_state(db, "waiting") == []
     assert ask(db, [HELLO, HI, MORE], "Sure.").judged and journal.in_state(db, "judging") == [first.id]
@@ -529,7 +529,7 @@ def test_a_reply_after_expiry_revives_the_turn(db):
         "<memo>unknown</memo>\n{}",
     ],
 )
-def test_what_stands_around_the_words_is_gone_from_the_history(db, live):
+def test_text_around_the_persons_words_may_vanish_from_the_history(db, live):
     first = ask(db, [says("user", live.format("hello there"))], "Sure.")
     second = ask(
         db, [says("user", "hello there"), bot("Sure."), says("user", live.format("No, wrong."))], "Of course not."
@@ -540,13 +540,13 @@ def test_what_stands_around_the_words_is_gone_from_the_history(db, live):
 
 
 @pytest.mark.parametrize("prompt", ["Read HEARTBEAT.md if it exists.", "Anything new? If not, say HEARTBEAT_OK."])
-def test_a_heartbeat_in_other_words(db, prompt):
+def test_a_heartbeat_in_other_words_is_recognised(db, prompt):
     ask(db, [HELLO], HI["content"])
     assert not ask(db, [HELLO, HI, says("user", f"[Sun 2026-11-22 23:33 UTC] {prompt}")], "HEARTBEAT_OK").judged
 
 
-def test_a_reply_belongs_to_one_of_two_equal_turns(db):
-    """Also when the history shows it a second time."""
+def test_a_reply_is_recorded_for_only_one_of_two_equal_turns(db):
+    """Even if the history shows it again."""
     one, two = ask(db, [HELLO], HI["content"]), ask(db, [HELLO], HI["content"])
     second = ask(db, [HELLO, HI, MORE], "Sure, here it is.")
     ask(db, [HELLO, HI, MORE, bot("Sure, here it is."), HELLO], "x")
@@ -554,7 +554,7 @@ def test_a_reply_belongs_to_one_of_two_equal_turns(db):
     assert one.id in journal.in_state(db, "waiting") and is_confirmed(db, two.id)
 
 
-def test_a_word_within_another_one_confirms_nothing(db):
+def test_next_messages_are_compared_by_whole_words(db):
     first, no = ask(db, [HELLO], HI["content"]), says("user", "No")
     ask(db, [HELLO, HI, no], "Sorry, I see.")
     assert ask(db, [HELLO, HI, says("user", "Now write a short title.")], "A title").judged
@@ -562,8 +562,8 @@ def test_a_word_within_another_one_confirms_nothing(db):
     assert journal.load_turn(db, first.id)[1] == [no]
 
 
-def test_equal_short_answers(db):
-    """The history decides, or the session of other answers in it, or what was asked; else they stay unlinked."""
+def test_equal_short_answers_need_more_evidence_to_be_told_apart(db):
+    """The history decides, or the session of other answers in it, or the question. Otherwise no turn is found."""
     red, blue = (ask(db, [says("user", f"paint it {c}")], "OK.") for c in ("red", "blue"))
     asked = [says("user", "the story so far: somebody wants paint"), bot("OK."), MORE]
     assert ask(db, asked, "x").before is None
@@ -579,13 +579,13 @@ def test_equal_short_answers(db):
     assert ask(db, [*rewritten, MORE], "x").before == again.id and blue.id in journal.in_state(db, "waiting")
 
 
-def test_a_rewritten_history_keeps_its_answers(db):
+def test_a_turn_is_found_by_its_answer_if_the_history_is_rewritten(db):
     first = ask(db, [HELLO, HI, MORE], "Here is a longer answer.")
     assert ask(db, [says("user", "They said hello."), bot("Here is a longer answer."), HELLO], "x").before == first.id
 
 
-def test_an_answer_in_several_messages(db):
-    """As the Responses API returns it: text and calls are items of their own."""
+def test_an_answer_split_into_several_messages_is_matched(db):
+    """As the Responses API returns it: text and calls are separate items."""
     first = ask(db, [HELLO], "Sure.\n" + raw_call("read", '{"path": "a"}') + "\n" + raw_call("read", '{"path": "b"}'))
     parts = [bot("Sure."), *(calling((c, "read", f'{{"path": "{c}"}}')) for c in "ab")]
     results = [says("tool", "text", tool_call_id=c) for c in "ab"]
@@ -602,7 +602,7 @@ def test_an_answer_in_several_messages(db):
         f"[{'1.5,' * 1_000_000}1]",
     ],
 )
-def test_a_call_costs_bounded_work(db, arguments):
+def test_a_large_tool_call_takes_bounded_time(db, arguments):
     begun = time.process_time()
     first = ask(db, [HELLO], "A long enough answer.")
     ask(db, [HELLO, bot("A long enough answer."), calling(("i", "read", arguments)), says("tool", "ok")], "x")
@@ -613,23 +613,23 @@ def test_a_call_costs_bounded_work(db, arguments):
     "unit", [" ", "\n", "x", "<a>\n", "</a>", "[1:1", "{", "```\n", "reply ", "(untrusted", "NO_REPLY "]
 )
 @pytest.mark.parametrize("begin", ["", "isUser=false HEARTBEAT_OK ", "[WhatsApp ", '{"sender":1,"timestamp":2}'])
-def test_a_long_text_of_anything_costs_bounded_work(db, begin, unit):
+def test_a_long_text_takes_bounded_time(db, begin, unit):
     text = begin + unit * ((1 << 20) // len(unit))
     talk = [HELLO, bot(text), says("user", text)]
     begun = time.process_time()
     sessions.asked_by_the_client(talk), sessions.keys_of(talk), sessions.find_turns(db, "ann", talk)
-    assert time.process_time() - begun < 0.5  # without care it is 1 to 20 s
+    assert time.process_time() - begun < 0.5  # a careless implementation takes 1 to 20 s
 
 
-def test_thousands_of_assistant_messages_in_a_row_cost_bounded_work(db):
+def test_thousands_of_assistant_messages_in_a_row_take_bounded_time(db):
     ask(db, [HELLO], HI["content"])
     begun = time.process_time()
     sessions.find_turns(db, "ann", [HELLO, *[bot(f"part {k}") for k in range(9000)], MORE])
     assert time.process_time() - begun < 0.2
 
 
-def test_the_time_to_find_a_turn(db):
-    """Among 100,000, of which 10,000 are "OK.", for a conversation of 700 KiB."""
+def test_a_turn_is_found_quickly_in_a_large_journal(db):
+    """Among 100,000 turns, 10,000 with the answer "OK.", for a conversation of 700 KiB."""
     ok, other = (sessions.answer_digest(bot(t)) for t in ("OK.", "something else"))
     journal.record_turn(db, records.turn("t", user="ann"))
     row = dict(journal.row_of(db, "t"))
@@ -651,15 +651,15 @@ def test_the_time_to_find_a_turn(db):
     assert time.process_time() - begun < 0.05
 
 
-def test_retry_with_the_text_rewritten(db):
-    """After an error OpenClaw asks again in words that its history never shows."""
-    note = "Queued user message from a previous active turn; preserved as context only. "  # 2026.9.6's words
+def test_a_retry_in_other_words_is_continued(db):
+    """After an error OpenClaw retries with a text that its later history doesn't have."""
+    note = "Queued user message from a previous active turn; preserved as context only. "  # in version 2026.9.6
     again = says("user", f"[{note}Continue with the active prompt below.]\nhello")
     answer = ask(db, [again], HI["content"])
     assert ask(db, [HELLO, HI, MORE], "Sure.")[1:] == (answer.session, answer.id, True)
 
 
-def test_empty_answer_is_asked_again(db):
+def test_a_retry_after_an_empty_answer_is_continued(db):
     empty = ask(db, [HELLO], "")
     second = ask(db, [HELLO], HI["content"])
     assert ask(db, [HELLO, HI, MORE], "x").before == second.id and empty.id in journal.in_state(db, "waiting")
@@ -679,14 +679,14 @@ def test_the_session_tells_equal_conversations_apart(db):
 
 
 @pytest.mark.parametrize("other", [("write", '{"path": "a"}'), ("read", '{"path": "b"}'), ("read", '{"file": "a"}')])
-def test_another_tool_call_is_not_ours(db, other):
+def test_a_different_tool_call_is_not_matched(db, other):
     ask(db, [HELLO], raw_call("read", '{"path": "a"}'))
     assert ask(db, [HELLO, calling(("id", *other)), says("tool", "ok")], "x").before is None
 
 
 @pytest.mark.parametrize("opened", ["<think>\n", ""])  # some templates open the block in the prompt
 @pytest.mark.parametrize("sent", ["Hi! What can I do?", "\n\n  Hi! What can I do? ", "<think>\nhm\n</think>\n\n{}"])
-def test_thinking_stripped_by_the_client(db, opened, sent):
+def test_an_answer_is_matched_with_or_without_its_thinking(db, opened, sent):
     first = ask(db, [HELLO], f"{opened}hm\n</think>\n\n{HI['content']}")
     second = ask(db, [HELLO, bot(sent.format(HI["content"])), MORE], "<think>\nhm\n</think>\n\nSure.")
     assert second.before == first.id
@@ -694,22 +694,22 @@ def test_thinking_stripped_by_the_client(db, opened, sent):
 
 
 @pytest.mark.parametrize("edited", ["Hi! What can you do?", "Hi! What can I do? I am an edit.", "Something else", ""])
-def test_edited_answer_is_not_ours(db, edited):
+def test_an_edited_answer_is_not_matched(db, edited):
     first = ask(db, [HELLO], HI["content"])
     assert ask(db, [HELLO, bot(edited), MORE], "x").before is None
     assert first.id in journal.in_state(db, "waiting")
     second = ask(db, [HELLO, HI, MORE], "Sure.")
-    third = ask(db, [HELLO, HI, MORE, bot(edited), MORE], "x")  # what came before the edit is ours: the session goes on
+    third = ask(db, [HELLO, HI, MORE, bot(edited), MORE], "x")  # the answers before it match: same session
     assert (third.before, third.judged, third.session) == (first.id, False, second.session)
 
 
-def test_answers_of_another_model_between(db):
+def test_answers_of_another_model_in_between_are_skipped(db):
     first = ask(db, [HELLO], HI["content"])
     assert ask(db, [HELLO, HI, MORE, bot("Yo."), HELLO], "x").before == first.id
     assert journal.load_turn(db, first.id)[1] == [MORE]
 
 
-def test_prefill_is_no_next_message(db):
+def test_a_prefill_is_not_a_next_message(db):
     first = ask(db, [HELLO], HI["content"])
     assert ask(db, [HELLO, HI], "x")[1:] == (first.session, first.id, False)
     assert ask(db, [HELLO, HI, bot("Well,")], "x")[1:] == (first.session, first.id, False)
@@ -718,7 +718,7 @@ def test_prefill_is_no_next_message(db):
     assert ask(db, [HELLO, HI, MORE, bot("Sure.")], "x")[1:] == (first.session, second.id, False)
 
 
-def test_nothing_said(db):
+def test_an_empty_message_is_matched_only_with_an_empty_answer(db):
     assert [ask(db, m, "Hm?").before for m in ([], [says("system", "be brief")], [HI])] == [None] * 3
     first = ask(db, [HELLO], "nothing to say\n</think>\n\n")
     assert ask(db, [HELLO, bot(""), MORE], "x").before == first.id

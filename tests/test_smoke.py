@@ -1,4 +1,4 @@
-"""A tutorial: one answer on its way from HTTP to the weights. Read this first.
+"""A tutorial: one answer, from the HTTP request to the weights. Read this first.
 
 A real vLLM engine serves a tiny random model. Its answers are noise; what happens to them is real.
 """
@@ -12,7 +12,7 @@ import openai
 BAD, GOOD = "No, that is wrong. You should have said hello.", "Perfect, thanks!"
 
 
-def test_an_answer_becomes_weights(fresh):
+def test_an_answer_is_judged_and_trained_on(fresh):
     # Start the program as `make serve` does. It answers at once; training runs in the background.
     program = fresh(batch_size=2, lr=1e-4).wait_ready()
     client = openai.OpenAI(base_url=f"{program.url}/v1", api_key="none")
@@ -29,12 +29,12 @@ def test_an_answer_becomes_weights(fresh):
         db.close()
         return row
 
-    # Ask something. The answer is recorded with its token ids and log-probs, and waits for what you say next.
+    # Ask something. The answer is recorded with its token ids and log-probs, and waits for your next message.
     talk = [{"role": "user", "content": "Say hello."}]
     first = ask(talk)
-    assert turn(first.id)["state"] == "waiting" and turn(first.id)["versions"] == "[[0, 0, 16]]"  # by weights 0
+    assert turn(first.id)["state"] == "waiting" and turn(first.id)["versions"] == "[[0, 0, 16]]"  # from weights 0
 
-    # Complain. The request continues the first answer, so your words are its next message, and the judge reads them.
+    # Complain. The request continues the first turn, so your words are its next message, and the judge reads them.
     talk += [{"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": BAD}]
     second = ask(talk)
     assert BAD in turn(first.id)["next_messages"]

@@ -1,4 +1,4 @@
-"""The scripted people and the measure."""
+"""The scripted people, and how their satisfaction is measured."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from tests.conftest import ROOT, free_port
 
 
 @pytest.mark.parametrize("listed", [TOPICS, NAMES, THINGS])
-def test_nothing_is_both_asked_and_held_out(listed):
+def test_training_and_held_out_questions_share_no_items(listed):
     asked, held = parts(listed, False), parts(listed, True)
     assert len(asked) + len(held) == listed.count(";") + 1 and not set(asked) & set(held)
     assert (asked, held) == (parts(listed, False), parts(listed, True))
@@ -30,7 +30,7 @@ def test_nothing_is_both_asked_and_held_out(listed):
         ("brief", "word " * 80, True),
         ("brief", "word " * 81, False),
         ("one-sentence", "It is a plant.", True),
-        ("one-sentence", "It is a plant", False),  # cut off, or without its end
+        ("one-sentence", "It is a plant", False),  # without a full stop: it may be truncated
         ("one-sentence", "Pi is 3.14 or so!", True),
         ("one-sentence", "It is a plant. It grows.", False),
         ("student", "Take 3 from 5, then add 1. That gives 3.", True),
@@ -49,19 +49,19 @@ def test_nothing_is_both_asked_and_held_out(listed):
         ("teacher", "He is ungrateful; gloves.", False),
     ],
 )
-def test_what_pleases_whom(name, answer, pleased):
+def test_each_person_likes_only_their_form_of_answer(name, answer, pleased):
     assert PEOPLE[name].likes(answer) is pleased
 
 
-def test_an_answer_beside_the_question_pleases_nobody():
+def test_an_off_topic_answer_pleases_nobody():
     person, rng = PEOPLE["one-sentence"], random.Random(0)
-    good, beside = "Volcanic rock is molten.", "It is hot."
-    assert person.pleased("a volcano", good) and not person.pleased("a volcano", beside)
-    assert person.reaction("a volcano", good, rng) in THANKS and person.reaction("a volcano", beside, rng) in WRONG
-    assert person.reaction("a volcano", f"{good} {good}", rng) in person.complaints and person.pleased("", beside)
+    good, off_topic = "Volcanic rock is molten.", "It is hot."
+    assert person.pleased("a volcano", good) and not person.pleased("a volcano", off_topic)
+    assert person.reaction("a volcano", good, rng) in THANKS and person.reaction("a volcano", off_topic, rng) in WRONG
+    assert person.reaction("a volcano", f"{good} {good}", rng) in person.complaints and person.pleased("", off_topic)
 
 
-def test_nobody_states_the_preference_up_front_or_gives_a_number_as_a_grade():
+def test_nobody_states_their_preference_up_front_or_gives_a_grade():
     telling = ("short", "brief", "words", "sentence", "bold", "plain", "detail", "warm", "praise", "kind")
     for person in PEOPLE.values():
         rng = random.Random(0)
@@ -79,7 +79,7 @@ def test_wrong_options_are_errors(wrong, capfd):
     assert wrong.removeprefix("--").split("=")[0] in f"{error.value} {' '.join(capfd.readouterr())}"
 
 
-def test_the_table_is_methods_times_people_times_seeds():
+def test_there_is_one_run_for_each_method_person_and_seed():
     _, runs = talk.parse(["--method=binary,opd", "--person=ta,student+teacher", "--seed=0,1", "--opd_k=4"])
     assert len(runs) == len({r.folder for r in runs}) == 8
     assert {r.label for r in runs} == {"binary opd_k=4", "opd opd_k=4"} and runs[0].extra == ("--opd_k=4",)
@@ -89,18 +89,18 @@ def test_the_table_is_methods_times_people_times_seeds():
     "pleased, sessions",
     [([True] * 3, 3), ([False, True, True, True, False], 4), ([True, True, False, True], None), ([], None)],
 )
-def test_sessions_to_effect_are_three_pleased_in_a_row(pleased, sessions):
+def test_the_effect_is_reached_after_three_pleased_sessions_in_a_row(pleased, sessions):
     assert report.sessions_to_effect(pleased) == sessions
 
 
-def test_by_chance_a_streak_takes_so_many_sessions():
+def test_by_chance_is_the_mean_number_of_sessions_without_learning():
     rng = random.Random(0)
     runs = [report.sessions_to_effect([rng.random() < 0.5 for _ in range(200)]) for _ in range(4000)]
     assert abs(sum(runs) / len(runs) - 14) < 0.5 and report.by_chance(0.5) == "14"
     assert (report.by_chance(0), report.by_chance(1), report.by_chance(0.01)) == ("never", "3", "> 9999")
 
 
-def test_the_interval_is_students():
+def test_the_interval_uses_students_t_distribution():
     assert report.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.30 * 1 / sqrt(3)
     assert report.interval([5.0]) == "5.0"
 
@@ -141,8 +141,8 @@ def test_the_table_and_the_picture_are_made_from_the_results(tmp_path):
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_run_from_its_start_to_the_picture(tiny_model, tmp_path):
-    """The command as a user gives it, on the tiny model; then once more, when there is nothing left to run."""
+def test_a_whole_run_of_the_evaluation(tiny_model, tmp_path):
+    """The command as a user runs it, on the tiny model; then again, with nothing left to run."""
     command = [sys.executable, "-m", "evaluation.talk", f"--out={tmp_path}", f"--port={free_port()}"]
     command += ["--person=brief+teacher", "--talks=6", "--every=3", "--held_out=4", "--max_tokens=20"]
     command += [f"--model={tiny_model}", "--engine_memory=0.5", "--batch_size=2"]
@@ -161,8 +161,8 @@ def test_a_run_from_its_start_to_the_picture(tiny_model, tmp_path):
     assert other.returncode != 0 and "other settings" in other.stderr
 
 
-async def test_the_tokens_that_end_an_answer_are_not_counted(program, tiny_model, monkeypatch):
-    """Else whoever learns to be brief would seem to have got better at everything."""
+async def test_the_unrelated_measure_leaves_out_end_tokens(program, tiny_model, monkeypatch):
+    """Otherwise a model that learns to be brief would seem to improve on every topic."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     async with AsyncOpenAI(base_url=f"{program.url}/v1", api_key=program.key) as client:
         for question, answer in (("When does the train leave?", "Soon."), ("Rhyme with light.", "Night")):
@@ -178,7 +178,7 @@ async def test_the_tokens_that_end_an_answer_are_not_counted(program, tiny_model
 
 
 async def test_a_model_can_play_the_person(program):
-    """Any OpenAI-compatible endpoint; here our own, with the tiny model, which says something at least."""
+    """With any OpenAI-compatible endpoint, here our own. The tiny model's words make no sense, but it answers."""
     setup = talk.Setup(user_url=f"{program.url}/v1", user_model="policy")
     os.environ["USER_API_KEY"] = program.key
     try:

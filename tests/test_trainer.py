@@ -1,4 +1,4 @@
-"""The trainer's side of a model: bf16 values in whatever dtype, fp32 masters, checkpoints that others can load."""
+"""The trainer: bf16 values in any dtype, fp32 masters, and checkpoints that other programs can load."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def train_a_step(state, seed):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
+def test_training_resumes_exactly_from_a_checkpoint(tmp_path, tied):
     folder = make_tiny_model(tmp_path / "model", tied)
     state = load(folder)
     for seed in range(3):
@@ -55,16 +55,16 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
     again = load(saved, folder)
-    saved.rename(tmp_path / "gone")  # an old checkpoint goes while the program that began with it runs
+    saved.rename(tmp_path / "gone")  # it may be removed while a program that started from it runs
     save(again, tmp_path)
     assert AutoTokenizer.from_pretrained(saved).chat_template
     assert (again.step, again.baselines) == (3, {"alice": -0.25})
     for s in (state, again):
-        train_a_step(s, 9)  # the optimizer's moments came back too
+        train_a_step(s, 9)  # Adam's moments are restored, too
     for a, b in zip(state.masters, again.masters, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
-    plain = AutoModelForCausalLM.from_pretrained(saved)  # as anybody would load it
+    plain = AutoModelForCausalLM.from_pretrained(saved)  # as other programs load it
     assert plain.dtype == torch.bfloat16
     untrained = load(saved)
     for name, p in untrained.policy.named_parameters():
@@ -72,8 +72,8 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path, tied):
     assert AutoTokenizer.from_pretrained(saved).chat_template
 
 
-def test_what_is_trained_through_is_what_is_served(tiny_model):
-    """Masters keep what bf16 cannot hold; the policy has exactly the values that are pushed."""
+def test_the_policy_has_exactly_the_values_that_are_served(tiny_model):
+    """Masters keep what bf16 can't represent; the policy has exactly the values that are pushed."""
     state = load(tiny_model, lr=1e-5)
     before = trainer.served_weights(state.policy)
     train_a_step(state, 1)
@@ -87,14 +87,14 @@ def test_what_is_trained_through_is_what_is_served(tiny_model):
 
 
 def served_share(state, start):
-    """Of the masters' displacement, <served, moved> / |moved|^2."""
+    """The share of the masters' change that is served: <served, moved> / |moved|^2."""
     moved = torch.cat([(m.detach() - s).flatten() for m, s in zip(state.masters, start, strict=True)])
     served = [p.detach().float() - s for p, s in zip(state.policy.parameters(), start, strict=True)]
     return (torch.cat([t.flatten() for t in served]) @ moved / (moved @ moved)).item()
 
 
 def test_an_update_is_served_in_full_from_the_first_step(tmp_path, tiny_model):
-    """Rounding to the nearest bf16 value would serve a few percent of it."""
+    """Rounding to the nearest bf16 value would serve only a few percent of it."""
     state = load(tiny_model, lr=1e-5)
     start = [m.detach().clone() for m in state.masters]
     for step in (1, 2, 3):
@@ -115,7 +115,7 @@ def test_an_update_is_served_in_full_from_the_first_step(tmp_path, tiny_model):
     assert all(torch.equal(w, served[n]) for n, w in trainer.served_weights(again.policy).items())
 
 
-def test_dithering_is_unbiased_and_leaves_bf16_values_alone(monkeypatch):
+def test_dithering_is_unbiased_and_does_not_change_bf16_values(monkeypatch):
     exact = torch.randn(100_000).to(torch.bfloat16)
     assert torch.equal(trainer.dithered(exact.float(), 7), exact)
     assert torch.equal(
@@ -133,7 +133,7 @@ def test_dithering_is_unbiased_and_leaves_bf16_values_alone(monkeypatch):
     assert torch.equal(trainer.dithered(torch.full((50, 100), 1.003), 1).view(-1), whole)
 
 
-def test_the_faster_arithmetic_is_measured(tiny_model):
+def test_the_speed_of_each_dtype_is_measured(tiny_model):
     found = measure_gflops(tiny_model, [0], 256)
     assert set(found) == {torch.bfloat16, torch.float32} and all(0.1 < v < 1e5 for v in found.values())
 
@@ -141,14 +141,14 @@ def test_the_faster_arithmetic_is_measured(tiny_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_several_rows_add_up_in_fp32(tiny_model, dtype):
     state = load(tiny_model, dtype=dtype)
-    for _ in range(300):  # bf16 has no 257
+    for _ in range(300):  # bf16 can't represent 257
         sum(p.sum() for p in state.policy.parameters()).backward()
         trainer.accumulate_grads(state)
     assert all(torch.equal(m.grad, torch.full_like(m, 300.0)) for m in state.masters)
 
 
-def test_only_listed_checkpoints_stay(tmp_path):
-    """Old ones go; so do half-written ones, and those that were whole but never became the current one."""
+def test_only_listed_checkpoints_are_kept(tmp_path):
+    """Removed: old ones, half-written ones, and complete ones that never became the current one."""
     for name in ("step-000007.part", "step-000003", "step-000005", "step-000006"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     checkpoint.remove_others(tmp_path, [("", 3), ("", 5)])
@@ -156,13 +156,13 @@ def test_only_listed_checkpoints_stay(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_can_be_taken_back(tiny_model, dtype):
-    """Weights, moments and gradients are as if it had not been begun, also for the very first one."""
+def test_a_step_can_be_reverted(tiny_model, dtype):
+    """Weights, moments and gradients are then as before the step, also if it is the first one."""
     state, other = load(tiny_model, dtype=dtype), load(tiny_model, dtype=dtype)
     for seed in (1, 2):
         served = trainer.served_weights(state.policy)
         train_a_step(state, 100 + seed)
-        for p in state.policy.parameters():  # a row that memory ran out in
+        for p in state.policy.parameters():  # as after a row that ran out of memory
             p.grad = torch.full_like(p, 7.0) if p.grad is None else p.grad.fill_(7.0)
         trainer.restore(state)
         assert not any(p.grad is not None and p.grad.any() for p in state.policy.parameters())
@@ -175,13 +175,13 @@ def test_a_step_can_be_taken_back(tiny_model, dtype):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_without_room_no_checkpoint_is_begun(tiny_model, tmp_path):
+def test_no_checkpoint_is_begun_without_disk_space(tiny_model, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="MiB needed"):
         save(trained_once(tiny_model), tmp_path, size=1 << 60)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_cut_off_checkpoint_leaves_nothing(tiny_model, tmp_path, monkeypatch):
+def test_a_failed_checkpoint_leaves_no_files(tiny_model, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -191,7 +191,7 @@ def test_a_cut_off_checkpoint_leaves_nothing(tiny_model, tmp_path, monkeypatch):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_the_error_names_a_damaged_file(tmp_path):
     folder = make_tiny_model(tmp_path / "model")
     check_folder(folder)
     state = load(folder)
@@ -203,7 +203,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(UsageError, match="model.safetensors is damaged.*; do this"):
         check_folder(folder, "; do this")
     start = make_tiny_model(tmp_path / "start")
-    for _ in range(2):  # cut off, then gone
+    for _ in range(2):  # truncated, then missing
         with pytest.raises(UsageError, match="(?s)trainer.pt is damaged: .*rollback"):
             load(saved, start)
         (saved / "trainer.pt").unlink(missing_ok=True)
@@ -213,7 +213,7 @@ def test_damaged_files_are_named(tmp_path):
         check_folder(folder)
 
 
-def test_a_models_fingerprint_is_its_contents(tmp_path):
+def test_a_models_fingerprint_depends_only_on_its_contents(tmp_path):
     folder = make_tiny_model(tmp_path / "model")
     known = fingerprint(folder)
     assert fingerprint(folder.rename(tmp_path / "moved")) == known
@@ -238,7 +238,7 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize(("heads", "layers", "tokens", "branches"), [(9, 2, 4000, 1), (9, 4, 6000, 1), (3, 2, 8000, 3)])
-def test_what_a_long_row_needs_is_planned(tmp_path, heads, layers, tokens, branches):
+def test_planned_memory_of_a_long_row_is_1_to_2_times_the_measured_memory(tmp_path, heads, layers, tokens, branches):
     dims = {"hidden_size": 64 * heads, "intermediate_size": 170 * heads, "num_attention_heads": heads}
     dims["num_key_value_heads"] = heads // 3
     LlamaConfig(vocab_size=50_000, num_hidden_layers=layers, **dims).save_pretrained(tmp_path)
@@ -249,8 +249,8 @@ def test_what_a_long_row_needs_is_planned(tmp_path, heads, layers, tokens, branc
     assert measured < planned < 2 * measured, (measured, planned)
 
 
-def kept_gradients(monkeypatch):
-    """The gradient of each step from here on, as it comes to be clipped."""
+def record_gradients(monkeypatch):
+    """A list to which each later step adds its gradient, before it is clipped."""
     found, clip = [], torch.nn.utils.clip_grad_norm_
 
     def keep(masters, norm):
@@ -261,9 +261,9 @@ def kept_gradients(monkeypatch):
     return found
 
 
-def test_a_conversation_with_hints_gives_the_same_step_as_its_turns_alone(tiny_model, monkeypatch):
-    """Turns in one tree, and what only reads in another: fewer tokens, the same gradient and metrics."""
-    state, found, tokens, prompt, lessons = load(tiny_model, lr=1e-5), kept_gradients(monkeypatch), [], [], []
+def test_a_conversation_with_hints_gives_the_same_step_as_its_separate_turns(tiny_model, monkeypatch):
+    """With trees, both models read fewer tokens; the gradient and the metrics are the same."""
+    state, found, tokens, prompt, lessons = load(tiny_model, lr=1e-5), record_gradients(monkeypatch), [], [], []
     for k in range(4):
         prompt, answer = [*prompt, *range(20 * k, 20 * k + 15)], list(range(100 + k, 110 + k))
         hinted = [[*prompt[:-3], 200 + h, *prompt[-3:]] for h in range(k)]
@@ -285,20 +285,20 @@ def test_a_conversation_with_hints_gives_the_same_step_as_its_turns_alone(tiny_m
     assert seen[0] < 0.6 * seen[1]
 
 
-def test_what_is_shared_has_room_in_the_memory_and_in_the_models_window(tiny_model):
+def test_rows_and_trees_fit_the_memory_and_the_attention_window(tiny_model):
     state = load(tiny_model)
     config = Config(row_tokens=256, max_train_tokens=4096, max_model_len=2048)
     assert trainer.row_limits(config, state) == (256, 2048)
-    state.policy.config.sliding_window = 128  # the mask of a tree would replace the window's
+    state.policy.config.sliding_window = 128  # a tree's mask would replace that of the window
     assert trainer.row_limits(config, state) == (128, 128)
     state.packs = False
     assert trainer.row_limits(config, state) == (1, 0)
 
 
-def test_each_answer_counts_the_same_however_long_it_is(tiny_model, monkeypatch):
-    """The batch's gradient is the mean of what each answer alone would give, in one row or in two."""
+def test_each_answer_has_the_same_weight_whatever_its_length(tiny_model, monkeypatch):
+    """The batch's gradient is the mean of its answers' own gradients, in one row or in two."""
     state = load(tiny_model, lr=1e-5)
-    lengths, found = (40, 5), kept_gradients(monkeypatch)
+    lengths, found = (40, 5), record_gradients(monkeypatch)
     turns = [
         turn(f"t{n}", response_ids=list(range(10, 10 + n)), logprobs=[-5.8] * n, versions=[(0, 0, n)]) for n in lengths
     ]

@@ -1,4 +1,4 @@
-"""Prune, forget, show and export: what leaves the journal, and what is seen of it."""
+"""Prune, forget, show and export: what is removed from the journal, and what is shown of it."""
 
 import json
 import sqlite3
@@ -33,7 +33,7 @@ def bot(text):
 
 
 def say(db, session, messages, answer, **more):
-    """A turn of a session; its id."""
+    """Record a turn of a session. Returns its id."""
     turn_id = f"{session}-{len(messages)}-{time.monotonic_ns()}"
     keys = keys_of(messages) | {"answer": answer_digest(bot(answer))}
     journal.record_turn(db, turn(turn_id, session=session, messages=messages, text=answer, **keys, **more))
@@ -44,11 +44,11 @@ def on_disk(folder, text):
     return any(text.encode() in p.read_bytes() for p in folder.glob("journal.db*"))
 
 
-def left(db):
+def sessions_left(db):
     return {r[0] for r in db.execute("SELECT DISTINCT session FROM turns")}
 
 
-def test_what_was_made_of_a_conversation_goes_with_it(db, tmp_path):
+def test_forget_also_removes_what_was_derived_from_a_conversation(db, tmp_path):
     first = say(db, "talk", [user(SECRET)], REPLY)
     journal.record_next(db, first, [user("Thanks.")])
     quoted = f"Make a title for this chat:\n<chat>\nuser: {SECRET}\nassistant: {REPLY}\n</chat>"
@@ -71,14 +71,14 @@ def test_what_was_made_of_a_conversation_goes_with_it(db, tmp_path):
     gone = upkeep.forget(db, session="talk")
     assert set(gone.sessions) == {"talk", "title", "summary", "compacted", "client"} and gone.turns == 5
     assert "talk: as asked" in gone.report() and "title: it quotes a text of" in gone.report()
-    assert left(db) == {"bobs", *(f"other {k}" for k in range(10))}
+    assert sessions_left(db) == {"bobs", *(f"other {k}" for k in range(10))}
     upkeep.forget(db, user="bob")
-    assert left(db) == {f"other {k}" for k in range(10)} and not on_disk(tmp_path, "Xyzzy")
+    assert sessions_left(db) == {f"other {k}" for k in range(10)} and not on_disk(tmp_path, "Xyzzy")
     with pytest.raises(UsageError, match="--session=talk: there is no such session"):
         upkeep.forget(db, session="talk")
 
 
-def test_what_many_conversations_have_in_common_drags_none_along(db):
+def test_forget_keeps_other_conversations_that_share_only_common_texts(db):
     for k in range(6):
         talk = [user(f"Question number {k}, please answer it well."), bot(f"Answer number {k} to it, in full length.")]
         say(db, f"s{k}", [*talk, user(COMMON)], "Nothing is due.")
@@ -88,7 +88,7 @@ def test_what_many_conversations_have_in_common_drags_none_along(db):
     assert set(upkeep.forget(db, session="weather").sessions) == {"weather"}
 
 
-def test_it_says_what_it_cannot_reach(db):
+def test_forget_reports_the_steps_and_checkpoints_that_remain(db):
     turn_id = say(db, "talk", [user(SECRET)], REPLY)
     journal.record_verdict(db, turn_id, BAD)
     journal.begin_step(db, [turn_id])
@@ -99,7 +99,7 @@ def test_it_says_what_it_cannot_reach(db):
     assert "the steps from 12 on" in said and "did not see it: 10 (rollback --step); that did: 20" in said
 
 
-def test_a_reader_keeps_the_log(db, tmp_path, monkeypatch):
+def test_forget_reports_that_a_reader_holds_the_log(db, tmp_path, monkeypatch):
     monkeypatch.setattr(upkeep.empty_log, "__defaults__", (0.5,))
     say(db, "talk", [user(SECRET)], REPLY)
     reader = sqlite3.connect(tmp_path / "journal.db")
@@ -112,26 +112,26 @@ def test_a_reader_keeps_the_log(db, tmp_path, monkeypatch):
     assert not on_disk(tmp_path, "Xyzzy")
 
 
-def test_a_piece_that_is_taken_up_again_stays(db, tmp_path, monkeypatch):
-    """While `forget` looks for what nothing refers to, the program records a turn with the same text."""
+def test_a_piece_that_is_used_again_during_forget_is_kept(db, tmp_path, monkeypatch):
+    """While `forget` looks for unused pieces, the program records a turn with the same text."""
     say(db, "talk", [user(SECRET)], REPLY)
     program, portions = journal.open_journal(tmp_path / "journal.db"), upkeep.in_portions
 
-    def and_meanwhile(db, statement, ids):
+    def record_before_and_after(db, statement, ids):
         if "hash = NULL" in statement:
             say(program, "before", [user(SECRET)], "ok")
         portions(db, statement, ids)
         if "hash = NULL" in statement:
             say(program, "after", [user(SECRET)], "ok")
 
-    monkeypatch.setattr(upkeep, "in_portions", and_meanwhile)
+    monkeypatch.setattr(upkeep, "in_portions", record_before_and_after)
     upkeep.forget(db, session="talk")
     for r in db.execute("SELECT id FROM turns").fetchall():
         assert journal.load_turn(db, r["id"])[0].messages == [user(SECRET)]
-    assert left(db) == {"before", "after"}
+    assert sessions_left(db) == {"before", "after"}
 
 
-def test_old_turns_that_are_done_with_lose_their_texts(db, tmp_path):
+def test_prune_removes_the_texts_of_old_finished_turns(db, tmp_path):
     old = {"created": time.time() - 40 * 86400}
     talk = [user(SECRET)]
     ids = {name: say(db, name, talk, f"{name} answer", **old) for name in ("kept", "later", "dropped", "waiting")}
@@ -168,15 +168,15 @@ def run_admin(tmp_path, *words):
     return subprocess.run(command, capture_output=True, cwd=ROOT, check=True).stdout
 
 
-def test_show_passes_no_commands_on_to_the_terminal(db, tmp_path):
+def test_show_sends_no_control_sequences_to_the_terminal(db, tmp_path):
     bad = "a\x1b]52;c;cm0=\x07b\x9b31mc\u202ed\r"
     say(db, bad, [user(bad)], bad)
     out = run_admin(tmp_path, "show").decode()
     assert all(c.isprintable() or c == "\n" for c in out) and r"a\x1b]52;c;cm0=\x07b\x9b31mc\u202ed" in out
 
 
-def test_learned_counts_what_was_said(db, tmp_path):
-    """Each user's own words in their smallest parts, the most frequent first; no commands for the terminal."""
+def test_learned_counts_the_users_own_words(db, tmp_path):
+    """Each user's own words in their smallest parts, the most frequent first, without control sequences."""
     brief = ["Too long. Be brief.", "Too long.", "Be brief."]
     for name, hints in (("alice", brief), ("alice", ["be brief"]), ("bob\x1b[2J", ["Use\x1b[2J lists."])):
         judged = say(db, "a", [user("one")], "1", user=name)
@@ -190,7 +190,7 @@ def test_learned_counts_what_was_said(db, tmp_path):
         run_admin(tmp_path, "learned", "--user=carol")
 
 
-def test_export(db, tmp_path):
+def test_turns_are_exported_as_json_lines(db, tmp_path):
     judged = say(db, "a", [user("one")], "1")
     journal.record_next(db, judged, [user("no")])
     journal.record_verdict(db, judged, BAD)
@@ -204,7 +204,7 @@ def test_export(db, tmp_path):
     assert len(run_admin(tmp_path, "turns", "--since=2020-01-01").splitlines()) == 1
 
 
-def test_a_sweep_leaves_what_is_in_use(db):
+def test_a_sweep_removes_only_unused_pieces(db):
     say(db, "a", [user(f"message {k}") for k in range(100)], "1")
     before = db.execute("SELECT COUNT(*) FROM pieces").fetchone()[0]
     pieces.put(db, ["nobody's"])
