@@ -67,7 +67,7 @@ async def test_train_now_takes_a_partial_batch(start):
     p.train_now = True
     assert await begin_step(p) == []
     add_judged(p, "a4")
-    assert await begin_step(p) == [], "it was for what was there"
+    assert await begin_step(p) == [], "train now applies to one batch only"
 
 
 async def test_a_partial_batch_starts_after_batch_wait_without_new_turns(start):

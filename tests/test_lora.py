@@ -90,7 +90,7 @@ def test_a_checkpoint_can_be_loaded_by_peft_and_training_continues_from_it(tiny_
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     check_folder(tmp_path / "merged")
     merged = probe.token_logps(merged, IDS)
-    assert (merged - logps(state)).abs().mean() < 0.02, "but for rounding to bf16"
+    assert (merged - logps(state)).abs().mean() < 0.02, "equal except for rounding to bf16"
 
     again = load(tiny_model, saved)
     assert (again.step, again.baselines) == (7, {"alice": 0.5}) and torch.equal(logps(again), logps(state))

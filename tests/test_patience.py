@@ -29,7 +29,7 @@ async def test_the_event_loop_keeps_running_while_another_program_writes(tmp_pat
     other.execute("BEGIN IMMEDIATE")
     writes = [asyncio.create_task(journal.patiently(journal.record_turn, db, turn(f"t{k}"))) for k in range(20)]
     writes += [asyncio.create_task(journal.patiently(journal.drop, db, ["t"], "why")) for _ in range(500)]
-    assert await longest_stall(3) < 0.3 and not any(w.done() for w in writes), "however many wait"
+    assert await longest_stall(3) < 0.3 and not any(w.done() for w in writes), "with all writers waiting"
     assert capsys.readouterr().err.count("another program has the journal open") == 1
     other.execute("COMMIT")
     await asyncio.wait_for(asyncio.gather(*writes), 5)

@@ -43,7 +43,7 @@ async def test_the_journal_records_what_the_client_received(program, tiny_model,
     else:
         reply = await ask(c, question, 30)
         turn_id, text = reply.id, reply.choices[0].message.content
-        assert reply.choices[0].logprobs is None, "recording log-probs must not show"
+        assert reply.choices[0].logprobs is None, "the client must not see the log-probs that are recorded"
     (row,) = rows(program, "id = ?", turn_id)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompt_ids, response_ids = (np.frombuffer(row[k], np.int32).tolist() for k in ("prompt_ids", "response_ids"))
@@ -417,7 +417,7 @@ async def test_a_stop_keeps_all_steps_and_a_kill_repeats_those_since_the_checkpo
     assert [m["step"] for m in program.metrics()] == [1, 2], "the rows of undone steps are gone"
     talk += [{"role": "assistant", "content": open_turn.choices[0].message.content}, user("No.")]
     await ask(client(program, "none"), talk)
-    assert rows(program, "id = ?", open_turn.id)[0]["next_messages"], "an open conversation goes on"
+    assert rows(program, "id = ?", open_turn.id)[0]["next_messages"], "a conversation continues after the kill"
 
     def admin(*words):
         command = [sys.executable, "-m", "durable.admin", *words, f"--out={program.out}"]
@@ -468,7 +468,7 @@ async def test_broken_steps_are_reverted_and_turns_wait_while_the_judge_is_down(
     assert rows(program, "id = ?", nothing)[0]["reason"] == "nothing to learn from"
     after = await ask(client(program, "k"), [user("how are you?")], **answer)
     assert program.status()["step"] == 0 and program.metrics() == []
-    assert after.choices[0].message.content == before.choices[0].message.content, "serving never noticed"
+    assert after.choices[0].message.content == before.choices[0].message.content, "the served weights have not changed"
     assert glance(program, "k")["why"].startswith("Training is stopped by the guard: 3 steps in a row reverted, ")
 
     for i in range(8):
@@ -495,7 +495,7 @@ async def test_turns_without_a_signal_are_dropped_and_low_temperature_turns_use_
     empty = [await rated(program, f"empty {i}", -1, TOO_LONG, temperature=0) for i in (1, 2)]
     await until(lambda: all(r["state"] == "dropped" for r in rows(program, "id IN (?, ?)", *empty)))
     assert {r["reason"] for r in rows(program, "id IN (?, ?)", *empty)} == {"nothing to learn from"}
-    assert program.status()["step"] == 0 and not program.metrics(), "a batch of these is no step"
+    assert program.status()["step"] == 0 and not program.metrics(), "no step is taken on such a batch"
     body = {"completion_id": score_alone, "score": -1, "text": "Name the river. Say where it ends, please."}
     headers = {"Authorization": "Bearer k"}
     assert httpx.post(f"{program.url}/v1/feedback", json=body, headers=headers, timeout=30).status_code == 200

@@ -421,7 +421,7 @@ def logprobs(number: int, body: dict) -> Response:
     assert body["top_logprobs"] == 20 and body["temperature"] == 1 and body["max_tokens"] == 1
     if "No, wrong" in body["messages"][-1]["content"]:
         return labels(**{"good": -0.3, " Bad": -1.5, "neut": -4.0})
-    assert body["messages"][-1]["content"].startswith("Request: N/A\nAnswer: N/A\n"), "the bias is no turn's"
+    assert body["messages"][-1]["content"].startswith("Request: N/A\nAnswer: N/A\n"), "the bias is of empty messages"
     return labels(good=-0.1, bad=-4.0, neutral=-3.0)
 
 
@@ -537,7 +537,7 @@ def test_the_real_head_is_accurate_on_unseen_replies(tmp_path, monkeypatch) -> N
     scores = [reward.head_verdict(head, model, tokenizer, r["request"], r["next"])[0] for r in rows]
     assert sum(s == reward.VOTES[r["label"]] for s, r in zip(scores, rows, strict=True)) > 0.75 * len(rows)
     wish = complaint("Please put the result in the first line.")
-    assert reward.head_verdict(head, model, tokenizer, "What is yeast?", wish)[0] == -1, "no praise, however polite"
+    assert reward.head_verdict(head, model, tokenizer, "What is yeast?", wish)[0] == -1, "a polite wish is not praise"
 
 
 # ---- hints ----

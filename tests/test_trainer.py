@@ -103,7 +103,7 @@ def test_an_update_is_served_in_full_from_the_first_step(tmp_path, tiny_model):
     nearest = [m.detach().to(torch.bfloat16).float() - s for m, s in zip(state.masters, start, strict=True)]
     moved = [m.detach() - s for m, s in zip(state.masters, start, strict=True)]
     dot = lambda a, b: sum((x * y).sum().item() for x, y in zip(a, b, strict=True))  # noqa: E731
-    assert dot(nearest, moved) / dot(moved, moved) < 0.5, "what this test can tell apart"
+    assert dot(nearest, moved) / dot(moved, moved) < 0.5, "rounding to nearest must fail this test"
 
     trainer.snapshot(state)
     served = trainer.served_weights(state.policy)

@@ -169,7 +169,7 @@ async def test_an_adapter_of_one_user_does_not_change_another_users_answers(fres
     assert bob.logp() == first, "all begin with the same weights"
 
     await alice.learn(2)
-    assert alice.logp() != first and bob.logp() == first and carol.logp() == first, "bit by bit"
+    assert alice.logp() != first and bob.logp() == first and carol.logp() == first, "compared bit for bit"
     saved = sorted(checkpoint.home(program.out, "alice").glob("*/adapter_model.safetensors"))
     alices = alice.logp(), [file.read_bytes() for file in saved]
     await bob.learn()

@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
         print(r["session"], r["state"], r["reason"], repr(request_of(json.loads(r["messages"]))[:60]), following)
     main_turns = [r for r in found if request_of(json.loads(r["messages"])) in SAID]
     assert len({r["session"] for r in main_turns}) == 1, "one session"
-    assert {request_of(json.loads(r["messages"])) for r in main_turns} == set(SAID), "the person's words, and no others"
+    assert {request_of(json.loads(r["messages"])) for r in main_turns} == set(SAID), "only what the user wrote"
     assert all(r["next_messages"] for r in main_turns[:-1]), "each answer but the last has its next message"
 
 

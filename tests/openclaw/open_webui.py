@@ -109,7 +109,7 @@ def talk(page: Page, found) -> None:
 
     tree = page.ask("What is a tree?", params=NO_TOOLS)
     edited = page.ask("What is a bush?", chat=tree["chat"], params=NO_TOOLS)
-    assert not any(r["next_messages"] for a in (tree, edited) for r in found(a)), "an edit says nothing"
+    assert not any(r["next_messages"] for a in (tree, edited) for r in found(a)), "an edit is not a next message"
     guided = {"regeneration_prompt": "Shorter, please.", "regeneration_message_id": tree["id"]}
     page.ask(tree["said"], chat=tree["chat"], params=NO_TOOLS, **guided)
     assert [m["content"] for m in json.loads(found(tree)[0]["next_messages"])] == ["Shorter, please."]
@@ -161,7 +161,7 @@ def main(folder: Path) -> None:
             webui.terminate(), webui.wait(30)
     finally:
         program.stop()
-    assert {request_of(json.loads(r["messages"])) for r in by_user()} == page.said, "the person's words, and no others"
+    assert {request_of(json.loads(r["messages"])) for r in by_user()} == page.said, "only what the user wrote"
     asked = [json.loads(r["messages"])[-1]["content"] for r in rows(program) if r not in by_user()]
     assert all(any(kind in text for text in asked) for kind in ("a concise title", "1-3 broad tags", "Predict 3-5"))
     print(f"{len(rows(program))} turns, {len(asked)} of them asked by Open WebUI itself; all is as it should be")

@@ -266,6 +266,6 @@ async def test_sigterm_or_ctrl_c_at_any_moment_is_a_clean_stop(fresh):
         trained = [r["step"] for r in rows(program, "state = 'trained'")]
         last = query(program, "SELECT MAX(step) FROM checkpoints")[0][0] or 0
         assert {s: trained.count(s) for s in trained} == {s: 2 for s in range(1, last + 1)}
-        assert not [r for r in rows(program, "reason LIKE 'hint not used%'")], "a stop is no reason against a hint"
+        assert not [r for r in rows(program, "reason LIKE 'hint not used%'")], "a stop must not discard a hint"
         print(f"stopped in {seconds:.1f} s after step {last}, asked at {steps}")
         steps = last

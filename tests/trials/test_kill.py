@@ -95,8 +95,8 @@ async def test_kill_9_loses_no_turn_and_trains_on_none_twice(fresh):
             at_kill = [r["id"] for r in rows(program) if r["state"] in IN_THE_LOOP]
         current = query(program, "SELECT MAX(step) FROM checkpoints")[0][0] or 0 if at_kill else 0
         undone += last - current
-        print(f"kill {kill}: step {last}, checkpoint {current}, {len(at_kill)} turns on their way or trained on")
+        print(f"kill {kill}: step {last}, checkpoint {current}, {len(at_kill)} turns queued, training or trained")
     assert "no checkpoint of" not in program.log()
-    assert undone > 0, "no kill has undone a step: nothing was tried"
+    assert undone > 0, "no kill undid a step, so the test shows nothing"
     seen, continued = (sum(len(getattr(t, what)) for t in talkers) for what in ("seen", "continued"))
-    print(f"{seen} answers came whole, {continued} were gone on from, {undone} steps were undone")
+    print(f"{seen} answers arrived whole, {continued} continued an earlier one, {undone} steps were undone")
