@@ -12,19 +12,20 @@ from durable import guard, journal
 from durable.journal import Sample
 from program import Program
 
-SETTLE_S = 2.0  # from a verdict to training: what was judged may be a client's request, which the person's replaces
-DROPS_AT_ONCE = 100  # most turns to drop before other tasks have their turn
+SETTLE_S = 2.0  # from verdict to training: the judged message may be the client's own, which the user's replaces
+DROPS_AT_ONCE = 100  # most turns to drop before other tasks run
 
 
 async def next_batch(p: Program) -> list[sqlite3.Row]:
-    """The turns of the next step, rows of `journal.queued` of one owner of weights; [] if there is no batch yet. Newest
-    first: under overload the oldest get stale. Turns that can't be trained on are dropped. Hold `p.stepping`."""
+    """The turns for the next step (rows of `journal.queued`, all for the same owner's weights); [] if there is no batch
+    yet. Newest first, so that under overload only the oldest become stale. Turns that can't be trained on are dropped.
+    The caller must hold `p.stepping`."""
     if "" in p.paused:
         return []
     now, size, steps = asyncio.get_running_loop().time(), p.config.batch_size, p.steps()
     queued, batches, unfit, failed = journal.queued(p.db), defaultdict[str, list](list), [], []
     p.judged_at = {turn["id"]: p.judged_at.get(turn["id"], now) for turn in queued}
-    # Turns over their user's share come last: a batch is filled with them if nobody else's wait.
+    # Turns over their user's share come last: they fill a batch only if no other user's turns are waiting.
     for turn in sorted(queued, key=lambda turn: turn["newer"] >= max(1.0, p.config.user_share * size)):
         owner = p.owner_of(turn["user"])
         settled = turn["final"] or p.judged_at[turn["id"]] + SETTLE_S <= now
@@ -44,7 +45,7 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
         return []
     wait, p.train_now = 0 if p.train_now else p.config.batch_wait or math.inf, False
     newest = {owner: max(p.judged_at[turn["id"]] for turn in batch) for owner, batch in batches.items() if batch}
-    for owner in sorted(newest.keys() - p.states, key=newest.get) + list(p.states):  # the last trained is last
+    for owner in sorted(newest.keys() - p.states, key=newest.get) + list(p.states):  # least recently trained first
         if owner in newest and (len(batches[owner]) == size or newest[owner] + wait <= now):
             return batches[owner]
     return failed[:1]  # alone, and after all others: it may fail again

@@ -16,7 +16,7 @@ from typing import Any
 from clients.endpoint import Endpoint
 from reward import MAX_HINT, MIN_HINT, VOTES, Scored, evidence
 
-CHAT_CHARS = 2000  # the part of the next messages that the judge reads; of request and answer, a quarter of that each
+CHAT_CHARS = 2000  # characters of the next messages that the judge reads; a quarter each of request and answer
 CANDIDATES = 3  # the most hints that the trainer gets
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: only the three labels can be sampled
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}
@@ -42,7 +42,7 @@ EXAMPLES: list[Example] = [
     ("Open.", "open()", "tool", '{"error": "door not found"}', "bad"),
     ("2+2?", "4", "user", "By the way, tell me a joke.", "neutral"),
 ]
-BLANKS = ("N/A", "...", "[text]", "-")  # empty next messages: the judge's labels for them are its bias
+BLANKS = ("N/A", "...", "[text]", "-")  # next messages without content: how the judge labels them is its bias
 HINT_RULES = """You read a request, an assistant's answer and what happened next, and write down what the assistant \
 should have done: one short rule in the imperative that would have helped BEFORE it answered.
 Write NONE where what happened next corrects nothing, or contradicts what the request itself asked for, or gives \
@@ -110,7 +110,7 @@ class ChatJudge(Endpoint):
 
     votes: int = 3  # samples per hint, and per score if the endpoint gives no log-probs
     max_tokens: int = 1024  # of a reply: a judge may think first
-    # Request fields to try, the best first; those before the ones that worked are removed.
+    # Request fields to try, best first. Those that the endpoint refuses are removed.
     score_fields: list[dict] = field(default_factory=lambda: [STRUCTURED | LOGPROBS, STRUCTURED, LOGPROBS, {}])
     hint_fields: list[dict] = field(default_factory=lambda: [HINT_PATTERN, {}])
     biases: dict[str, dict[str, float]] = field(default_factory=dict)  # role of the next message -> label -> log-prob
@@ -149,7 +149,7 @@ class ChatJudge(Endpoint):
             return []
         messages = few_shot(HINT_RULES, HINT_EXAMPLES, request, answer, said)
         ask = lambda fields: self.samples(messages, str, 0.7, fields)  # noqa: E731
-        return elected(await self.with_retries(ask, self.hint_fields))
+        return frequent_hints(await self.with_retries(ask, self.hint_fields))
 
     async def label_logps(self, messages: list[dict], fields: dict) -> dict[str, float] | None:
         """`read_labels` of a one-token reply."""
@@ -185,7 +185,7 @@ class ChatJudge(Endpoint):
 # ---- hints ----
 
 
-def elected(written: list[str]) -> list[str]:
+def frequent_hints(written: list[str]) -> list[str]:
     """The distinct hints among the samples, most frequent first, at most CANDIDATES; [] if half or more have none."""
     texts = [text.strip() for text in written]
     texts = [text for text in texts if re.fullmatch(rf"(?!\W*(?i:none)\b)[^\n]{{{MIN_HINT},{MAX_HINT + 1}}}", text)]

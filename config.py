@@ -33,7 +33,7 @@ class Engine:
     name: str = "policy"  # the model name that clients ask for
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     seed: int = 0  # random seed of the sampler and of new adapters
-    max_model_len: int = 8192  # most tokens of prompt and answer together
+    max_model_len: int = 8192  # context length: tokens of prompt and answer together
     max_seqs: int = 64  # most answers generated at the same time
     tool_parser: str = "auto"  # vLLM's parser for this model's tool calls; auto: by its chat template; empty: none
     reasoning_parser: str = ""  # vLLM's parser for its thinking, which is sent as reasoning_content; empty: none
@@ -56,7 +56,7 @@ class Turns:
     """Which turns are trained on."""
 
     max_staleness: int = 8  # samples from weights more than this many steps old are dropped
-    max_train_tokens: int = 16384  # longer samples are not trained on; memory is planned for one of this length
+    max_train_tokens: int = 16384  # longer samples are not trained on; memory is planned for min(this, max_model_len)
     user_share: float = 0.5  # largest fraction of a batch from one user while other users' turns wait
     session_share: float = 1.0  # largest fraction of a batch from one conversation; more is dropped
     truncated_share: float = 1.0  # the same for answers truncated by max_tokens; 0: none is trained on
@@ -87,11 +87,13 @@ class Losses:
     w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints only
     w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores only
     kl: float = 0.1  # weight of the KL to the starting weights; 0: off
-    baseline: Literal["none", "mean", "group"] = "none"  # of the reward: 0, running mean per user, or same prompt
+    baseline: Literal["none", "mean", "group"] = (
+        "none"  # subtracted from it: 0, the user's running mean, or the prompt's mean
+    )
     clip_low: float = 0.2  # the PPO ratio is clipped below at 1 - this
     clip_high: float = 0.28  # the PPO ratio is clipped above at 1 + this
-    dual_clip: float = 3.0  # bound on the loss of a bad token, in advantages
-    opd_k: int = 20  # how many of the likeliest tokens teacher and student are compared on; 0: the sampled one
+    dual_clip: float = 3.0  # dual-clip PPO: with A < 0, the loss per token is at most this times -A
+    opd_k: int = 20  # distill over the policy's k most likely tokens; 0: only the sampled token
     opd_clip: float = 3.0  # bound on |log pi_T - log pi_0|; 0: none
 
 

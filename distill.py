@@ -66,7 +66,7 @@ def top_k(hidden: Tensor, head: Tensor, k: int) -> Tensor:
     return torch.cat([F.linear(h, head).topk(k).indices for h in hidden.split(grpo.CHUNK)])
 
 
-def shift(hinted: Tensor, plain: Tensor) -> Tensor:
+def hint_effect(hinted: Tensor, plain: Tensor) -> Tensor:
     """How much a hint changes the teacher's prediction: KL(hinted || plain) over K tokens and "any other token".
 
     Log-probs of the same tokens, (N, K) each -> (N,), not negative except by rounding."""
@@ -75,7 +75,7 @@ def shift(hinted: Tensor, plain: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def teach(
+def teacher_logps(
     head: Tensor, row: dict[str, Tensor], ids: Tensor, hinted: dict[int, list[Tensor]], plain: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The teacher's log-probs (N, K) of `ids` (N, K) at a row's N positions, and the hint mask (N,): 1.0 in the answers
@@ -93,7 +93,7 @@ def teach(
         most = -math.inf
         for hidden in candidates:
             found = grpo.token_logps(hidden, head, ids[here], row["temperature"][here])  # (T, K)
-            change = shift(found, plain[here]).sum().item() if len(candidates) > 1 else 0.0
+            change = hint_effect(found, plain[here]).sum().item() if len(candidates) > 1 else 0.0
             if change > most:
                 most, logps[here] = change, found
     return logps, hint_mask

@@ -104,7 +104,7 @@ def collate(
         }
 
 
-def alone(prompt: Sequence[int], response: Sequence[int], device: str | torch.device) -> dict[str, Tensor]:
+def single_row(prompt: Sequence[int], response: Sequence[int], device: str | torch.device) -> dict[str, Tensor]:
     """A row of one sample at temperature 1, for reading log-probs only."""
     return next(collate([Answer(prompt, response)], 1, device=device))
 
@@ -138,7 +138,7 @@ def tree_mask(depth: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 @torch.no_grad()
-def read(model: torch.nn.Module, answers: Sequence[Answer], limit: int, tree: int) -> list[Tensor]:
+def hidden_states(model: torch.nn.Module, answers: Sequence[Answer], limit: int, tree: int) -> list[Tensor]:
     """For each sample, the hidden states that predict its response tokens: (T, D)."""
     found = {}
     for row in collate(answers, limit, tree, model.device):

@@ -61,7 +61,7 @@ def make_probe(first: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pr
 @torch.no_grad()
 def token_logps(policy: PreTrainedModel, ids: list[int]) -> Tensor:
     """Log-probs of ids[1:]. (L - 1,) on the CPU"""
-    return grpo.response_logps(policy, grpo.alone(ids[:1], ids[1:], policy.device)).cpu()
+    return grpo.response_logps(policy, grpo.single_row(ids[:1], ids[1:], policy.device)).cpu()
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from machine.plan import Plan, bind_thread
 
 @dataclass
 class Program:
-    """One per process."""
+    """The shared state of the running program: one object per process."""
 
     config: Config
     lock: TextIO  # on config.out
@@ -41,7 +41,7 @@ class Program:
     plan: Plan
     trainer: ThreadPoolExecutor  # one thread
     judging: ThreadPoolExecutor  # one thread
-    fitting: "Future[reward.Head] | None"  # of a small model's judge
+    fitting: "Future[reward.Head] | None"  # the head of a small model's judge; None for a chat judge
     to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns with a next message
     judged_at: dict[str, float] = field(default_factory=dict)  # id of a judged turn -> when, by the event loop's clock
     train_now: bool = False  # the next step doesn't wait for a full batch
@@ -55,7 +55,7 @@ class Program:
 
     @property
     def state(self) -> trainer.State:
-        """The shared weights. With --adapters=user: the starting weights, which each user's own begin as."""
+        """The shared weights. With --adapters=user: the starting weights, from which each user's adapter begins."""
         return self.states[""]
 
     def owner_of(self, user: str) -> str:
@@ -63,8 +63,8 @@ class Program:
         return user if self.config.adapters == "user" else ""
 
     async def state_of(self, owner: str, step: int | None = None) -> trainer.State:
-        """The state of an owner's weights. If it is not in memory, it is new, or read from their current checkpoint or
-        that of `step`. Hold `stepping`.
+        """The state of an owner's weights. If it is not in memory, it is loaded from their current checkpoint or that
+        of `step`, or begins at the starting weights. The caller must hold `stepping`.
 
         UsageError if the checkpoint is damaged."""
         if owner not in self.states:
@@ -78,24 +78,24 @@ class Program:
         return self.states[owner].step if owner in self.states else journal.saved_step(self.db, owner)
 
     def steps(self) -> dict[str, int]:
-        """By owner."""
+        """Owner -> the step of their weights."""
         if self.config.adapters == "shared":
             return {"": self.state.step}
         return journal.owners(self.db) | {owner: state.step for owner, state in self.states.items() if owner}
 
     async def load_adapter(self, user: str) -> None:
-        """Load the user's adapter into the engine, unless it is there. Other users' idle adapters are evicted if there
-        are too many. Don't await anything between this and the answer: another request may evict it again.
+        """Load the user's adapter into the engine, unless it is there. If there are too many, idle ones are evicted.
+        Await nothing between this call and `generate`: another request might evict it again.
 
         UsageError if the checkpoint is damaged."""
         owner = self.owner_of(user)
-        # `newest` is in the order of requests, the last one last.
-        while len(idle := [other for other in swap.newest if other not in (owner, *self.states)]) >= memory.USERS:
+        # `serving` is ordered by last request, least recently used first.
+        while len(idle := [other for other in swap.serving if other not in (owner, *self.states)]) >= memory.USERS:
             await swap.evict(self.engine, idle[0])
-        while owner not in swap.newest:
+        while owner not in swap.serving:
             # A client that hangs up must not end this: the engine would keep an adapter that nobody knows of.
             await asyncio.shield(self.load_saved(owner))
-        swap.newest[owner] = swap.newest.pop(owner)
+        swap.serving[owner] = swap.serving.pop(owner)
 
     async def load_saved(self, owner: str) -> None:
         """Load an owner's saved adapter, or the starting weights, into the engine."""
@@ -110,7 +110,7 @@ class Program:
                 raise
             version = await swap.add_adapter(self.engine, weights, step)
         # Meanwhile a newer one may have been pushed, or this one reverted or forgotten.
-        if owner not in swap.newest and step == journal.saved_step(self.db, owner):
+        if owner not in swap.serving and step == journal.saved_step(self.db, owner):
             await swap.make_newest(self.engine, owner, version)
         else:
             await swap.remove_unused(self.engine, version)
@@ -124,7 +124,7 @@ class Program:
         await self.on_trainer(trainer.restore, state)
         if swap.served_step(state.owner) != state.step:
             weights = await self.on_trainer(trainer.served_weights, state.policy)
-            await swap.give_back(self.engine, weights, state.step, state.owner)
+            await swap.restore_weights(self.engine, weights, state.step, state.owner)
             await journal.patiently(journal.drop_newer, self.db, state.owner, state.step)
 
     async def save(self, state: trainer.State) -> None:
@@ -143,30 +143,35 @@ class Program:
         await journal.patiently(journal.add_checkpoint, self.db, owner, step, self.config.keep)
         await self.on_trainer(checkpoint.remove_others, out, journal.listed(self.db))
 
-    async def save_absent(self) -> None:
-        """If too many users' states are in memory, those trained longest ago are saved and removed."""
+    async def unload_states(self) -> None:
+        """If too many users' states are in memory, save and unload those trained longest ago."""
         for owner in [owner for owner in self.states if owner][: -memory.USERS]:
             await self.save(self.states[owner])
             if self.states[owner].step == journal.saved_step(self.db, owner):
                 del self.states[owner]
 
     def new_trainer_thread(self) -> None:
-        """After running out of memory, oneDNN can't make kernels in the same thread ("could not create a primitive").
+        """Replace the trainer's thread: after running out of memory, oneDNN can't create kernels in the old one ("could
+        not create a primitive").
 
-        MemoryError while memory is still short: Python would wait forever for a thread that can't start."""
+        MemoryError if memory is still short: otherwise Python would wait forever for the thread to start."""
         bytearray(64 << 20)
         self.trainer.shutdown(wait=False)
         self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.plan.trainer_cores,))
 
     def end_pause(self, why: str) -> None:
-        """Begin steps again if it is still for this reason that none begins. Users who are paused stay so."""
+        """Resume training if it is still paused for this reason. Users who are paused alone stay paused."""
         if self.paused.get("") == why:
             del self.paused[""]
             self.wake.set()
 
     def stop_training(self, error: str, seconds: float | None = None, owner: str = "") -> None:
-        """Stop after failed steps, and try again after some seconds; None: when the admin resumes it."""
-        again = "resume it by python -m durable.admin resume" if seconds is None else f"next try in {seconds:.0f} s"
+        """Pause training after a failure, for `seconds` or (None) until the admin resumes it. `owner`: only theirs."""
+        again = (
+            f"resume it with python -m durable.admin resume --out={self.config.out}"
+            if seconds is None
+            else f"next try in {seconds:.0f} s"
+        )
         if self.training == "off":  # no step would begin anyway
             return
         self.paused[owner] = why = f"stopped: {error} ({again})"
@@ -186,8 +191,8 @@ class Program:
         http = openai.DefaultAsyncHttpxClient(trust_env=False, verify=trusting(self.config.ssl_certfile))
         return openai.AsyncOpenAI(base_url=self.config.url, api_key=self.keys.own, http_client=http)
 
-    async def has_room(self, turn_id: str) -> bool:
-        """If too many turns wait with this one, it is dropped."""
+    async def admit(self, turn_id: str) -> bool:
+        """Whether a turn may wait for the judge and the trainer. If --max_waiting is exceeded, it is dropped."""
         turns, most = journal.counts(self.db), self.config.max_waiting
         if full := turns.get("judging", 0) + turns.get("queued", 0) > most:
             why_not = f"more than {most} turns wait for the judge or the trainer"

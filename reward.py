@@ -25,7 +25,7 @@ from clients.sessions import words_of
 from durable.atomic import replacing
 
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
-HEAD_CHARS = 400  # the part of the next messages that the head reads
+HEAD_CHARS = 400  # characters of the next messages that the head reads
 MIN_HINT, MAX_HINT = 11, 300  # characters in a hint
 MAX_PARTS = 5  # how many parts of a complaint are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
@@ -147,16 +147,16 @@ def labelled(name: str) -> list[dict]:
 
 
 def make_head(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: Path, stopping: threading.Event | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Path, stopping: threading.Event | None = None
 ) -> Head:
-    """The head for a model. Computing the features of the labelled replies takes minutes on one core, so they are
-    cached in a file. Its name is that of `kept`, which should identify the model, and a hash of the replies and the
-    prompt. InterruptedError if `stopping` is set meanwhile."""
+    """The head for a model. The features of the labelled replies take minutes on one core, so they are cached in a file
+    named after `cache`, which must identify the model, and a hash of the replies and the prompt. InterruptedError if
+    `stopping` is set meanwhile."""
     rows = labelled("fit")
     source = (REPLIES / "fit.jsonl").read_bytes() + f"{QUESTION} {HEAD_CHARS} 1".encode()
-    kept = kept.with_name(f"{kept.name}-{hashlib.sha256(source).hexdigest()[:16]}.pt")
-    if kept.exists():
-        x = torch.load(kept, weights_only=True)
+    cache = cache.with_name(f"{cache.name}-{hashlib.sha256(source).hexdigest()[:16]}.pt")
+    if cache.exists():
+        x = torch.load(cache, weights_only=True)
     else:
         print(f"judge     reads {len(rows)} labelled replies, once for this model", flush=True)
         prompts = [head_ids(tokenizer, row["request"], row["next"]) for row in rows]
@@ -168,7 +168,7 @@ def make_head(
             batch = order[at : at + READ_AT_ONCE]
             read |= dict(zip(batch, features(model, [prompts[i] for i in batch]), strict=True))
         x = torch.stack([read[i] for i in range(len(rows))])  # (N, D)
-        with replacing(kept) as part:
+        with replacing(cache) as part:
             torch.save(x, part)
     return fit_head(x, torch.tensor([list(VOTES).index(r["label"]) for r in rows]))
 
@@ -176,7 +176,7 @@ def make_head(
 def head_verdict(
     head: Head, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, next_messages: list[dict]
 ) -> Scored:
-    """The most likely score, the same as the only vote, and its probability."""
+    """The most likely score, that score as the only vote, and its probability."""
     p = head.probabilities(features(model, [head_ids(tokenizer, request, next_messages)])[0])
     score = list(VOTES.values())[int(p.argmax())]
     return score, [score], p.max().item()
@@ -186,7 +186,7 @@ def head_verdict(
 class HeadJudge:
     """The judge for a small model: a head on its frozen starting weights, and the user's own words as hints.
 
-    `fitting`: the head, when it is fitted. `threads`: these run the model, while the program serves and trains."""
+    `fitting`: the head, once it is fitted. `threads`: the executor that runs the model, off the event loop."""
 
     fitting: Future[Head]
     model: PreTrainedModel
@@ -199,7 +199,7 @@ class HeadJudge:
         try:
             head = await asyncio.wrap_future(self.fitting)
         except Exception as e:
-            raise JudgeError(f"it could not be prepared, restart when this is solved: {type(e).__name__}: {e}") from e
+            raise JudgeError(f"its head could not be fitted (mend this, then restart): {type(e).__name__}: {e}") from e
         run = self.threads.submit(head_verdict, head, self.model, self.tokenizer, request, next_messages)
         return await asyncio.wrap_future(run)
 
@@ -214,8 +214,8 @@ def own_words(request: str, next_messages: list[dict]) -> list[str]:
     """Candidate hints if the judge is too small to write one: the user's whole complaint, and its parts.
 
     "No, much too long. Redo it as one short sentence." replies to an answer, but its part "Redo it as one short
-    sentence." could have been said before it. `distill.teach` uses the one with the most effect. [] for a tool's
-    output, for orders to a judge, and for a wish that contradicts the request.
+    sentence." could have been said before it. `distill.teacher_logps` uses the one with the most effect. [] for a
+    tool's output, for orders to a judge, and for a wish that contradicts the request.
     """
     if next_messages[-1].get("role") != "user":
         return []

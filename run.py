@@ -35,15 +35,15 @@ from program import Program
 from start import Judge, make_judge, setup
 from web import control, feedback, page, terminal
 
-LOCKED_S = 5.0  # a stop waits this long for another program that writes to the journal
+LOCK_WAIT_S = 5.0  # how long a clean stop waits for another program's write lock on the journal
 
 
 # ---- the judge's loop ----
 
 
 async def judge_turns(p: Program, judge: Judge) -> None:
-    """One of several judging loops that run at the same time. If the judge fails, the turn stays queued: an error is
-    never a score. A turn is dropped after a few tries if it alone makes the judge fail."""
+    """One of eight judging loops. If the judge fails, the turn keeps its state "judging" and is retried: an error is
+    never a score. It is dropped only if it fails several times while no other turn does."""
     while True:
         turn_id = await p.to_judge.get()
         await p.judge_health.wait()
@@ -56,9 +56,12 @@ async def judge_turns(p: Program, judge: Judge) -> None:
         try:
             score, votes, confidence = await judge.score(request, answer, following)
             hints = await judge.hints(request, answer, following) if p.config.w_opd and score < 0 else []
-        except JudgeError as e:
-            if p.judge_health.failed(turn_id, e):
-                await journal.patiently(journal.drop, p.db, [turn_id], f"the judge failed: {e}")
+        except Exception as error:
+            if not isinstance(error, JudgeError):  # a bug in a judge, or no memory
+                traceback.print_exception(error)
+                error = JudgeError(f"{type(error).__name__}: {error}", of_turn=True)
+            if p.judge_health.failed(turn_id, error):
+                await journal.patiently(journal.drop, p.db, [turn_id], f"the judge failed: {error}")
             else:
                 asyncio.get_running_loop().call_later(1, p.to_judge.put_nowait, turn_id)
             continue
@@ -72,32 +75,35 @@ async def judge_turns(p: Program, judge: Judge) -> None:
             p.judged_at[turn_id] = asyncio.get_running_loop().time()
             p.wake.set()
         elif state and not score:
-            # Not trained on, but it moves the baseline: most people don't comment on a good answer.
-            key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
-            if owners := p.states.get(p.owner_of(turn.user)):  # a user's own may not be in memory
-                grpo.move_baseline(owners.baselines, key, 0.0)
+            # A neutral turn is not trained on, but it moves the baseline towards 0: most people say nothing about a
+            # good answer. (A user's own state may be only on the disk.)
+            if trained := p.states.get(p.owner_of(turn.user)):
+                key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
+                grpo.move_baseline(trained.baselines, key, 0.0)
 
 
 # ---- the training loop ----
 
 
 async def train(p: Program) -> None:
-    """The training loop. An error ends neither the loop nor the program: the step is undone and its turns are queued
-    again. Training then stops until the admin resumes it, or, after an unknown error, until a growing pause is over."""
-    while "" in p.paused:  # this may be a restart of the loop after an undo that failed
+    """The training loop. An error in a step ends neither the loop nor the program: the step is undone. The turns of a
+    step that the guard refuses are dropped. After any other error they are queued again and training stops: after a
+    failed push until the admin resumes it, otherwise for a time that doubles with each failure."""
+    while "" in p.paused:  # `keep_running` may have restarted this loop after an undo that failed
         await asyncio.sleep(1)
     async with p.stepping:
         for state in p.states.values():
             await p.undo(state)
         await journal.patiently(journal.requeue, p.db, "its step could not be undone at once")
-    failed, new_thread = Counter[str](), False  # failed steps in a row by owner; does the next step need a new thread?
+    refused, failed = Counter[str](), Counter[str]()  # owner -> steps in a row that the guard refused, or that failed
+    new_thread = False  # does the next step need a new trainer thread?
     while not p.config.steps or sum(p.steps().values()) < p.config.steps:
         with suppress(TimeoutError):
-            async with asyncio.timeout(1):  # a verdict settles, and --batch_wait ends, without an event
+            async with asyncio.timeout(1):  # no event tells that a verdict has settled, or that --batch_wait is over
                 await p.wake.wait()
         p.wake.clear()
         await p.wait_for_disk_space()
-        async with p.stepping:  # between the choice of a batch and its step, nothing is rolled back or forgotten
+        async with p.stepping:  # no rollback or forget between the choice of a batch and its step
             turns = await next_batch(p)
             if not turns:
                 continue
@@ -113,17 +119,17 @@ async def train(p: Program) -> None:
                     p.new_trainer_thread()
                 batch = await journal.patiently(journal.begin_step, p.db, [turn["id"] for turn in turns])
                 await step(p, state, batch)
-                failed[owner], new_thread = 0, False
+                refused[owner], failed[owner], new_thread = 0, 0, False
             except (trainer.Stopped, swap.EngineDied):
                 raise
             except guard.Refused as e:
-                failed[owner] += 1
+                refused[owner] += 1
                 await p.undo(state)
                 why_not, ids = f"step {state.step + 1} reverted: {e}", journal.in_state(p.db, "training")
                 await journal.patiently(journal.drop, p.db, ids, why_not)
                 print(why_not, file=sys.stderr)
-                if failed[owner] >= guard.IN_A_ROW:
-                    p.stop_training(f"{failed[owner]} steps in a row reverted, the last one: {e}", owner=owner)
+                if refused[owner] >= guard.IN_A_ROW:
+                    p.stop_training(f"{refused[owner]} steps in a row reverted, the last one: {e}", owner=owner)
             except Exception as e:
                 failed[owner] += 1
                 new_thread, error = True, f"{type(e).__name__}: {e}"
@@ -131,7 +137,7 @@ async def train(p: Program) -> None:
                 await p.undo(state)
                 await journal.patiently(journal.requeue, p.db, error)
                 p.stop_training(error, None if isinstance(e, swap.PushError) else min(3600, 5 * 2 ** failed[owner]))
-            await p.save_absent()
+            await p.unload_states()
     p.paused[""] = "off"
 
 
@@ -155,7 +161,7 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
     probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
     gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe, state.owner)
 
-    # 4. commit: a restart or an undo returns to this step from here on
+    # 4. commit: from here on an undo returns to this step, and a restart does once it is in a checkpoint
     await p.wait_for_disk_space()
     await journal.patiently(journal.mark_trained, p.db, [sample.turn.id for sample in batch], state.step + 1)
     for s in batch:
@@ -202,7 +208,7 @@ async def serve(p: Program) -> bool:
     judge = make_judge(p)
     app = await server.build_app(p, [*control.routes(p), *feedback.routes(p), *page.routes(p)])
     web = web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
-    # The watch runs until the end, so that no call waits for a dead engine.
+    # The watch runs until the very end: without it, a call to a dead engine would never return.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")
     tasks = [asyncio.create_task(web.serve(sockets=[p.listener]), name="server")]
     while not web.started and not tasks[0].done():
@@ -251,7 +257,8 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under noh
 
 
 def on_signal(number: int, stopped: asyncio.Event) -> None:
-    """After SIGHUP the terminal is gone. A `print` to it would raise before the checkpoint is written."""
+    """Ask for a clean stop. After SIGHUP the terminal is gone: output then goes to /dev/null, since a `print` that
+    fails would prevent the checkpoint."""
     for stream in (sys.stdout, sys.stderr):
         try:
             print(f"stopped by {signal.Signals(number).name}", file=stream, flush=True)
@@ -261,7 +268,8 @@ def on_signal(number: int, stopped: asyncio.Event) -> None:
 
 
 async def stop(p: Program, web: WebServer, tasks: list[asyncio.Task], watch: asyncio.Task) -> None:
-    """End the server and all tasks, and write checkpoints. A swap is finished first; a step ends between two rows."""
+    """Stop the server and all tasks, then write checkpoints. A running swap is finished first; a running step is
+    abandoned at its next row."""
     print("stopping", flush=True)
     async with swap.swapping:
         p.state.stopping.set()
@@ -273,7 +281,7 @@ async def stop(p: Program, web: WebServer, tasks: list[asyncio.Task], watch: asy
     await asyncio.gather(*tasks, return_exceptions=True)
     await p.on_trainer(lambda: None)  # wait for a `commit` that has begun, so that its step is in the checkpoint
     try:
-        await asyncio.wait_for(journal.patiently(journal.leave_step, p.db), LOCKED_S)
+        await asyncio.wait_for(journal.patiently(journal.leave_step, p.db), LOCK_WAIT_S)
     except TimeoutError:
         why = "another program is writing to the journal; the next start repeats the steps since the last checkpoint"
         for state in p.states.values():
@@ -301,7 +309,7 @@ async def prune_turns(p: Program) -> None:
             try:
                 await asyncio.to_thread(upkeep.prune, Path(p.config.out) / "journal.db", p.config.keep_days)
             except sqlite3.Error as e:
-                print(f"nothing is pruned, next try in an hour: {e}", file=sys.stderr)
+                print(f"pruning failed, next try in an hour: {e}", file=sys.stderr)
         await asyncio.sleep(3600)
 
 

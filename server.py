@@ -1,4 +1,4 @@
-"""The API: vLLM's own OpenAI app behind a proxy that records every answer in the journal.
+"""The API: vLLM's own OpenAI app behind ASGI middleware that records every answer in the journal.
 
 `Capture` (ASGI) checks the key and reads the body of a POST. `Recorder` replaces the engine in vLLM's app: it passes
 every output through unchanged, and records the turn before its last token is sent.
@@ -38,9 +38,9 @@ OPEN_PATHS = ("/health", "/", "/web/page.js", "/web/page.css")  # they hold no d
 # Fields of a chat request, besides its messages, that change the prompt. vLLM's /tokenize has the same ones.
 TEMPLATE_FIELDS = ("tools", "chat_template", "add_generation_prompt", "continue_final_message")
 
-# Sampling parameters by which an answer is not sampled from the plain policy, unless they have vLLM's default values.
-CHANGING = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
-CHANGING += ("allowed_token_ids", "bad_words", "structured_outputs", "min_tokens", "thinking_token_budget")
+# Sampling parameters that change the distribution: with one of them set, an answer is not from the plain policy.
+OFF_POLICY = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+OFF_POLICY += ("allowed_token_ids", "bad_words", "structured_outputs", "min_tokens", "thinking_token_budget")
 MIN_TEMPERATURE = 0.3  # below it, rounding alone changes log-probs by more than PPO's clip range
 
 
@@ -63,7 +63,7 @@ class Asked:
 
 
 asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
-caller: ContextVar[str] = ContextVar("caller", default="")  # the user's name, of any request
+caller: ContextVar[str] = ContextVar("caller", default="")  # name of the user whose request is being handled
 
 
 class Capture:
@@ -132,14 +132,14 @@ class Capture:
         if user is ANYBODY and (why := why_not_keyless(headers, self.origins)):
             return openai_error(403, f"{why}: a key is needed for that, put one into {self.keys.file}")
         if not sees_all(user) and path.startswith("/metrics"):
-            return openai_error(403, f"everybody's figures need the key in {self.keys.file.with_name(ADMIN)}")
+            return openai_error(403, f"metrics of all users need the key in {self.keys.file.with_name(ADMIN)}")
         written = path == "/v1/feedback" or user is not OURS and path in CAPTURED
         if scope["method"] == "POST" and written and not journal.has_disk_space(self.db):
             return openai_error(507, "the disk is full: nothing more can be recorded", "server_error")
         return None
 
     def noting_answers(self, send: Send, request: Asked) -> Send:
-        """Before the end of an answer is sent, its turn's row gets the digest of what the client got."""
+        """Wrap `send`: before the last chunk goes out, record the digest of the answer that the client gets."""
         reader: AnswerReader | None = None  # none for an error
 
         async def noted(message: Message) -> None:
@@ -164,8 +164,8 @@ def choice_id(turn_id: str, index: int) -> str:
 
 
 def note_rendered(renderer: Any) -> None:
-    """Note the chat messages that vLLM makes of requests to /v1/messages and /v1/responses, and for all requests what
-    else goes into the chat template (reasoning_effort, thinking).
+    """Note the chat messages that vLLM makes of requests to /v1/messages and /v1/responses, and for every request the
+    other arguments of the chat template (reasoning_effort, thinking). Also hide max_tokens from vLLM's check.
 
     Relied on in vLLM 0.32.0: all of them pass OnlineRenderer.preprocess_chat (except for models with OpenAI's own
     format, which are not recorded). vLLM may render a request once before, as a probe. `build_chat_params` makes the
@@ -177,7 +177,7 @@ def note_rendered(renderer: Any) -> None:
         if (seen := asked.get()) is None:
             return await render(request, messages, *args, **kwargs)
         made = request.build_chat_params(None, "auto").chat_template_kwargs
-        # Each request has the first two. They are fields of /tokenize too, which must not get them twice.
+        # Fields of /tokenize itself: among the template's arguments too, it would get them twice.
         known = ("add_generation_prompt", "continue_final_message", "tools", "tokenize")
         arguments = {k: v for k, v in made.items() if v is not None and k not in known}
         seen.template = {k: v for k, v in seen.template.items() if k != "chat_template_kwargs"}
@@ -213,7 +213,7 @@ def why_no_rl(params: Any) -> str:
     if params.temperature < MIN_TEMPERATURE:
         return f"temperature {params.temperature:g} is below {MIN_TEMPERATURE}"
     plain = SamplingParams()
-    changed = [name for name in CHANGING if getattr(params, name) not in (None, [], {}, getattr(plain, name))]
+    changed = [name for name in OFF_POLICY if getattr(params, name) not in (None, [], {}, getattr(plain, name))]
     if "top_k" in changed and params.top_k == -1:  # off, as is the default
         changed.remove("top_k")
     return f"sampled with {', '.join(changed)}" if changed else ""
@@ -233,7 +233,9 @@ class Recorder:
     ) -> AsyncIterator[Any]:
         request = asked.get()
         sampling_params.seed = swap.usable_seed(self._p.engine, sampling_params.seed)
-        if request is None or request.path != CHAT and not request.messages:  # the latter: see note_rendered
+        if (
+            request is None or request.path != CHAT and not request.messages
+        ):  # not captured, or `note_rendered` saw no messages
             await self._p.load_adapter(caller.get())
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
@@ -245,7 +247,7 @@ class Recorder:
         if kwargs.get("lora_request"):
             dropped = "answered by the starting weights"
         for earlier in continued:
-            if await self._p.has_room(earlier):
+            if await self._p.admit(earlier):
                 self._p.to_judge.put_nowait(earlier)
         # The id that the client gets. (/v1/responses numbers its calls to the engine.)
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
@@ -262,7 +264,7 @@ class Recorder:
         async def write(index: int, finish_reason: str | None, spans: list, why_not: str | None) -> None:
             ids, logprobs, texts = seen[index]
             served = swap.served_step(self._p.owner_of(request.user.name))
-            if finish_reason not in ("stop", "length"):  # "abort" is what a stopping engine gives
+            if finish_reason not in ("stop", "length"):  # "abort": the engine is stopping
                 why_not = "cut short: the client hung up, or the engine stopped"
             elif served is not None and any(version > served for version, _, _ in spans):
                 why_not = journal.UNDONE
@@ -308,8 +310,8 @@ class Recorder:
                     await write(index, None, [(-1, 0, len(ids))], None)
 
     def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
-        """The engine's outputs, by the weights that answer the caller. The prompt is salted here, when those are known.
-        aclosing: when the client hangs up, the engine must stop at once, not when the generator is collected."""
+        """The engine's outputs with the caller's weights. The prompt is salted here, once those are known. aclosing: if
+        the client hangs up, the engine must stop at once, not when the generator is garbage-collected."""
         owner, prompt = self._p.owner_of(caller.get()), swap.salted(prompt, caller.get())
         return aclosing(swap.generate(self._p.engine, owner, prompt, *args, **kwargs))
 
@@ -351,5 +353,5 @@ async def build_app(p: Program, more: Sequence[Route]) -> ASGIApp:
     vllm_app.state.server = SimpleNamespace()  # vLLM tells this to exit when the engine dies; swap.watch does it here
 
     capture = Capture(Starlette(routes=[*more, Mount("/", app=vllm_app)]), p)
-    # Outside the capture: a browser's first request has no key, and it must be able to read a 401.
+    # CORS is outermost: a preflight request has no key, and the browser must be able to read a 401.
     return CORSMiddleware(capture, allow_origins=p.origins, allow_methods=["*"], allow_headers=["*"])

@@ -1,4 +1,4 @@
-"""From the options to a running engine: checks, the plan, what is printed, the engine, the weights, the judge."""
+"""Startup: check the options, plan the machine, start the engine, load the trainer, prepare the judge."""
 
 import asyncio
 import socket
@@ -51,8 +51,8 @@ async def setup(config: Config) -> Program:
     print(config.url, file=lock, flush=True)  # for the commands of durable/admin.py
     engine_args = swap.engine_args(config, folder, plan)
     print(f"model     {folder}\n{plan}\n{summary(config, plan, engine_args, keys)}", flush=True)
-    # While the engine starts, the trainer loads and a small model's judge is fitted on other cores. Both threads check
-    # `stopping`: the process can't end before they do.
+    # While the engine starts, the trainer loads and a small model's judge is fitted, on other cores. `stopping` ends
+    # the fitting early: a process can't exit while its threads run.
     stopping = threading.Event()
     threads = [ThreadPoolExecutor(1, name, bind_thread, (plan.trainer_cores,)) for name in ("train", "judge")]
     loading = threads[0].submit(trainer.load_state, config, saved, start, plan.device, plan.dtype)
@@ -76,7 +76,7 @@ async def setup(config: Config) -> Program:
 
 
 def summary(config: Config, plan: Plan, engine_args: Namespace, keys: Keys) -> str:
-    """What clients need to know, for the screen."""
+    """What is printed at startup: judge, parsers, address, page, folder, and what to paste into OpenClaw."""
     url = config.url
     if config.host in ("0.0.0.0", "::"):
         url = url.replace("127.0.0.1", socket.getfqdn())

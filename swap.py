@@ -1,6 +1,6 @@
-"""The engine and its weights: start vLLM in our program, push new weights while it serves, prove that they arrived.
+"""The engine and its weights: start vLLM in our program, push new weights while it serves, check that they arrived.
 
-Only this file and server.py know vLLM's internals. "Relied on" says which ones (0.32.0).
+Only this file and server.py use vLLM's internals. "Relied on" says which ones (0.32.0).
 """
 
 import asyncio
@@ -40,13 +40,16 @@ for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.i
     os.environ.setdefault(name, value)
 
 PR_SET_PDEATHSIG = 1
+PROGRAM = "NANO_OPENCLAW_RL_PID"  # the process that started the engine
 ENGINE_CORES = "VLLM_CPU_OMP_THREADS_BIND"  # the cores that the worker computes on, e.g. "0,1"
 
 
 def end_with_parent() -> None:
-    """Have this process killed when its parent dies. Otherwise `VLLM::EngineCore` and `VLLM::Worker` live on as
-    orphans after a kill -9."""
+    """Have this process killed when its parent dies. Otherwise `VLLM::EngineCore` and `VLLM::Worker` live on as orphans
+    after a kill -9."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not os.path.exists(f"/proc/{os.environ[PROGRAM]}/exe"):  # it died before that; a zombie has no exe
+        os._exit(1)
 
 
 def begin_worker(cores: list[int]) -> None:
@@ -56,7 +59,7 @@ def begin_worker(cores: list[int]) -> None:
     torch.set_num_threads(len(cores))
 
 
-if multiprocessing.current_process().name != "MainProcess":
+if multiprocessing.current_process().name != "MainProcess" and PROGRAM in os.environ:
     # vLLM's spawned processes import this file too (through run.py as their main module, or for the worker extension
     # below). multiprocessing.parent_process() would not do: it is still None while a child imports its main module.
     end_with_parent()
@@ -70,7 +73,7 @@ if multiprocessing.current_process().name != "MainProcess":
 
 
 class PushError(RuntimeError):
-    """The engine did not load the weights it was sent. It must be given the previous ones again (`give_back`)."""
+    """The engine did not load the weights it was sent. It must be given the previous ones again (`restore_weights`)."""
 
 
 class EngineDied(RuntimeError):
@@ -230,6 +233,7 @@ def start_engine(args: Namespace) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    os.environ[PROGRAM] = str(os.getpid())
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
     except ValidationError as e:
@@ -271,7 +275,7 @@ def figures() -> bytes:
 # Held while weights go to the engine. A stop waits for it: the worker opens the shared file by its number in our
 # process, and that would be another file's if a cancelled task had closed it.
 swapping = asyncio.Lock()
-loads = 0  # how often they were replaced
+loads = 0  # how often the weights were replaced; part of each prompt's cache salt
 
 Weights = dict[str, torch.Tensor]  # by name
 
@@ -280,13 +284,13 @@ Weights = dict[str, torch.Tensor]  # by name
 class Version:
     """Weights that the engine answers with: the whole model's, or an adapter."""
 
-    step: int | None  # None: not proved yet, or unknown
+    step: int | None  # None: not verified yet, or unknown
     request: Any = None  # an adapter's LoRARequest, which `generate` takes
     running: int = 0  # requests that use this adapter
 
 
 # The version that new requests get, by owner of the weights. An owner missing here may have an adapter on disk.
-newest: dict[str, Version] = {"": Version(0)}
+serving: dict[str, Version] = {"": Version(0)}
 
 
 @asynccontextmanager
@@ -297,13 +301,13 @@ async def shared(weights: Weights) -> AsyncIterator[bytes]:
 
 
 async def begin_with(engine: Any, step: int) -> None:
-    """The engine was started with the weights of this step."""
+    """Record the step of the weights that the engine was started with."""
     await engine.update_weight_version(str(step))
-    newest[""] = Version(step)
+    serving[""] = Version(step)
 
 
 async def load(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
-    """Serve these weights without a proof. `owner`: whose adapter it is."""
+    """Serve these weights without verifying them. `owner`: whose adapter it is."""
     version, _ = await send(engine, weights, step)
     await make_newest(engine, owner, version)
 
@@ -322,7 +326,7 @@ async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, flo
     async with swapping, shared(weights) as message:
         began = time.time()
         await engine.pause_generation(mode="keep", clear_cache=False)
-        loads, newest[""] = loads + 1, Version(None)
+        loads, serving[""] = loads + 1, Version(None)
         try:
             missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
             await engine.update_weight_version(str(step))
@@ -355,25 +359,25 @@ async def add_adapter(engine: Any, weights: Weights, step: int) -> Version:
 
 async def make_newest(engine: Any, owner: str, version: Version) -> None:
     """Serve this version to new requests of this owner. The previous one is removed when no request uses it."""
-    before, newest[owner] = newest.get(owner), version
+    before, serving[owner] = serving.get(owner), version
     if before:
         await remove_unused(engine, before)
 
 
 async def evict(engine: Any, owner: str) -> None:
     """Remove an owner's adapter from the engine. It stays on disk."""
-    if before := newest.pop(owner, None):
+    if before := serving.pop(owner, None):
         await remove_unused(engine, before)
 
 
 async def remove_unused(engine: Any, version: Version) -> None:
-    if version.request and version not in newest.values() and not version.running:
+    if version.request and version not in serving.values() and not version.running:
         await engine.remove_lora(version.request.lora_int_id)
 
 
 def served_step(owner: str) -> int | None:
     """The step of the weights that answer this owner; None if it is unknown, or their adapter is not in the engine."""
-    return newest[owner].step if owner in newest else None
+    return serving[owner].step if owner in serving else None
 
 
 def generate(engine: Any, owner: str, *args: Any, lora_request: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
@@ -383,7 +387,7 @@ def generate(engine: Any, owner: str, *args: Any, lora_request: Any = None, **kw
     Relied on: vLLM looks up the request's model name in its list of adapters and passes the entry as `lora_request`.
     Only the starting weights are in that list."""
     if engine.vllm_config.lora_config:
-        return adapted(engine, Version(0) if lora_request else newest[owner], *args, **kwargs)
+        return adapted(engine, Version(0) if lora_request else serving[owner], *args, **kwargs)
     return engine.generate(*args, **kwargs)
 
 
@@ -411,10 +415,10 @@ def first_weights_request(name: str) -> Any:
     return LoRARequest(name + FIRST_WEIGHTS, 1, "none")
 
 
-async def greedy(engine: Any, owner: str, ids: list[int], most: int, first_weights: bool = False) -> list[int]:
-    """The greedy answer to a prompt, at most `most` tokens, by the owner's newest weights. `first_weights`: by those
-    instead (only with LoRA)."""
-    prompt, params = salted({"prompt_token_ids": ids}, ""), final_only(max_tokens=most, temperature=0.0)
+async def greedy(engine: Any, owner: str, ids: list[int], max_tokens: int, first_weights: bool = False) -> list[int]:
+    """The greedy answer to a prompt, by the owner's newest weights, or by the starting weights (`first_weights`, only
+    with LoRA)."""
+    prompt, params = salted({"prompt_token_ids": ids}, ""), final_only(max_tokens=max_tokens, temperature=0.0)
     outputs = generate(engine, owner, prompt, params, f"greedy-{uuid.uuid4().hex}", lora_request=first_weights)
     (output,) = [output async for output in outputs]
     return list(output.outputs[0].token_ids)
@@ -446,7 +450,7 @@ def usable_seed(engine: Any, seed: int | None) -> int | None:
     return None if engine.vllm_config.device_config.device_type == "cpu" else seed
 
 
-# ---- the proof ----
+# ---- verification ----
 
 
 async def prompt_logps(engine: Any, ids: list[int], request_id: str, adapter: Any = None) -> torch.Tensor:
@@ -463,13 +467,13 @@ MAX_GAP = 0.15  # mean |dlogp|; in bf16, rounding makes it 0.04 to 0.06 for a mo
 async def push(
     engine: Any, weights: Weights, step: int, probe: tuple[list[int], torch.Tensor], owner: str = ""
 ) -> tuple[float, tuple[float, float]]:
-    """Serve new weights and prove it. Returns the mean |dlogp| between engine and trainer on the probe, and the pause
-    as `send` does.
+    """Serve new weights and verify them. Returns the mean |dlogp| between engine and trainer on the probe, and the
+    pause as `send` does.
 
     `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,) under the new weights. PushError if a
     tensor was not loaded, shared memory is full, or engine and trainer differ by more than MAX_GAP. An adapter is
-    served only after the proof. Without LoRA the new weights are served before it: `give_back` must follow an error,
-    and a few tokens may come from bad weights. Their turns record that version.
+    served only after the check. Without LoRA the new weights are served before it: `restore_weights` must follow an
+    error, and a few tokens may come from bad weights. Their turns record that version.
     """
     (ids, expected), version = probe, None
     try:
@@ -480,12 +484,14 @@ async def push(
     except Exception as e:
         if version:
             await remove_unused(engine, version)
-        raise e if isinstance(e, PushError) else PushError(f"{type(e).__name__}: {e}") from e
+        if isinstance(e, PushError):
+            raise
+        raise PushError(f"{type(e).__name__}: {e}") from e
     await make_newest(engine, owner, version)
     return gap, pause
 
 
-async def give_back(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
+async def restore_weights(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
     """After a push that failed, or a step that failed after its push: serve the weights of `step` again.
 
     EngineDied if the engine does not load them: it is unknown then what it would serve."""

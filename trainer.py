@@ -38,9 +38,9 @@ class State:
     """Everything that training changes, and the frozen starting weights that it is compared with."""
 
     tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
-    policy: PreTrainedModel  # in training; its values are those served, bf16 in whatever dtype
+    policy: PreTrainedModel  # in training; whatever its dtype, its values are the served bf16 ones
     start: PreTrainedModel  # the frozen starting weights: for the KL, the teacher, and a small model's judge
-    firsts: list[Tensor]  # the masters before the first step
+    initial_masters: list[Tensor]  # the masters before the first step, for a return to step 0
     masters: list[Tensor]  # fp32, in the order of `trained`
     adam: torch.optim.Adam
     probe: Probe
@@ -72,7 +72,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     guard.Refused from `guard.check_batch`, Stopped if `state.stopping` is set. Either leaves the masters unchanged.
     """
     turns = [lesson.turn for lesson in lessons]
-    n, sums = sum(len(t.response_ids) for t in turns), Counter[str]()
+    n, sums, dlogp_max = sum(len(t.response_ids) for t in turns), Counter[str](), 0.0
     size = max(len(turns), config.batch_size)  # a batch that is not full weighs less
     per_token = torch.tensor([1 / size / len(t.response_ids) for t in turns], device=state.policy.device)  # (B,)
     answers = []
@@ -89,12 +89,11 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         elif not long and state.policy.is_gradient_checkpointing:
             state.policy.gradient_checkpointing_disable()
         loss, found = row_loss(config, state, row, lessons)
-        # The mean over answers of the mean over an answer's tokens: with a mean over all tokens, long answers would
-        # count more. A gradient through logits / T is 1 / T as large: without the factor T, a turn sampled at a low
-        # temperature would dominate.
+        # The mean over answers of each answer's mean over tokens: a mean over all tokens would favour long answers. The
+        # factor T: a gradient through logits / T is 1 / T times as large, so turns with a low T would dominate.
         (loss * per_token[row["sample"]] * row["temperature"]).sum().backward()
         accumulate_grads(state)
-        found["dlogp_max"] = max(0.0, found["dlogp_max"] - sums["dlogp_max"])  # a maximum: `sums.update` adds
+        dlogp_max = max(dlogp_max, found.pop("dlogp_max"))
         sums.update(found)
     norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
     n_sampled = max(1, sum(len(t.response_ids) for t in turns if not t.no_rl))
@@ -108,7 +107,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         "grad_norm": norm,
         **{k: sums[k] / n for k in ("loss", "kl", "nll", "clipped")},
         "dlogp": dlogp,
-        "dlogp_max": sums["dlogp_max"],
+        "dlogp_max": dlogp_max,
         "hinted": sum(bool(lesson.hinted) for lesson in lessons) / len(turns),
         "teacher_gap": sums["gap"] / max(1, sums["n_hinted"]),
         "repeated": sum(grpo.repetition(t.response_ids) for t in turns) / len(turns),
@@ -151,12 +150,12 @@ def row_loss(
         "clipped": ((log_ratio.exp() < 1 - clip[0]) | (log_ratio.exp() > 1 + clip[1])).sum().item(),
     }
     if config.kl or hinted:
-        start_hidden, candidates = read(config, state, row, lessons)  # (N, D), for each sample and hint (T, D)
+        start_hidden, candidates = read_start(config, state, row, lessons)  # (N, D), for each sample and hint (T, D)
     if hinted:
         student = logps[:, 1:].detach()  # (N, K)
         with torch.no_grad():
             plain = grpo.token_logps(start_hidden, start_head, ids[:, 1:], temperature)  # (N, K)
-        teacher, hint_mask = distill.teach(start_head, row, ids[:, 1:], candidates, plain)  # (N, K), (N,)
+        teacher, hint_mask = distill.teacher_logps(start_head, row, ids[:, 1:], candidates, plain)  # (N, K), (N,)
         if config.opd_k:
             opd = distill.top_k_loss(logps[:, 1:], student, teacher, config.opd_clip, *clip)  # (N,)
         else:  # the paper's first version: an advantage for the sampled token
@@ -172,7 +171,7 @@ def row_loss(
     return loss, found | {"loss": loss.sum().item()}
 
 
-def read(
+def read_start(
     config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
 ) -> tuple[Tensor, dict[int, list[Tensor]]]:
     """The forward pass of the starting weights, without a gradient: the hidden states in the row (N, D), and by sample
@@ -181,7 +180,7 @@ def read(
     members = row["sample"].unique_consecutive().tolist()
     answers = [grpo.Answer(lessons[i].turn.prompt_ids, lessons[i].turn.response_ids) for i in members]
     answers += [grpo.Answer(prompt, lessons[i].turn.response_ids) for i in members for prompt in lessons[i].hinted]
-    found = iter(grpo.read(state.start, answers, *row_limits(config, state)))
+    found = iter(grpo.hidden_states(state.start, answers, *row_limits(config, state)))
     plain = torch.cat([next(found) for _ in members])
     return plain, {i: [next(found) for _ in lessons[i].hinted] for i in members if lessons[i].hinted}
 
@@ -208,7 +207,8 @@ CHUNK = 1 << 18  # weights that `dithered` rounds at a time: their random bits f
 
 @torch.no_grad()
 def dithered(master: Tensor, number: int) -> Tensor:
-    """Round a master to bf16: add 16 random bits to the low bits, then truncate. Any shape, fp32 -> bf16.
+    """Stochastic rounding of a master to bf16, with fixed noise: add 16 hashed bits to the low bits, then truncate. Any
+    shape, fp32 -> bf16.
 
     Rounding to the nearest value would serve only 2 to 8 % of the first updates at lr 1e-5, and the rest later all at
     once: masters start on bf16 values, and a weight would move only after half a bf16 step. Dithering is unbiased, and
@@ -298,8 +298,8 @@ def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, f
     UsageError if its file is damaged."""
     if folder is None:
         # Adam's state begins at 0; these zeros take no memory.
-        zeros = [torch.zeros((), device=t.device).expand_as(t) for t in mutable(state)[len(state.firsts) :]]
-        saved = {"state": [*state.firsts, *zeros], "step": 0, "baselines": {}}
+        zeros = [torch.zeros((), device=t.device).expand_as(t) for t in mutable(state)[len(state.initial_masters) :]]
+        saved = {"state": [*state.initial_masters, *zeros], "step": 0, "baselines": {}}
     else:
         try:
             saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
@@ -336,8 +336,10 @@ def load_state(
     packs = check_arithmetic(first, probe.ids)
     policy = (lora.with_adapter(first, config.lora_rank, config.seed) if config.lora_rank else load()).train()
     masters, adam = optimizer(config, policy)
-    firsts = [m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters())
-    return begin(State(tokenizer, policy, first, firsts, masters, adam, probe, packs, config.lora_rank), folder)
+    initial_masters = [m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters())
+    return begin(
+        State(tokenizer, policy, first, initial_masters, masters, adam, probe, packs, config.lora_rank), folder
+    )
 
 
 def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> State:
@@ -350,8 +352,8 @@ def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> S
 def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], torch.optim.Adam]:
     """fp32 masters of the trained tensors, with zero gradients, and their Adam."""
     masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
-    # fused: without temporary copies of all weights
     lr = config.lr or (3e-4 if config.lora_rank else 2.5e-5)
+    # fused: updates in place, without temporary copies of all weights
     adam = torch.optim.Adam(masters, lr=lr, betas=(config.beta1, config.beta2), fused=True)
     for p, m in zip(trained(policy).values(), masters, strict=True):
         m.grad = torch.zeros_like(m)

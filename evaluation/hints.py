@@ -2,7 +2,7 @@
 
     python -m evaluation.hints        docs/evaluation/complaints.jsonl -> one line each: effect in nats, hint, complaint
 
-The effect is how much the hint changes the model's predictions over the whole answer, see `distill.shift`.
+The effect is how much the hint changes the model's predictions over the whole answer, see `distill.hint_effect`.
 """
 
 import json
@@ -30,12 +30,14 @@ for line in COMPLAINTS.read_text().splitlines():
     @torch.no_grad()
     def logps(messages: list[dict], ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        hidden = grpo.response_hidden(model, grpo.alone(prompt, answer, "cpu"))  # noqa: B023
+        hidden = grpo.response_hidden(model, grpo.single_row(prompt, answer, "cpu"))  # noqa: B023
         ids = distill.top_k(hidden, head, 20) if ids is None else ids
         return ids, grpo.token_logps(hidden, head, ids, torch.ones(len(hidden)))
 
     ids, plain = logps(asked)
     hints = reward.own_words(case["request"], [{"role": "user", "content": case["complaint"]}])
-    moved = {hint: distill.shift(logps(distill.with_hint(asked, hint), ids)[1], plain).sum().item() for hint in hints}
+    moved = {
+        hint: distill.hint_effect(logps(distill.with_hint(asked, hint), ids)[1], plain).sum().item() for hint in hints
+    }
     best = max(moved, key=moved.get, default="(none)")
     print(f"{moved.get(best, 0):5.1f}  {best}   <- {case['complaint']}", flush=True)

@@ -55,7 +55,7 @@ def conversation() -> list[tuple[list[int], list[int]]]:
 
 @torch.no_grad()
 def sample(policy: PreTrainedModel, prompt: list[int], answer: list[int]) -> dict[str, Any]:
-    logps = grpo.response_logps(policy, grpo.alone(prompt, answer, "cpu")).tolist()
+    logps = grpo.response_logps(policy, grpo.single_row(prompt, answer, "cpu")).tolist()
     return {"prompt_ids": prompt, "response_ids": answer, "logps": logps, "adv": random.gauss(0, 1)}
 
 

@@ -97,8 +97,10 @@ def make_row(model, k):
 def test_top_k_ids_and_teacher_logps_match_separate_passes(model, k):
     row, ids, prompts, responses, temperatures, draw = make_row(model, k)
     hinted = {0: [draw(12)], 2: [draw(30)]}
-    states = {i: grpo.read(model, [grpo.Answer(hinted[i][0], responses[i])], 1000, 0) for i in hinted}
-    teacher, hint_mask = distill.teach(model.get_output_embeddings().weight, row, ids, states, torch.zeros(ids.shape))
+    states = {i: grpo.hidden_states(model, [grpo.Answer(hinted[i][0], responses[i])], 1000, 0) for i in hinted}
+    teacher, hint_mask = distill.teacher_logps(
+        model.get_output_embeddings().weight, row, ids, states, torch.zeros(ids.shape)
+    )
     assert teacher.shape == ids.shape and hint_mask.shape == (33,)
     for i in range(3):
         here = row["sample"] == i
@@ -119,7 +121,7 @@ def test_shift_is_the_kl_over_the_k_tokens_and_any_other_token(k):
         + (0 if k == 8 else (1 - sum(x[:k])) * math.log((1 - sum(x[:k])) / (1 - sum(y[:k]))))
         for x, y in zip(p.tolist(), q.tolist(), strict=True)
     ]
-    torch.testing.assert_close(distill.shift(p[:, :k].log(), q[:, :k].log()), torch.tensor(expected))
+    torch.testing.assert_close(distill.hint_effect(p[:, :k].log(), q[:, :k].log()), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("k", [0, 4])
@@ -130,12 +132,12 @@ def test_of_several_hints_the_one_that_changes_the_teacher_most_is_used(model, k
     logps = [slow_logps(model, p, responses[2], temperatures[2]).gather(-1, ids[here]) for p in candidates]
     plain = torch.zeros(ids.shape)
     plain[here] = logps[2]  # the third candidate is the prompt itself: it changes nothing
-    changes = [distill.shift(found, plain[here]).sum().item() for found in logps]
+    changes = [distill.hint_effect(found, plain[here]).sum().item() for found in logps]
     assert abs(changes[2]) < 1e-4 and len(set(changes)) == 4
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
         best = max(order, key=changes.__getitem__)
-        states = {2: grpo.read(model, [grpo.Answer(candidates[i], responses[2]) for i in order], 1000, 1000)}
-        teacher, hint_mask = distill.teach(model.get_output_embeddings().weight, row, ids, states, plain)
+        states = {2: grpo.hidden_states(model, [grpo.Answer(candidates[i], responses[2]) for i in order], 1000, 1000)}
+        teacher, hint_mask = distill.teacher_logps(model.get_output_embeddings().weight, row, ids, states, plain)
         torch.testing.assert_close(teacher[here], logps[best], atol=1e-4, rtol=1e-4)
         assert torch.equal(hint_mask, here.float())
 

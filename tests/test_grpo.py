@@ -256,9 +256,9 @@ def test_samples_share_a_tree_only_if_that_is_cheaper_and_there_is_room():
 
 def test_read_gives_the_same_hidden_states_as_each_sample_alone(model):
     samples = answers(everything(random_ids()))
-    for found, answer in zip(grpo.read(model, samples, 40, 1000), samples, strict=True):
+    for found, answer in zip(grpo.hidden_states(model, samples, 40, 1000), samples, strict=True):
         with torch.no_grad():
-            alone = grpo.response_hidden(model, grpo.alone(answer.prompt, answer.response, "cpu"))
+            alone = grpo.response_hidden(model, grpo.single_row(answer.prompt, answer.response, "cpu"))
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
 
 

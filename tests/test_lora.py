@@ -113,7 +113,7 @@ async def served(tmp_path_factory):
     config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1, lora_rank=4)
     engine = swap.start_engine(swap.engine_args(config, folder, make_plan(config, folder)))
     yield SimpleNamespace(engine=engine, state=load(folder))
-    swap.newest = {"": swap.Version(0)}
+    swap.serving = {"": swap.Version(0)}
     swap.stop_engine(engine)
 
 
@@ -163,20 +163,20 @@ async def test_an_answer_keeps_its_adapter_and_old_adapters_are_unloaded(served)
 
 
 async def test_an_adapter_that_disagrees_with_the_trainer_is_never_served(served):
-    before, known = swap.newest[""], await loaded(served)
+    before, known = swap.serving[""], await loaded(served)
     right = logps(served.state)
     change(served.state, 8)
     with pytest.raises(swap.PushError, match="disagree"):
         await push(served, 9, right)
-    assert swap.newest[""] is before and await loaded(served) == known
+    assert swap.serving[""] is before and await loaded(served) == known
 
 
 async def test_an_adapter_for_a_layer_that_the_engine_lacks_is_refused(served):
-    before, known = swap.newest[""], await loaded(served)
+    before, known = swap.serving[""], await loaded(served)
     strange = {k.replace("layers.1.", "layers.9."): w for k, w in trainer.served_weights(served.state.policy).items()}
     with pytest.raises(swap.PushError, match="no layer for .*layers.9.mlp.down_proj"):
         await swap.push(served.engine, strange, 9, (IDS, logps(served.state)))
-    assert swap.newest[""] is before and await loaded(served) == known
+    assert swap.serving[""] is before and await loaded(served) == known
 
 
 # ---- the program ----

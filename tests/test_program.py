@@ -517,6 +517,16 @@ async def test_sigterm_during_startup_stops_the_program(fresh):
     await until(lambda: not alive(children), 10)
 
 
+async def test_kill_9_during_startup_leaves_no_process(fresh):
+    """The engine's core imports for seconds before it can ask to be killed with its parent."""
+    program = fresh()
+    await until(lambda: len(descendants(program.process.pid)) >= 2, 120)
+    children = [pid for pid, _ in descendants(program.process.pid)]
+    program.process.kill()
+    program.process.wait()
+    await until(lambda: not alive(children), 30)
+
+
 async def test_the_judge_works_over_tls_and_sighup_stops_with_a_checkpoint(fresh, tmp_path, monkeypatch):
     """The certificate is self-signed. The program's own judge must be able to reach the program, too."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"

@@ -558,7 +558,7 @@ def test_the_real_head_is_accurate_on_unseen_replies(tmp_path, monkeypatch) -> N
     ],
 )
 def test_hints_are_kept_if_most_samples_have_one(written: list[str], candidates: list[str]) -> None:
-    assert chat_judge.elected(written) == candidates
+    assert chat_judge.frequent_hints(written) == candidates
 
 
 def test_hints_are_samples_of_one_constrained_request() -> None:

@@ -42,7 +42,7 @@ async def push(served, new, old, logps, version=9):
         return await swap.push(served.engine, new, version, (served.ids, logps))
     except swap.PushError:
         if swap.served_step("") != version - 1:
-            await swap.give_back(served.engine, old, version - 1)
+            await swap.restore_weights(served.engine, old, version - 1)
         raise
 
 

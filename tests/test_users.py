@@ -97,14 +97,14 @@ async def test_a_client_that_hangs_up_does_not_cancel_the_loading_of_an_adapter(
 
     async def load_saved(owner):
         await asyncio.sleep(0.1)
-        swap.newest[owner] = swap.Version(0)
+        swap.serving[owner] = swap.Version(0)
 
-    monkeypatch.setattr(swap, "newest", {"": swap.Version(0)})
+    monkeypatch.setattr(swap, "serving", {"": swap.Version(0)})
     p = SimpleNamespace(owner_of=lambda name: name, states={}, engine=None, load_saved=load_saved)
     asking = asyncio.create_task(Program.load_adapter(p, "alice"))
     await asyncio.sleep(0.02)
     asking.cancel()
-    await until(lambda: "alice" in swap.newest, 5)
+    await until(lambda: "alice" in swap.serving, 5)
 
 
 async def test_a_step_that_kills_the_engine_asks_for_a_restart():

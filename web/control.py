@@ -48,7 +48,7 @@ async def roll_back(p: Program, user: str, step: int) -> str:
         await p.on_trainer(trainer.commit, state, step, baselines, probed)
         checkpoint.remove_others(out, journal.listed(p.db))
         checkpoint.trim_metrics(out / "metrics.jsonl", p.steps())
-        await p.save_absent()
+        await p.unload_states()
     return f"step {step} is the current one; {undone} turns that came after it are dropped"
 
 

@@ -79,4 +79,4 @@ def logp_of(
     before, label, said = text.rpartition("\nUser reply:")  # `said` is one line: it can't hold the label
     prompt = tokenizer(before + label)["input_ids"]
     ids = tokenizer(said, add_special_tokens=False)["input_ids"]
-    return grpo.response_logps(model, grpo.alone(prompt, ids, model.device)).sum().item()
+    return grpo.response_logps(model, grpo.single_row(prompt, ids, model.device)).sum().item()
