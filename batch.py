@@ -68,7 +68,7 @@ async def prepare_lessons(
             lessons.append(trainer.Lesson(sample.turn, adv, hinted))
         else:
             grpo.move_baseline(state.baselines, key, sample.verdict.score)
-            await journal.patiently(journal.drop, p.db, [sample.turn.id], journal.NOTHING)
+            await journal.patiently(journal.drop, p.db, [sample.turn.id], journal.NOTHING_TO_LEARN)
     return kept, lessons
 
 

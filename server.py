@@ -325,7 +325,7 @@ class Recorder:
         session = request.session or (found[0][0]["session"] if found else uuid.uuid4().hex[:12])
         if not request.user.trained:
             return session, journal.UNTRAINED, []
-        why_not = journal.LAST if request.done else None
+        why_not = journal.SESSION_OVER if request.done else None
         if side:
             why_not = "side request" + (", by its header" if request.side else ": the client's own, not a person's")
         return session, why_not, record_following(db, found, side, request.done)

@@ -15,7 +15,7 @@ from durable.atomic import replacing
 from durable.errors import UsageError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ADMIN = "admin_key"  # a file in OUT: its key gives access to everybody's figures
+ADMIN = "admin_key"  # a file in OUT: its key gives access to all users' data
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Keys:
         except (UsageError, OSError, ValueError) as e:
             raise UsageError(f"{out}: {e}") from e
         if self.known == {} or not self.admin:
-            raise UsageError(f"no key in {out / ADMIN if self.known else self.file}: remove the file, or add a key")
+            empty = self.file if self.known == {} else out / ADMIN
+            raise UsageError(f"no key in {empty}: remove the file, or add a key")
 
     def user_of(self, headers: Mapping[str, str]) -> User | None:
         """The user whose key a request has; None if it is wrong."""

@@ -108,6 +108,14 @@ def request_of(messages: list[dict]) -> str:
     return "" if last is None else words_of(messages[last])
 
 
+def replied_to(messages: list[dict]) -> list[dict]:
+    """The message that the answer to these messages replies to, in a list: a tool's output, or what the person said
+    last; if there is neither, the last message. [] without messages."""
+    last = last_request(messages)
+    at = len(messages) - 1 if last is None or messages[-1].get("role") == "tool" else last
+    return messages[at : at + 1]
+
+
 def asked_by_the_client(messages: list[dict]) -> bool:
     """Is this a request of the client's own (a title, a summary, a memory flush, a heartbeat)?"""
     last = last_request(messages)
@@ -144,6 +152,11 @@ def calls_of(message: dict) -> list[tuple[str, str]]:
                 arguments = json.dumps(canonical(arguments, iter(range(MAX_VALUES))), sort_keys=True)
             calls.append((str(function.get("name")), str(arguments)))
     return calls
+
+
+def with_calls(message: dict) -> str:
+    """A message's words, and the names of the tools that it calls."""
+    return " ".join([words_of(message), *[f"[calls {name}]" for name, _ in calls_of(message)]])
 
 
 def letters(text: str) -> str:
@@ -239,8 +252,8 @@ def record_following(
     """Record a request as the next message of the turn that it continues. Returns the ids of turns that are to be
     judged. `found`: by `find_turns`; `side`: not a person's request; `done`: no other next message will come.
 
-    The turn before that gets the message before the last answer: what came next may have been a client's own request,
-    and only this history shows what stayed in the conversation."""
+    The turn before that gets its next message from this request's history: what was recorded may have been the client's
+    own request, and only the history shows what stayed in the conversation."""
     to_judge: list[str] = []
     for k, (turn, following) in enumerate(found):
         kept = k > 0

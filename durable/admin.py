@@ -2,13 +2,13 @@
 
 python -m durable.admin show --out=mine                      the last 20 answers and what became of each
 python -m durable.admin show --out=mine --session=SESSION    one conversation, whole
-python -m durable.admin learned --out=mine                   what people said against answers, and how often
-python -m durable.admin rollback --out=mine --step=50        the checkpoint of step 50 is the current one again
+python -m durable.admin learned --out=mine                   what users complained about, and how often
+python -m durable.admin rollback --out=mine --step=50        make the checkpoint of step 50 current again
 python -m durable.admin forget --out=mine --session=SESSION  delete a conversation, or with --user=NAME all of a user's
 python -m durable.admin export --out=mine --folder=mymodel   the trained model, as a Hugging Face folder
 python -m durable.admin turns --out=mine                     all answers with their tokens and verdicts, as JSON lines
-python -m durable.admin pause --out=mine                     training pauses; resume; train: now, with what is judged
-python -m durable.admin key --out=mine --add=USER            a new API key, printed this once; --revoke=USER ends it
+python -m durable.admin pause --out=mine                     pause training; likewise resume, and train: take a step now
+python -m durable.admin key --out=mine --add=USER            print a new API key, once; --revoke=USER deletes theirs
 """
 
 import json
@@ -24,7 +24,7 @@ import httpx
 import tyro
 
 from clients import keys
-from clients.sessions import last_request, without_thinking, words_of
+from clients.sessions import replied_to, with_calls, without_thinking
 from durable import checkpoint, journal, look, upkeep
 from durable.errors import UsageError
 
@@ -37,23 +37,20 @@ def one_line(text: str, width: int = 160) -> str:
 
 
 def said(message: dict) -> str:
-    """A message as one line: its text, and the tools it calls."""
-    calls = [f"[calls {c['function']['name']}]" for c in message.get("tool_calls") or []]
-    return one_line(" ".join([words_of(message), *calls]))
+    """A message as one line: its role, its words, and the tools that it calls."""
+    return f"  {message.get('role', '?'):<9} {one_line(with_calls(message))}"
 
 
 def describe(row: sqlite3.Row) -> str:
     """One answer, in a few lines."""
     pruned = row["template"] is None
     messages, following = json.loads(row["messages"]), json.loads(row["next_messages"] or "[]")
-    last = last_request(messages)
-    at = messages[-1] if messages and messages[-1].get("role") == "tool" else messages[last] if last is not None else {}
     lines = [
         f"{time.strftime('%F %T', time.localtime(row['created']))}  {row['session']}  ({row['user']})  "
         f"{row['prompt_tokens']} + {sum(e - b for _, b, e in json.loads(row['versions']))} tokens",
-        f"  {at.get('role', '?'):<9} {said(at)}",
+        *map(said, replied_to(messages)),
         f"  answer    {'(removed, by --keep_days)' if pruned else one_line(without_thinking(row['text']))}",
-        *[f"  {m.get('role', '?'):<9} {said(m)}" for m in following],
+        *map(said, following),
     ]
     if row["score"] is not None:
         votes = " ".join(f"{v:+d}" for v in json.loads(row["votes"]))
@@ -79,7 +76,7 @@ class Show(OfRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Learned(OfRun):
-    """Print what people said against answers, and how often. A running program is not disturbed."""
+    """Print what users complained about, and how often. A running program is not disturbed."""
 
     user: str = ""  # only what this user said
 
@@ -137,10 +134,10 @@ class Turns(OfRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Key(OfRun):
-    """Add or revoke an API key. A running program knows it from the next request on."""
+    """Add or revoke an API key. It takes effect with the next request to a running program."""
 
-    add: str = ""  # the user that gets one
-    revoke: str = ""  # the user who loses all
+    add: str = ""  # the user who gets a new key
+    revoke: str = ""  # the user whose keys are removed
 
 
 Command = Show | Learned | Rollback | Forget | Pause | Resume | Train | Export | Turns | Key
@@ -173,11 +170,11 @@ def main(command: Command) -> None:
             owner = upkeep.check_owner(db, command.user)
             undone = upkeep.rollback(db, owner, command.step)
             checkpoint.remove_others(out, journal.listed(db))
-            print(f"step {command.step} is the current one; {undone} turns that came after it are dropped")
+            print(upkeep.rolled_back(command.step, undone))
     elif isinstance(command, Forget):
         print(printable(upkeep.forget_in(out / "journal.db", command.session, command.user)))
     else:
-        raise UsageError(f"no program runs with --out={out}")
+        raise UsageError(f"no program is running with --out={out}")
 
 
 def ask_program(out: Path, command: Command) -> str | None:

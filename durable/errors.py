@@ -1,4 +1,4 @@
 class UsageError(RuntimeError):
-    """Something that whoever started the program can mend: an option, a file, a port. The message says which and how.
+    """An error that the user can fix: an option, a file, a port. The message says which and how.
 
     Libraries raise it; the `__main__` of each command prints it and exits with 1."""

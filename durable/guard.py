@@ -7,7 +7,7 @@ import json
 import sqlite3
 from typing import Any
 
-from durable.journal import NOTHING, UNREADABLE
+from durable.journal import NOTHING_TO_LEARN, UNREADABLE
 
 DLOGP = 1.0  # mean |dlogp| of a batch, between the sampler and the trainer before the step
 NLL_RISE = 0.5  # nats per token of the fixed text, against the starting weights (0.03 after 14 steps of the hybrid)
@@ -38,7 +38,7 @@ def reject_reason(turn: sqlite3.Row, chosen: list[sqlite3.Row], step: int, confi
     if length > config.max_train_tokens:
         return f"longer than --max_train_tokens={config.max_train_tokens}"
     if not config.w_rl and turn["hints"] == "[]":
-        return f"{NOTHING}: there is no hint, and the score is not trained on (w_rl is 0)"
+        return f"{NOTHING_TO_LEARN}: there is no hint, and the score is not trained on (w_rl is 0)"
     cut = turn["finish_reason"] == "length"
     session = turn["user"], turn["session"]
     alike = {

@@ -1,4 +1,4 @@
-"""What the newest turns come to, for people: bounded work, however many turns there are."""
+"""Summaries of the newest turns for people: bounded work, however many turns the journal holds."""
 
 import json
 import sqlite3
@@ -7,8 +7,8 @@ from typing import Any
 from clients.sessions import letters
 
 STATES = ("waiting", "judging", "queued", "training", "trained", "dropped")
-AMONG = 5000  # newest turns, for what is counted of them
-LIKELIEST = 10  # rules that are listed
+NEWEST = 5000  # turns that are counted
+TOP_RULES = 10  # the most frequent rules, which are listed
 EXAMPLES = 3  # turns of each
 LONGEST_PROMPT = 4096  # tokens, of a request that is asked again
 
@@ -38,12 +38,13 @@ def rows(db: sqlite3.Connection, columns: str, numbers: str) -> list[sqlite3.Row
 
 
 def rules(db: sqlite3.Connection, user: str | None) -> list[dict[str, Any]]:
-    """What was said most often, of the newest answers: whose rule, how often it was said, the newest turns with it."""
-    numbers = newest(db, AMONG, user=user)
+    """The most frequent complaints about the newest answers: whose, which rule, how often, the newest turns with it."""
+    numbers = newest(db, NEWEST, user=user)
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows(db, "number, user, score, hints, hinted_by, prompt_tokens", numbers):
         hints = json.loads(row["hints"] or "[]") if row["score"] == -1 else []
-        # Own words: a complaint and its parts, of which the smallest count. A judge's: several wordings of one rule.
+        # Own words: a complaint and its parts; count only the smallest parts. A judge's hints: wordings of one rule;
+        # count the first.
         smallest = [hint for hint in hints if not any(part != hint and part in hint for part in hints)]
         for hint in smallest if row["hinted_by"] == "own words" else hints[:1]:
             new = {"user": row["user"], "hint": hint, "times": 0, "numbers": []}
@@ -51,4 +52,4 @@ def rules(db: sqlite3.Connection, user: str | None) -> list[dict[str, Any]]:
             rule["times"] += 1
             if row["prompt_tokens"] <= LONGEST_PROMPT:
                 rule["numbers"] = [*rule["numbers"], row["number"]][:EXAMPLES]
-    return sorted(found.values(), key=lambda rule: -rule["times"])[:LIKELIEST]
+    return sorted(found.values(), key=lambda rule: -rule["times"])[:TOP_RULES]

@@ -66,9 +66,9 @@ def check_folder(folder: Path, advice: str = "") -> None:
         ) from e
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UsageError(f"{folder} is quantized ({method}): training needs the full model, give its folder")
+        raise UsageError(f"{folder} is quantized ({method}): training needs the full model, use its folder")
     if not tokenizer.chat_template:
-        raise UsageError(f"{folder} has no chat template: it is a base model, give one that was tuned for chat")
+        raise UsageError(f"{folder} has no chat template: it is a base model, use one that was tuned for chat")
     # A push sends the trainer's tensors to the engine by name, and the engine knows the names in the files.
     names = {name for name, _ in model.named_parameters()}
     known = names | set(model.state_dict()) | {name for name in stored if name.endswith("inv_freq")}
@@ -138,7 +138,7 @@ def check_rank(checkpoint: Path, rank: int) -> str | None:
     except (ValueError, KeyError) as e:
         return f"{file} is damaged: {e!r}"
     if saved != rank:
-        raise UsageError(f"{checkpoint} was trained with --lora_rank={saved}, not {rank}: give that, or another --out")
+        raise UsageError(f"{checkpoint} was trained with --lora_rank={saved}, not {rank}: use that, or another --out")
     return None
 
 
@@ -147,7 +147,7 @@ def export(checkpoint: Path, folder: Path) -> None:
 
     UsageError if the folder exists."""
     if folder.exists():
-        raise UsageError(f"{folder} exists: give another folder")
+        raise UsageError(f"{folder} exists: use another folder")
     with replacing(folder) as part:
         if (checkpoint / ADAPTER).exists():
             base = Path(json.loads((checkpoint / ADAPTER).read_text())["base_model_name_or_path"])

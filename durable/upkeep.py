@@ -21,10 +21,10 @@ from durable.errors import UsageError
 from durable.journal import THESE, checkpoints, owner_of, transaction
 
 PORTION = 100  # rows in one write
-PROOF = 20  # letters; a shorter text doesn't prove that it comes from another conversation
+MIN_LETTERS = 20  # a shorter text in another session is no evidence that it was copied from this one
 LONG = 100  # two conversations that begin with the same message of this many letters are related
 HEAD = 200  # letters of a text that are searched for: clients cut what they quote
-COMMON = 3  # a text found in this many other sessions, as a whole message, is too common to prove anything
+COMMON = 3  # a text found in this many other sessions, as a whole message, is too common to be evidence
 
 # All pieces that a turn refers to, in a temporary table.
 LIVE = """
@@ -46,7 +46,7 @@ def lock_out_dir(out: Path) -> TextIO:
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
         if (found := out.stat()).st_uid != os.geteuid() or found.st_mode & stat.S_ISVTX:
-            raise UsageError(f"--out={out} is not yours alone, and others could read what is in it: give another --out")
+            raise UsageError(f"--out={out} is not yours alone, and others could read what is in it: use another --out")
         if stat.S_IMODE(found.st_mode) & 0o077:
             out.chmod(0o700)
             print(f"--out={out}: other users could read it; its mode is now 0700", flush=True)
@@ -57,7 +57,7 @@ def lock_out_dir(out: Path) -> TextIO:
     except BlockingIOError:
         lock.seek(0)
         raise UsageError(
-            f"--out={out} is in use by process {lock.readline().strip() or '?'}: stop it first, or give another --out"
+            f"--out={out} is in use by process {lock.readline().strip() or '?'}: stop it first, or use another --out"
         ) from None
     except OSError as e:
         raise UsageError(f"--out={out}: {e}") from e
@@ -72,15 +72,15 @@ def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str, adapters:
         out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
         if list((out / "checkpoints").glob("**/step-*")):
             raise UsageError(
-                f"{out} has checkpoints, but no journal that knows them: move them away, or give another --out"
+                f"{out} has checkpoints, but no journal that knows them: move them away, or use another --out"
             )
         db.execute("INSERT INTO model VALUES (?, ?, ?)", (str(folder.resolve()), fingerprint, adapters))
     elif begun["fingerprint"] != fingerprint:
         raise UsageError(
-            f"this --out was begun with the model of {begun['folder']}, not {folder}: give that one, or another --out"
+            f"this --out belongs to the model in {begun['folder']}, not {folder}: use that model, or another --out"
         )
     elif begun["adapters"] != adapters:
-        raise UsageError(f"this --out was begun with --adapters={begun['adapters']}: give that, or another --out")
+        raise UsageError(f"this --out was started with --adapters={begun['adapters']}: use that, or another --out")
 
 
 def own_connection(path: Path) -> sqlite3.Connection:
@@ -117,11 +117,15 @@ def rollback(db: sqlite3.Connection, owner: str, step: int) -> int:
         db.execute("DELETE FROM checkpoints WHERE owner = ? AND step > ?", (owner, step))
         return db.execute(
             "UPDATE turns SET state = 'dropped', reason = ? WHERE (? = '' OR user = ?) AND "
-            "(state = 'trained' AND step > ? OR "
-            "(state IN ('waiting', 'judging', 'queued', 'training') OR reason IN (?, ?, ?, ?)) "
+            f"(state = 'trained' AND step > ? OR (state = 'training' OR {journal.UNSETTLED}) "
             f"AND {journal.ANSWERED_BY} > ?)",
-            (f"undone by a rollback to step {step}", owner, owner, step, *journal.REVIVED, step),
+            (f"undone by a rollback to step {step}", owner, owner, step, *journal.REVIVABLE, step),
         ).rowcount
+
+
+def rolled_back(step: int, undone: int) -> str:
+    """What to tell the admin after a `rollback`."""
+    return f"step {step} is now current; {undone} turns from after it were dropped"
 
 
 # ---- pieces that nothing refers to ----
@@ -226,16 +230,16 @@ def said_in(messages: list[dict]) -> list[str]:
 
 
 @dataclass
-class Said:
+class SessionTexts:
     """The texts of a session, as their letters."""
 
     answers: set[str]
     said: set[str]  # whole messages of the person and the model, and the answers
-    begins: set[str]  # those that a person's conversation begins with
+    openings: set[str]  # the first messages and answer, unless the client itself asked
     all: str  # what all its messages say, also the client's own requests
 
 
-def texts_of(db: sqlite3.Connection, session: str) -> Said:
+def texts_of(db: sqlite3.Connection, session: str) -> SessionTexts:
     def messages(rows: str, order: str) -> list[dict]:
         found = db.execute(
             f"SELECT p.data FROM turns, {rows} WHERE session = ? GROUP BY p.id ORDER BY MIN(number), {order}",
@@ -251,32 +255,32 @@ def texts_of(db: sqlite3.Connection, session: str) -> Said:
     )
     answers, talk = [letters(without_thinking(r["text"])) for r in texts], said_in(sent)
     all_text = "\0".join(letters(text_of(m.get("content"))) for m in sent)
-    begins = set() if asked_by_the_client(sent) else {*talk[:2], *answers[:1]}
-    return Said(set(answers), {*talk, *answers}, begins, all_text)
+    openings = set() if asked_by_the_client(sent) else {*talk[:2], *answers[:1]}
+    return SessionTexts(set(answers), {*talk, *answers}, openings, all_text)
 
 
 def derived(db: sqlite3.Connection, session: str) -> dict[str, str]:
     """Other sessions of the same user that contain a text of this one (a title, a summary, the conversation after a
-    compaction), and, repeatedly, sessions that contain answers of those. Returns the reason for each."""
+    compaction), and, transitively, sessions that contain answers of those. Returns the reason for each."""
     (user,) = db.execute("SELECT user FROM turns WHERE session = ? LIMIT 1", (session,)).fetchone()
     rows = db.execute("SELECT DISTINCT session FROM turns WHERE user = ? AND session != ?", (user, session))
     others = {r["session"]: texts_of(db, r["session"]) for r in rows.fetchall()}
     new, found = texts_of(db, session).said, {}
-    while proofs := {t for t in new if len(t) >= PROOF}:
-        rare = [p for p in proofs if sum(p in other.said for other in others.values()) < COMMON]
+    while texts := {t for t in new if len(t) >= MIN_LETTERS}:
+        rare = [t for t in texts if sum(t in other.said for other in others.values()) < COMMON]
         reasons = {name: why for name, other in others.items() if (why := why_derived(other, rare))}
         new = {answer for name in reasons for answer in others.pop(name).answers}
         found |= reasons
     return found
 
 
-def why_derived(other: Said, proofs: list[str]) -> str | None:
-    for proof in proofs:
-        if proof in other.said:
-            if len(proof) >= LONG or proof not in other.begins:
-                return f"it has a message of {len(proof)} letters in common"
-        elif proof[:HEAD] in other.all:
-            return f"it quotes a text of {len(proof)} letters"
+def why_derived(other: SessionTexts, texts: list[str]) -> str | None:
+    for text in texts:
+        if text in other.said:
+            if len(text) >= LONG or text not in other.openings:
+                return f"it has a message of {len(text)} letters in common"
+        elif text[:HEAD] in other.all:
+            return f"it quotes a text of {len(text)} letters"
     return None
 
 
@@ -293,7 +297,7 @@ def forget(db: sqlite3.Connection, session: str = "", user: str = "") -> Forgott
     found = db.execute(f"SELECT DISTINCT session, user FROM turns WHERE {column} = ?", (value,)).fetchall()
     owner = owner_of(db, user or (found[0]["user"] if found else ""))
     if not found and not (user and owner and checkpoints(db, owner)):
-        if not empty_log(db):  # of an earlier time
+        if not empty_log(db):  # the log may be left from an earlier `forget`
             raise UsageError(STILL_READ)
         raise UsageError(f"--{column}={value}: there is no such {column} in the journal")
     gone = Forgotten(sessions={r["session"]: "as asked" for r in found} | (derived(db, session) if session else {}))
@@ -328,7 +332,7 @@ STILL_READ = (
 
 
 def empty_log(db: sqlite3.Connection, seconds: float = 10) -> bool:
-    """Overwrite SQLite's log, which has the pages as they were; False if a reader holds it for all this time."""
+    """Truncate SQLite's write-ahead log, which still has the old pages; False if a reader prevents it for `seconds`."""
     db.execute("PRAGMA busy_timeout = 200")
     deadline = time.monotonic() + seconds
     while db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:

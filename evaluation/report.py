@@ -36,7 +36,8 @@ def interval(values: list[float]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each method and person over the seeds, up to the fewest sessions of a run with them."""
+    """Markdown: a row for each method and person, over the seeds. All runs with the same people are cut to the sessions
+    of the shortest."""
     lines = [
         "| method | person | seeds | sessions | sessions to effect | by chance | held-out before, % | after, % | "
         "log-lik. unrelated, change | KL to start, fixed text | words | cut off, % | minutes |",

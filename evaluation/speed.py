@@ -1,4 +1,4 @@
-"""Speed next to what a user would take instead, measured in turn in one run:
+"""Our speed against the obvious alternatives, measured alternately in one run:
 
     python -m evaluation.speed                  half an hour on two idle cores
 
@@ -287,9 +287,9 @@ PAGE = """# Speed
 
     .venv/bin/{command}
 
-wrote this page from its measurements in `speed.json`, next to what you would take instead, in turn in one run. CPU
-seconds are of one core. "With the KL": the defaults of run.py; TRL has no KL by default. Peak memory leaves out our
-snapshot and starting weights. TRL is 1.16.0's AsyncGRPOTrainer, which shares prefixes as well.
+wrote this page from its measurements in `speed.json`: our program and the obvious alternatives, measured alternately in
+one run. CPU seconds are of one core. "With the KL": the defaults of run.py; TRL has no KL by default. Peak memory
+leaves out our snapshot and starting weights. TRL is 1.16.0's AsyncGRPOTrainer, which shares prefixes as well.
 
 """
 

@@ -322,13 +322,11 @@ def main(argv: list[str]) -> None:
     settings = {k: v for k, v in dataclasses.asdict(setup).items() if k not in cells}
     results = json.loads(file.read_text()) if file.exists() else []
     if any(r["settings"] != settings for r in results):
-        sys.exit(f"{file} was measured with other settings, {results[0]['settings']}: give another --out")
+        sys.exit(f"{file} was measured with other settings, {results[0]['settings']}: use another --out")
     done = {(r["label"], r["person"], r["seed"]) for r in results}
     left = [run for run in runs if (run.label, run.person, run.seed) not in done]
     if len(left) < len(runs):
-        print(
-            f"{len(runs) - len(left)} of {len(runs)} runs are in {file} already; give another --out to run them again"
-        )
+        print(f"{len(runs) - len(left)} of {len(runs)} runs are in {file} already; use another --out to run them again")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the server is stopped too
     minutes: list[float] = []
     for i, run in enumerate(left):

@@ -19,13 +19,13 @@ def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
     """
     if not hasattr(model, "model") or model.get_output_embeddings() is None:
         raise UsageError(f"{type(model).__name__} has no `model` with a head on it: it can't be trained here")
-    most = 1e-3 if model.dtype == torch.float32 else 0.2  # rounding error
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.2  # rounding error
     half = len(ids) // 2
     texts = [ids[:half], ids[half:], ids[: half // 2] + ids[half:]]
     alone = [probe.token_logps(model, text) for text in texts]
     own = [probe.text_logps(model, text).cpu().gather(1, torch.tensor(text[1:])[:, None])[:, 0] for text in texts]
     gap = (torch.cat(own) - torch.cat(alone)).abs().max().item()
-    if not gap <= most:  # also for NaN
+    if not gap <= tolerance:  # also for NaN
         raise UsageError(
             f"{type(model).__name__} can't be trained here: its logits are not just the product of hidden state and "
             f"head (scaled, capped or shifted: log-probs differ by {gap:.2g})"
@@ -35,7 +35,7 @@ def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
     row = next(grpo.collate(answers, most_tokens, most_tokens, model.device))
     packed = grpo.response_logps(model, row).cpu()  # (N,)
     order = row["sample"].unique_consecutive().tolist()
-    packs = (packed - torch.cat([alone[i] for i in order])).abs().max().item() <= most
+    packs = (packed - torch.cat([alone[i] for i in order])).abs().max().item() <= tolerance
     if not packs:
         print(f"rows      of one sample each: {type(model).__name__} would mix samples that share a row", flush=True)
     return packs

@@ -11,7 +11,7 @@ import lora
 from durable.model import without_weights
 
 VERSIONS = 4  # of a shared adapter, in one batch of the engine; a request for another version waits
-USERS = 16  # with their own adapters in the engine and the trainer; those used least recently are only on disk
+USERS = 16  # users whose adapters stay in the trainer, and as many more in the engine; others' are loaded from disk
 
 
 def in_a_batch(adapters: str) -> int:

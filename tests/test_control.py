@@ -52,7 +52,7 @@ async def test_admin_commands_work_while_the_program_runs(program):
     assert admin(program, "rollback", "--step=7")[0] == 1
     await until(lambda: (program.out / "checkpoints" / "step-000001").exists())
     code, said = admin(program, "rollback", "--step=1")
-    assert code == 0 and "step 1 is the current one" in said
+    assert code == 0 and "step 1 is now current" in said
     assert program.status()["step"] == 1 and [m["step"] for m in program.metrics()] == [1]
     assert rows(program, "id = ?", single)[0]["state"] == "dropped"
     more = [await rated(program, f"q{i}") for i in range(3, 5)]

@@ -81,7 +81,7 @@ def test_a_neutral_turn_is_dropped_and_feedback_can_still_queue_it(db):
 def test_an_expired_turn_is_dropped_and_can_still_be_rated(db):
     journal.record_turn(db, turn("old", created=1.0))
     journal.record_turn(db, turn("new"))
-    assert journal.expire(db, 60) == 1 and state(db, "old")[:2] == ("dropped", journal.ALONE)
+    assert journal.expire(db, 60) == 1 and state(db, "old")[:2] == ("dropped", journal.NO_REPLY)
     assert state(db, "new")[0] == "waiting"
     assert journal.record_verdict(db, "old", BAD), "a person may still rate what nobody went on from"
 
@@ -135,7 +135,7 @@ def test_rollback_after_a_kill_drops_answers_of_later_weights(db):
     for name, version in (("old", 1), ("new", 2), ("newest", 3)):
         journal.record_turn(db, turn(name, versions=[(0, 0, 1), (version, 1, 3)]))
     journal.record_verdict(db, "newest", BAD)
-    journal.record_turn(db, turn("last", versions=[(2, 0, 3)]), journal.LAST)
+    journal.record_turn(db, turn("last", versions=[(2, 0, 3)]), journal.SESSION_OVER)
     assert upkeep.rollback(db, "", 1) == 5
     with pytest.raises(ValueError, match="undone by"):
         journal.record_verdict(db, "last", BAD)
@@ -180,7 +180,7 @@ def test_an_out_folder_is_locked_by_one_program(tmp_path):
 def test_a_journal_is_bound_to_one_model(db, tmp_path):
     upkeep.bind_model(db, tmp_path / "model", "abc", "shared")
     upkeep.bind_model(db, tmp_path / "moved", "abc", "shared")
-    with pytest.raises(UsageError, match="begun with the model of .*/model, not .*/another: give that one"):
+    with pytest.raises(UsageError, match="belongs to the model in .*/model, not .*/another: use that model"):
         upkeep.bind_model(db, tmp_path / "another", "def", "shared")
 
 
@@ -222,7 +222,7 @@ def test_late_feedback_is_kept(db):
 def test_the_counts_are_right_after_every_change(db):
     truth = lambda: dict(db.execute("SELECT state, COUNT(*) FROM turns GROUP BY state").fetchall())  # noqa: E731
     for k in range(6):
-        journal.record_turn(db, turn(f"t{k}", user=("alice", "bob")[k % 2]), journal.LAST if k == 5 else None)
+        journal.record_turn(db, turn(f"t{k}", user=("alice", "bob")[k % 2]), journal.SESSION_OVER if k == 5 else None)
     journal.record_next(db, "t0", [{"role": "user", "content": "no"}])
     for k in range(3):
         journal.record_verdict(db, f"t{k}", BAD)
@@ -233,7 +233,7 @@ def test_the_counts_are_right_after_every_change(db):
     journal.expire(db, -1)
     assert journal.counts(db) == truth()
     assert journal.counts(db, "bob") == {"queued": 1, "dropped": 2}
-    assert journal.drop_reasons(db, "bob") == {journal.ALONE: 1, journal.LAST: 1}
+    assert journal.drop_reasons(db, "bob") == {journal.NO_REPLY: 1, journal.SESSION_OVER: 1}
     db.execute("DELETE FROM turns WHERE user = 'bob'")
     assert journal.counts(db) == truth() and journal.counts(db, "bob") == {}
     assert "bob" not in str([tuple(r) for r in db.execute("SELECT * FROM counters")])

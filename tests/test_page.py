@@ -170,7 +170,8 @@ async def test_each_user_is_told_why_nothing_is_training(fresh):
     )
     old = await answer("stale")
     rate("fine", await answer("fine"))
-    assert why("fine") == "Waiting for the batch: 1 of fine, and a step takes 2."
+    mine = "1 turns of fine are queued; a step takes 2 turns, from all users together."
+    assert why("fine") == f"Waiting for the batch: {mine}"
     assert glance(program, admin_key(program))["why"] == "Waiting for the batch: 1 of 2 turns until the next step."
     rate("fine", await answer("fine"))
     await until(lambda: program.status()["step"] == 1)
@@ -326,9 +327,9 @@ async def test_the_admin_can_select_a_user_with_an_adapter(fresh, browser):
         assert [s["step"] for s in event["curves"]["steps"]] == {"alice": [1], "bob": [1, 2]}[seen[0]]
 
 
-async def test_a_user_sees_their_corrections_and_can_replay_the_request(program):
-    """A user's corrections are listed with their counts. A replay asks the starting weights and the
-    current ones again, and shows both answers with the complaint. Only someone who may see the turn can replay it."""
+async def test_a_user_sees_their_corrections_and_can_ask_again(program):
+    """A user's corrections are listed with their counts. `Ask again` sends the request to the starting weights and to
+    the current ones, and shows both answers with the complaint. Only someone who may see the turn can do that."""
     said = "Say it shorter, please. I want one short sentence."
     for k in range(2):
         talk = [user(f"question {k} of carol")]
@@ -343,7 +344,7 @@ async def test_a_user_sees_their_corrections_and_can_replay_the_request(program)
     before = len(rows(program))
     again = get(program, f"/web/learned/{number}", ALICE).json()
     assert (again["request"], again["complaint"]) == ("question 1 of carol", said)
-    assert again["first"] and again["today"] and (again["nats"] == 0.0) == (again["first"] == again["today"])
+    assert again["first"] and again["current"] and (again["nats"] == 0.0) == (again["first"] == again["current"])
     assert len(rows(program)) == before, "what is asked again is not recorded"
 
 

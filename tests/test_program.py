@@ -426,7 +426,7 @@ async def test_a_stop_keeps_all_steps_and_a_kill_repeats_those_since_the_checkpo
 
     await until(lambda: program.status()["training"] == "off")
     for command in ("pause", "resume", "train"):
-        assert admin(command) == (1, "training has ended, by --steps=2")
+        assert admin(command) == (1, "training has ended: --steps=2 is reached")
     assert program.status()["training"] == "off"
     program.stop()
 
@@ -438,7 +438,7 @@ async def test_a_stop_keeps_all_steps_and_a_kill_repeats_those_since_the_checkpo
     assert admin("forget", f"--session={session}")[0] == 1 and not rows(program, "id = ?", first[0])
     status, said = admin("rollback", "--step=1")
     gone = [r for r in rows(program) if r["reason"] == "undone by a rollback to step 1"]
-    assert (status, said) == (0, f"step 1 is the current one; {len(gone)} turns that came after it are dropped")
+    assert (status, said) == (0, f"step 1 is now current; {len(gone)} turns from after it were dropped")
     assert {r["id"] for r in gone} >= again
     assert [p.name for p in (program.out / "checkpoints").iterdir()] == ["step-000001"]
     assert admin("rollback", "--step=7") == (1, "--step=7: there are checkpoints of the steps 0, 1")

@@ -1,4 +1,4 @@
-"""A tutorial: one answer, from the HTTP request to the weights. Read this first.
+"""A tutorial: one answer, from the HTTP request to the weights. Read this test first.
 
 A real vLLM engine serves a tiny random model. Its answers are noise; what happens to them is real.
 """

@@ -142,7 +142,7 @@ def test_prune_removes_the_texts_of_old_finished_turns(db, tmp_path):
     for step in (10, 20):
         journal.add_checkpoint(db, "", step, keep=2)
     for name in ("dropped", "new"):
-        journal.drop(db, [ids[name]], journal.ALONE)
+        journal.drop(db, [ids[name]], journal.NO_REPLY)
     before = journal.counts(db)
     assert upkeep.prune(tmp_path / "journal.db", 30) == 2
     texts = {r["session"]: r["text"] for r in db.execute("SELECT session, text FROM readable")}
@@ -158,7 +158,7 @@ def test_prune_removes_the_texts_of_old_finished_turns(db, tmp_path):
         db.execute("SELECT * FROM readable WHERE id = ?", (ids["kept"],)).fetchone()
     )
     for name in ("later", "waiting"):
-        journal.drop(db, [ids[name]], journal.ALONE)
+        journal.drop(db, [ids[name]], journal.NO_REPLY)
     upkeep.prune(tmp_path / "journal.db", 30)
     assert upkeep.empty_log(db) and not on_disk(tmp_path, "Xyzzy") and on_disk(tmp_path, "fresh words")
 

@@ -1,4 +1,4 @@
-"""What an admin can order while the program runs (`POST /admin/COMMAND`), and our figures at /metrics beside vLLM's.
+"""Admin commands to the running program (`POST /admin/COMMAND`), and our metrics at /metrics next to vLLM's.
 
 The same commands on the command line: python -m durable.admin --help.
 """
@@ -49,14 +49,14 @@ async def roll_back(p: Program, user: str, step: int) -> str:
         checkpoint.remove_others(out, journal.listed(p.db))
         checkpoint.trim_metrics(out / "metrics.jsonl", p.steps())
         await p.unload_states()
-    return f"step {step} is the current one; {undone} turns that came after it are dropped"
+    return upkeep.rolled_back(step, undone)
 
 
-async def order(p: Program, command: str, body: dict[str, Any]) -> str:
+async def run_command(p: Program, command: str, body: dict[str, Any]) -> str:
     """Carry out a command; returns what to tell the admin. UsageError if it is refused, KeyError if it is unknown."""
     user = body.get("user", "")
     if p.training == "off" and command in ("pause", "resume", "train"):
-        raise UsageError(f"training has ended, by --steps={p.config.steps}")
+        raise UsageError(f"training has ended: --steps={p.config.steps} is reached")
     if command in ("pause", "resume") and user:
         upkeep.check_owner(p.db, user)
     if command == "pause":
@@ -65,7 +65,7 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
     if command == "resume":
         p.paused = {owner: why for owner, why in p.paused.items() if user and owner != user}
         p.wake.set()
-        return "training is on" if p.training == "on" else f"training of {user} goes on when everybody's does"
+        return "training is on" if p.training == "on" else f"training of {user} resumes when training as a whole does"
     if command == "train":
         p.train_now = True
         p.wake.set()
@@ -81,7 +81,7 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
                 p.states.pop(owner, None)
                 p.paused.pop(owner, None)
                 await swap.make_newest(p.engine, owner, swap.Version(0))
-                # An answer by the adapter may have been written down since. Those that still run are not trained on.
+                # An answer by the adapter may have been recorded meanwhile: drop it. Running ones: see `Recorder`.
                 await journal.patiently(upkeep.rollback, p.db, owner, 0)
         for from_tool in (False, True):
             p.state.baselines.pop(grpo.baseline_key(user, from_tool), None)
@@ -89,7 +89,7 @@ async def order(p: Program, command: str, body: dict[str, Any]) -> str:
     raise KeyError(command)
 
 
-def may_order(request: Request) -> bool:
+def may_command(request: Request) -> bool:
     """Only the admin, or the server's own page if no key is needed; browsers set Sec-Fetch-Site, and other sites can't
     forge it. (`why_not_keyless` refuses DNS rebinding.) Other programs on this machine can send it, but they can also
     talk and rate without a key."""
@@ -100,12 +100,12 @@ def may_order(request: Request) -> bool:
 
 def routes(p: Program) -> list[Route]:
     async def answer(request: Request) -> JSONResponse:
-        if not may_order(request):
+        if not may_command(request):
             return openai_error(403, "this needs the key in OUT/admin_key")
         try:
             body = await asyncio.to_thread(parse, await request.body() or b"{}")
             # A client that hangs up must not leave a command half done.
-            said = await asyncio.shield(order(p, request.path_params["command"], body))
+            said = await asyncio.shield(run_command(p, request.path_params["command"], body))
         except UsageError as e:
             return openai_error(400, str(e))
         except swap.EngineDied as e:
@@ -119,7 +119,7 @@ def routes(p: Program) -> list[Route]:
         return JSONResponse({"done": said})
 
     ours = CollectorRegistry()
-    ours.register(Figures(p))
+    ours.register(Metrics(p))
 
     async def metrics(request: Request) -> Response:
         return Response(swap.figures() + generate_latest(ours), media_type=CONTENT_TYPE_LATEST)
@@ -127,7 +127,7 @@ def routes(p: Program) -> list[Route]:
     return [Route("/admin/{command}", answer, methods=["POST"]), Route("/metrics", metrics, methods=["GET"])]
 
 
-class Figures:
+class Metrics:
     """A collector of prometheus_client: it is asked at each scrape."""
 
     def __init__(self, p: Program) -> None:

@@ -1,4 +1,4 @@
-"""What was learned: a user's own requests asked again, of the starting weights and of the current ones.
+"""What was learned: a user's own requests, sent again to the starting weights and to the current ones.
 
 The starting weights then read the complaint after both answers. If the model now does unasked what the user had asked
 for, the complaint becomes less likely.
@@ -25,7 +25,7 @@ CHARS = 4000  # of what the judge reads of a turn
 
 
 def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tuple[journal.Turn, str] | None:
-    """A turn and what the person said against it; None if this user has no such turn, or if its prompt is too long."""
+    """A turn and the user's complaint about it; None if this user has no such turn, or if its prompt is too long."""
     row = db.execute(
         "SELECT id, hints, source FROM turns WHERE number = ?1 AND (?2 IS NULL OR user = ?2) AND score = -1 "
         "AND hints != '[]' AND template NOT NULL AND prompt_tokens <= ?3",
@@ -38,7 +38,7 @@ def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tu
     return turn, words_of(following[-1]) if by_message else json.loads(row["hints"])[0]
 
 
-async def replay(p: Program, turn: journal.Turn, complaint: str) -> dict[str, Any]:
+async def ask_again(p: Program, turn: journal.Turn, complaint: str) -> dict[str, Any]:
     """Both answers, greedy, and how much likelier the complaint is after the current one, in nats; negative: less."""
 
     async def answer(first_weights: bool) -> str:
@@ -50,14 +50,14 @@ async def replay(p: Program, turn: journal.Turn, complaint: str) -> dict[str, An
         return asyncio.get_running_loop().run_in_executor(p.judging, f, *args)
 
     await p.load_adapter(turn.user)
-    today = await answer(False)
+    current = await answer(False)
     if p.config.lora_rank:
         first = await answer(True)
     else:
         first = await on_judge(first_answer, p.state, turn.prompt_ids)
     request, start = request_of(turn.messages), p.state.start
-    logps = [await on_judge(logp_of, start, p.state.tokenizer, request, text, complaint) for text in (first, today)]
-    return {"request": request, "complaint": complaint, "first": first, "today": today, "nats": logps[1] - logps[0]}
+    logps = [await on_judge(logp_of, start, p.state.tokenizer, request, text, complaint) for text in (first, current)]
+    return {"request": request, "complaint": complaint, "first": first, "current": current, "nats": logps[1] - logps[0]}
 
 
 @torch.no_grad()

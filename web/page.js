@@ -297,12 +297,12 @@ $("older").onclick = async () => {
 async function showRules() {
   const rules = await read(`/web/learned?user=${encodeURIComponent($("filters").elements.user.value)}`);
   const each = rules.map((rule) => {
-    const replays = el("div");
-    const again = el("button", { onclick: () => askAgain(rule, replays, again) }, "Ask again");
+    const answers = el("div");
+    const again = el("button", { onclick: () => askAgain(rule, answers, again) }, "Ask again");
     return el("div", { className: "rule" },
       el("div", { className: "bar" }, el("b", {}, `${rule.times} ×`), el("span", {}, rule.hint),
         el("span", { className: "quiet" }, rule.user), again),
-      replays);
+      answers);
   });
   $("rules").replaceChildren(...(each.length ? each : ["Nothing yet: nobody has said what is wrong with an answer."]));
 }
@@ -313,7 +313,7 @@ async function askAgain(rule, box, button) {
   box.replaceChildren();
   try {
     for (const number of rule.numbers) {
-      const { request, complaint, first, today, nats } = await read(`/web/learned/${number}`);
+      const { request, complaint, first, current, nats } = await read(`/web/learned/${number}`);
       const times = Math.exp(Math.abs(nats));
       const many = times > 1000 ? "more than 1,000" : times.toFixed(1);
       const words = (text) => `${text.split(/\s+/).filter(Boolean).length} words`;
@@ -321,7 +321,8 @@ async function askAgain(rule, box, button) {
       box.append(
         said("user", request),
         el("div", { className: "quiet" }, `starting weights, ${words(first)}`), said("assistant", first || "(empty)"),
-        el("div", { className: "quiet" }, `step ${now.step}, ${words(today)}`), said("assistant", today || "(empty)"),
+        el("div", { className: "quiet" }, `step ${now.step}, ${words(current)}`),
+        said("assistant", current || "(empty)"),
         el("div", { className: "verdict quiet" }, found),
       );
     }

@@ -78,7 +78,7 @@ def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
 
 
 def curves(db: sqlite3.Connection, p: Program, user: str | None, admin: bool) -> dict[str, Any]:
-    """Of one user or of all. If each user has an adapter, there are no steps of all."""
+    """The curves of one user or of all users. With an adapter per user there are no step curves for all."""
     owner, steps = p.owner_of(user or ""), []
     if owner or p.config.adapters == "shared":
         steps = turns.steps(Path(p.config.out) / "metrics.jsonl", admin, owner)
@@ -195,15 +195,15 @@ def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
     async def rules(request: Request) -> Response:
         return answer(await in_thread(look.rules, whose(request)))
 
-    async def replay(request: Request) -> Response:
+    async def ask_again(request: Request) -> Response:
         number = number_of(request)
         async with one_at_a_time:
             try:
                 found = await in_thread(learned.complaint_about, number, whose(request))
                 if found is None:
                     return openai_error(404, f"no turn {number} of yours with a complaint")
-                return answer(await learned.replay(p, *found))
+                return answer(await learned.ask_again(p, *found))
             except (KeyError, ValueError) as e:
                 return openai_error(400, f"it can't be asked again: {e}")
 
-    return [Route("/web/learned", rules), Route("/web/learned/{number}", replay)]
+    return [Route("/web/learned", rules), Route("/web/learned/{number}", ask_again)]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from clients.sessions import last_request, words_of
+from clients.sessions import replied_to, with_calls
 from durable import journal, pieces
-from durable.look import AMONG, newest, rows
+from durable.look import NEWEST, newest, rows
 
 AT_ONCE = 30  # turns in a response
 POINTS, WINDOW = 100, 10  # points per curve; the smallest window for a share
@@ -42,9 +42,7 @@ def listed(db: sqlite3.Connection, **where: Any) -> list[dict[str, Any]]:
         turn["tokens"] = sum(end - start for _, start, end in turn["versions"])
         lists = json.loads(turn.pop("messages"))[-2:]
         ids = [i for each in pieces_of(db, lists) for i in each]
-        sent = pieces_of(db, ids[-LAST_MESSAGES:])
-        last = len(sent) - 1 if sent and sent[-1].get("role") == "tool" else last_request(sent)
-        turn["request"] = [shown(m) for m in (sent[-1:] if last is None else sent[last : last + 1])]
+        turn["request"] = [shown(m) for m in replied_to(pieces_of(db, ids[-LAST_MESSAGES:]))]
         turn["next"] = [shown(m) for m in pieces_of(db, json.loads(turn.pop("next_messages") or "[]")[-LAST_MESSAGES:])]
         text = db.execute(f"SELECT substr(text, 1, {SHOWN}) FROM answers WHERE number = ?", (row["number"],))
         (turn["answer"],) = text.fetchone() or ("",)  # `forget` removes it first
@@ -60,8 +58,7 @@ def pieces_of(db: sqlite3.Connection, ids: list[int]) -> list[Any]:
 
 
 def shown(message: dict) -> dict[str, str]:
-    calls = [f"[calls {call['function']['name']}]" for call in message.get("tool_calls") or []]
-    return {"role": message["role"], "text": " ".join([words_of(message), *calls])[:SHOWN]}
+    return {"role": message["role"], "text": with_calls(message)[:SHOWN]}
 
 
 def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: int, user: str | None) -> dict | None:
@@ -83,7 +80,7 @@ def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: i
 def pleased(db: sqlite3.Connection, user: str | None) -> dict[str, Any]:
     """For points in time, the share of good verdicts in a sliding window of ten or more good-or-bad verdicts, among the
     newest answers."""
-    found = rows(db, "created, score", newest(db, AMONG, user=user))
+    found = rows(db, "created, score", newest(db, NEWEST, user=user))
     scored = [(r["created"], r["score"] > 0) for r in reversed(found) if r["score"]]
     apart = -(-len(scored) // POINTS) or 1
     window = max(WINDOW, apart)

@@ -8,7 +8,7 @@ from durable import journal
 # Beginning of a drop reason -> its explanation
 CAUSES = (
     (journal.NEUTRAL, "the next message said nothing about the answer (neutral)"),
-    (journal.ALONE, "no next message came"),
+    (journal.NO_REPLY, "no next message came"),
     (journal.NO_HINT, "it was sampled in a way that can't be trained on, and there is no hint"),
     ("side request", "it was a side request: the client's own, not a person's"),
     ("stale", "it was stale: its weights are too many steps old"),
@@ -30,7 +30,7 @@ def why_nothing(now: dict[str, Any]) -> str:
         guard = " by the guard" if "in a row reverted" in training else ""
         return f"Training is stopped{guard}{training.removeprefix('stopped')}"
     if training == "off":
-        return "Training has ended: --steps of them are done."
+        return "Training has ended: --steps is reached."
     if now["stepping"]:
         return "A step is running."
     if now["judge_error"] and judging:
@@ -40,10 +40,11 @@ def why_nothing(now: dict[str, Any]) -> str:
     if paused := now.get("paused"):
         return f"Training is paused or stopped for {', '.join(paused)}; {queued} judged turns wait."
     if queued:
-        if now["user"] is None or now["owner"]:  # all that a batch can be of
+        if now["user"] is None or now["owner"]:  # these are all the turns that a batch can contain
             soon = f" It starts without the rest if no turn comes for {wait:g} s." if wait else ""
             return f"Waiting for the batch: {now['together']} of {size} turns until the next step.{soon}"
-        return f"Waiting for the batch: {queued} of {now['user']}, and a step takes {size}."
+        mine = f"{queued} turns of {now['user']} are queued"
+        return f"Waiting for the batch: {mine}; a step takes {size} turns, from all users together."
     if judging:
         return f"The judge is reading {judging} turns."
     return why_no_evidence(waiting, now["newest"])

@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
                 time.sleep(1)
     finally:
         program.stop()
-    show = [sys.executable, "-m", "durable.admin", "show", f"--out={out}", "--session=me/chat:0"]
+    show = [sys.executable, "-m", "durable.admin", "show", f"--out={out}", "--session=me/chat"]
     print(f"\n$ {' '.join(show[1:])}", flush=True)
     subprocess.run(show, check=True, cwd=ROOT)
 

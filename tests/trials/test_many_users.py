@@ -64,7 +64,7 @@ async def test_startup_and_reloading_are_fast_with_many_users(tmp_path):
     print(
         f"\na checkpoint {size / 2**20:.0f} MiB; start with 1 user {alone:.1f} s, with {USERS} on disk {many:.1f} s\n"
         f"first answer of one token to a user who was away {back:.2f} s, the next one {there:.2f} s\n"
-        f"a push with its proof {push:.2f} s; {STREAMS} streams of {', '.join(map(str, speeds))} users: "
+        f"a push with its check {push:.2f} s; {STREAMS} streams of {', '.join(map(str, speeds))} users: "
         f"{', '.join(f'{v:.0f}' for v in speeds.values())} tokens/s"
     )
     assert many < 2 * alone + 10 and back < 5
