@@ -38,7 +38,7 @@ async def served(request, tmp_path_factory):
 async def push(served, new, old, logps, version=9):
     """Push as run.py does. `new`, `old`: weights by name. `logps`: the trainer's, of served.ids, by the new weights."""
     try:
-        swap.newest[""] = swap.Version(version - 1)
+        swap.serving[""] = swap.Version(version - 1)
         return await swap.push(served.engine, new, version, (served.ids, logps))
     except swap.PushError:
         if swap.served_step("") != version - 1:
