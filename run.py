@@ -7,6 +7,7 @@ start.py sets everything up, `serve` runs it, `stop` ends it.
 """
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -217,6 +218,8 @@ async def serve(p: Program) -> bool:
     background |= {f"judge {i}": lambda p: judge_turns(p, judge) for i in range(8)}
     tasks += [asyncio.create_task(keep_running(p, name, work), name=name) for name, work in background.items()]
     tasks += [asyncio.create_task(event.wait(), name="end") for event in (died, stopped)]
+    gc.collect()
+    gc.freeze()  # otherwise each full collection goes through all imported modules, and stops the event loop for 0.3 s
     ready, pending = time.monotonic(), set(tasks)
     if web.started:
         print(f"ready     after {ready - STARTED:.0f} s", flush=True)
