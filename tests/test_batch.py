@@ -8,7 +8,8 @@ import pytest
 
 import run
 from batch import DROPS_AT_ONCE, next_batch
-from durable import journal, upkeep
+from durable import guard, journal, upkeep
+from program import Program
 from tests.bare import program as bare
 from tests.records import BAD, GOOD, turn
 
@@ -155,6 +156,34 @@ async def test_a_pause_or_rollback_during_a_wait_takes_effect_before_the_next_st
     p.wake.set()
     with pytest.raises(KeyError):  # now it tries a step
         await asyncio.wait_for(loop, 5)
+
+
+async def test_refused_and_failed_steps_are_counted_separately(start, monkeypatch):
+    """Two steps run out of memory, and the guard refuses the third. That is not three refused steps in a row."""
+    errors = [RuntimeError("no memory"), RuntimeError("no memory"), guard.Refused("the gradient is not finite")]
+
+    async def step(*args):
+        raise errors.pop(0)
+
+    async def state_of(p, owner):
+        return p.states[owner]
+
+    async def undo(*args):
+        pass
+
+    monkeypatch.setattr(run, "step", step)
+    for name, replacement in {"state_of": state_of, "undo": undo, "new_trainer_thread": lambda p: None}.items():
+        monkeypatch.setattr(Program, name, replacement)
+    p = start(batch_size=1)
+    add_judged(p, "t1", "t2", "t3")
+    loop = asyncio.create_task(run.train(p))
+    while errors:
+        p.paused.clear()
+        p.wake.set()
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)
+    assert p.training == "on" and journal.counts(p.db) == {"queued": 2, "dropped": 1}
+    loop.cancel()
 
 
 @pytest.mark.parametrize(("dies", "most"), [(False, 10), (True, 16)])

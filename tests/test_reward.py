@@ -689,3 +689,25 @@ def test_a_turn_that_is_judged_twice_at_the_same_time_moves_the_baseline_once(tm
     assert len(seen) == 4, "each reads it twice: this endpoint gives no log-probs"
     assert p.states[""].baselines == {key: grpo.DECAY}
     db.close()
+
+
+async def test_an_unknown_error_in_a_judge_does_not_lose_the_turn(tmp_path) -> None:
+    class Judge:
+        hinted_by, tries = "", 0
+
+        async def score(self, *turn) -> reward.Scored:
+            self.tries += 1
+            if self.tries == 1:
+                raise MemoryError("while the model was running")
+            return 1, [1], 1.0
+
+    db = journal.open_journal(tmp_path / "journal.db")
+    journal.record_turn(db, turn())
+    journal.record_next(db, "t1", [{"role": "user", "content": "Thanks, great!"}])
+    p = program(db)
+    p.to_judge.put_nowait("t1")
+    judging = asyncio.create_task(run.judge_turns(p, Judge()))
+    await talking.until(lambda: journal.in_state(db, "queued") == ["t1"], 5)
+    judging.cancel()
+    assert p.judge_health.error == "MemoryError: while the model was running"
+    db.close()
