@@ -60,7 +60,9 @@ def check(program, talkers, in_the_loop, step):
             assert found[before]["session"] == found[turn_id]["session"]
             assert found[before]["next_messages"] or found[before]["source"] == "feedback"
     trained = [r["step"] for r in found.values() if r["state"] == "trained"]
-    assert {s: trained.count(s) for s in trained} == {s: BATCH for s in range(1, max(trained, default=0) + 1)}
+    assert set(trained) == set(range(1, max(trained, default=0) + 1))
+    # A turn that was in two steps when the program was killed is trained on alone.
+    assert {trained.count(s) for s in trained} <= {1, BATCH}
     assert step <= max(trained, default=0) <= step + 2  # training continues while we read
     for turn_id in in_the_loop:
         assert found[turn_id]["state"] in IN_THE_LOOP, dict(found[turn_id])
