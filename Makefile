@@ -16,7 +16,7 @@ serve: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest -q
 
-# 50 minutes of kills, faults, fuzz tests and streams across swaps, for the promises in docs/durability.md.
+# An hour of kills, faults, fuzz tests and streams across swaps, for the promises in docs/durability.md.
 trials: .venv/ready
 	$(PY) -m pytest -q -s tests/trials
 
