@@ -519,7 +519,7 @@ async def test_a_judge_that_could_not_be_prepared_gives_no_verdict(tiny_model, t
         fitting = threads.submit(reward.make_head, model, tokenizer, tmp_path / "cache" / "m")
         judge = reward.HeadJudge(fitting, model, tokenizer, threads)
         for _ in range(2):
-            with pytest.raises(JudgeError, match="could not be prepared.*cache") as caught:
+            with pytest.raises(JudgeError, match="could not be fitted.*cache") as caught:
                 await judge.score("r", "a", NEXT)
             assert not caught.value.of_turn
 

@@ -191,7 +191,7 @@ async def test_an_adapter_of_one_user_does_not_change_another_users_answers(fres
     await until(lambda: alice.status()["step"] == 3)
 
     admin_command(program, "pause")
-    assert "when everybody's does" in admin_command(program, "resume", user="alice").text
+    assert "when training as a whole does" in admin_command(program, "resume", user="alice").text
     assert admin_command(program, "resume").json()["done"] == "training is on"
 
     # Rollback and forget
