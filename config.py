@@ -87,9 +87,7 @@ class Losses:
     w_rl: float = 1.0  # weight of the PPO-clip loss on the score; 0: learn from hints only
     w_opd: float = 1.0  # weight of the distillation loss on the hint; 0: learn from scores only
     kl: float = 0.1  # weight of the KL to the starting weights; 0: off
-    baseline: Literal["none", "mean", "group"] = (
-        "none"  # subtracted from it: 0, the user's running mean, or the prompt's mean
-    )
+    baseline: Literal["none", "mean", "group"] = "none"  # of the reward: 0, the user's running mean, or the prompt's
     clip_low: float = 0.2  # the PPO ratio is clipped below at 1 - this
     clip_high: float = 0.28  # the PPO ratio is clipped above at 1 + this
     dual_clip: float = 3.0  # dual-clip PPO: with A < 0, the loss per token is at most this times -A
