@@ -208,6 +208,8 @@ async def serve(p: Program) -> bool:
         p.to_judge.put_nowait(turn_id)
     judge = make_judge(p)
     app = await server.build_app(p, [*control.routes(p), *feedback.routes(p), *page.routes(p)])
+    gc.collect()
+    gc.freeze()  # otherwise each full collection goes through all imported modules, and stops the event loop for 0.3 s
     web = web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
     # The watch runs until the very end: without it, a call to a dead engine would never return.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")
@@ -218,8 +220,6 @@ async def serve(p: Program) -> bool:
     background |= {f"judge {i}": lambda p: judge_turns(p, judge) for i in range(8)}
     tasks += [asyncio.create_task(keep_running(p, name, work), name=name) for name, work in background.items()]
     tasks += [asyncio.create_task(event.wait(), name="end") for event in (died, stopped)]
-    gc.collect()
-    gc.freeze()  # otherwise each full collection goes through all imported modules, and stops the event loop for 0.3 s
     ready, pending = time.monotonic(), set(tasks)
     if web.started:
         print(f"ready     after {ready - STARTED:.0f} s", flush=True)
