@@ -17,7 +17,7 @@ TEXT = (
     "bulges too, since the moon pulls the solid earth a little more than the sea behind it. Sailors have kept tables "
     "of high and low water for centuries: a harbour with two metres of water at noon may be a field of mud by six."
 )
-PROMPTS = ("What is a bridge?", "Tell me about bees.", "How do I boil an egg?", "Write a sentence about the sea.")
+PROMPTS = ("Tell me about bees.", "How do I boil an egg?")
 ANSWER_TOKENS = 12  # at most, in an answer to a prompt; each costs a forward pass
 
 
@@ -30,23 +30,21 @@ class Probe:
     first_logps: Tensor  # (L - 1, V), see `text_logps`
     first: dict[str, float] = field(default_factory=dict)  # see `measure`
 
-    def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """Metrics of a model on the probe. guard.Refused if log-probs are not finite: nothing can be sampled then."""
-        logps = text_logps(model, self.ids)
+    def measure(self, model: PreTrainedModel) -> tuple[dict[str, float], Tensor]:
+        """Metrics of a model on the probe, and its log-probs of ids[1:], to compare with the engine's: (L - 1,) on the
+        CPU. guard.Refused if log-probs are not finite: nothing can be sampled then."""
+        logps = text_logps(model, self.ids)  # (L - 1, V)
         if not logps.isfinite().all():
             raise guard.Refused("the log-probs of the probe are not finite")
-        said, sampled = sample_answers(model, self.prompts), torch.tensor(self.ids[1:], device=logps.device)
+        said = sample_answers(model, self.prompts)
+        token_logps = logps.gather(1, torch.tensor(self.ids[1:], device=logps.device)[:, None])[:, 0]  # (L - 1,)
         return {
-            "nll": -logps.gather(1, sampled[:, None]).mean().item(),
+            "nll": -token_logps.mean().item(),
             "entropy": -(logps.exp() * logps).sum(-1).mean().item(),
             "kl": (logps.exp() * (logps - self.first_logps)).sum(-1).mean().item(),
             "repeated": sum(map(grpo.repetition, said)) / len(said),
             "length": sum(map(len, said)) / len(said),
-        }
-
-    def logps(self, model: PreTrainedModel) -> Tensor:
-        """The trainer's log-probs of ids[1:], for comparison with the engine's. (L - 1,) on the CPU"""
-        return token_logps(model, self.ids)
+        }, token_logps.cpu()
 
 
 def make_probe(first: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Probe:
@@ -55,12 +53,12 @@ def make_probe(first: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pr
     asked = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
     probe = Probe(ids, prompts, text_logps(first, ids))
-    return replace(probe, first=probe.measure(first))
+    return replace(probe, first=probe.measure(first)[0])
 
 
 @torch.no_grad()
 def token_logps(policy: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Log-probs of ids[1:]. (L - 1,) on the CPU"""
+    """Log-probs of ids[1:], as training computes them. (L - 1,) on the CPU"""
     return grpo.response_logps(policy, grpo.single_row(ids[:1], ids[1:], policy.device)).cpu()
 
 

@@ -153,14 +153,13 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
 
     # 2. gradient and Adam; then check the new weights before they are served
     metrics = await p.on_trainer(trainer.update, config, state, lessons)
-    probed = await p.on_trainer(state.probe.measure, state.policy)
+    probed, probe_logps = await p.on_trainer(state.probe.measure, state.policy)
     guard.check_weights(probed, state.probe.first, state.probed)
     trained = time.monotonic()
 
     # 3. swap: the engine gets the new weights; running answers continue
     weights = await p.on_trainer(trainer.served_weights, state.policy)
-    probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
-    gap, p.pause = await swap.push(p.engine, weights, state.step + 1, probe, state.owner)
+    gap, p.pause = await swap.push(p.engine, weights, state.step + 1, (state.probe.ids, probe_logps), state.owner)
 
     # 4. commit: from here on an undo returns to this step, and a restart does once it is in a checkpoint
     await p.wait_for_disk_space()

@@ -5,6 +5,7 @@ that are too small for bf16, and `dithered` rounds them so that each update is s
 only the adapter has masters and is trained.
 """
 
+import functools
 import pickle
 import threading
 from collections import Counter
@@ -202,29 +203,35 @@ def trained(policy: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-CHUNK = 1 << 18  # weights that `dithered` rounds at a time: their random bits fit the processor's cache
+CHUNK = 1 << 18  # weights that `dithered` rounds at a time: these and their noise fit the processor's cache
+
+
+@functools.cache
+def noise(device: torch.device) -> Tensor:
+    """2 CHUNK random numbers of 16 bits, as int32: hashes of their index, so that they are the same everywhere."""
+    bits = torch.arange(2 * CHUNK, dtype=torch.int32)
+    bits = (bits ^ bits >> 16) * 0x7FEB352D  # int32 products wrap around
+    bits = (bits ^ bits >> 15) * 0x297A2D39
+    return (bits >> 16 & 0xFFFF).to(device)
 
 
 @torch.no_grad()
 def dithered(master: Tensor, number: int) -> Tensor:
-    """Stochastic rounding of a master to bf16, with fixed noise: add 16 hashed bits to the low bits, then truncate. Any
+    """Stochastic rounding of a master to bf16, with fixed noise: add 16 random bits to the low bits, then truncate. Any
     shape, fp32 -> bf16.
 
     Rounding to the nearest value would serve only 2 to 8 % of the first updates at lr 1e-5, and the rest later all at
     once: masters start on bf16 values, and a weight would move only after half a bf16 step. Dithering is unbiased, and
-    it keeps values that bf16 can represent. The random bits are a hash of the weight's index in the tensor and of the
+    it keeps values that bf16 can represent. The random bits depend only on the weight's index in the tensor and on the
     tensor's `number`: the same masters give the same values at each push, after a restart, and on every device.
     """
     flat = master.detach().contiguous().view(-1)
     out = torch.empty_like(flat, dtype=torch.bfloat16)
     for at in range(0, len(flat), CHUNK):
         bits = flat[at : at + CHUNK].view(torch.int32)
-        noise = torch.arange(at, at + len(bits), dtype=torch.int32, device=flat.device)
-        noise.bitwise_xor_(number * 0x9E3779B1 & 0x7FFFFFFF)
-        noise.bitwise_xor_(noise >> 16).mul_(0x7FEB352D)  # int32 products wrap around in the same way on every device
-        noise.bitwise_xor_(noise >> 15).mul_(0x297A2D39)
-        noise = (noise >> 16).bitwise_and_(0xFFFF)
-        out[at : at + CHUNK] = (bits + noise).bitwise_and_(-0x10000).view(torch.float32)
+        begin = (number * 0x9E3779B1 + at // CHUNK * 0x85EBCA6B) % CHUNK  # elsewhere for each tensor and chunk
+        added = bits + noise(flat.device)[begin : begin + len(bits)]
+        out[at : at + CHUNK] = added.bitwise_and_(-0x10000).view(torch.float32)
     return out.view(master.shape)
 
 
@@ -368,5 +375,5 @@ def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], to
 def begin(state: State, folder: Path | None) -> State:
     """Load the checkpoint in `folder` (None: the starting weights), and take the first snapshot."""
     step, baselines = load_checkpoint(state, folder)
-    commit(state, step, baselines, state.probe.measure(state.policy) if folder else state.probe.first)
+    commit(state, step, baselines, state.probe.measure(state.policy)[0] if folder else state.probe.first)
     return state

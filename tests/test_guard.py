@@ -93,12 +93,12 @@ def test_the_probe_matches_an_obvious_reference(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids, prompts = list(range(5, 45)), [[1, 2, 3], [4, 5, 6, 7, 8]]
     first = probe.text_logps(model, ids)
-    assert probe.Probe(ids, prompts, first).measure(model)["kl"] == pytest.approx(0, abs=1e-6)
+    assert probe.Probe(ids, prompts, first).measure(model)[0]["kl"] == pytest.approx(0, abs=1e-6)
     drawn = torch.get_rng_state()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    found, again = (probe.Probe(ids, prompts, first).measure(model) for _ in range(2))
+    (found, logps), (again, _) = (probe.Probe(ids, prompts, first).measure(model) for _ in range(2))
     assert found == again, "the same weights give the same probe"
     torch.set_rng_state(drawn)
     logits = model(torch.tensor([ids])).logits[0].double()
@@ -109,6 +109,7 @@ def test_the_probe_matches_an_obvious_reference(tiny_model):
         entropy -= (p * p.log()).sum().item() / (len(ids) - 1)
         kl += (p * (p.log() - first[i].double())).sum().item() / (len(ids) - 1)
     assert (found["nll"], found["entropy"], found["kl"]) == pytest.approx((nll, entropy, kl), rel=1e-4)
+    torch.testing.assert_close(logps, probe.token_logps(model, ids), msg="as training computes them")
 
 
 def test_weights_with_nan_or_inf_are_refused(tiny_model):

@@ -115,7 +115,7 @@ def test_an_update_is_served_in_full_from_the_first_step(tmp_path, tiny_model):
     assert all(torch.equal(w, served[n]) for n, w in trainer.served_weights(again.policy).items())
 
 
-def test_dithering_is_unbiased_and_does_not_change_bf16_values(monkeypatch):
+def test_dithering_is_unbiased_and_does_not_change_bf16_values():
     exact = torch.randn(100_000).to(torch.bfloat16)
     assert torch.equal(trainer.dithered(exact.float(), 7), exact)
     assert torch.equal(
@@ -129,8 +129,10 @@ def test_dithering_is_unbiased_and_does_not_change_bf16_values(monkeypatch):
         assert abs(found.mean().item() - value[0].item()) < 0.01 * 2**-7
     whole = trainer.dithered(torch.full((5000,), 1.003), 1)
     assert not torch.equal(whole, trainer.dithered(torch.full((5000,), 1.003), 2)), "each tensor has its own noise"
-    monkeypatch.setattr(trainer, "CHUNK", 64)
     assert torch.equal(trainer.dithered(torch.full((50, 100), 1.003), 1).view(-1), whole)
+    longer = trainer.dithered(torch.full((3, trainer.CHUNK), 1.003), 1)
+    assert torch.equal(longer.view(-1)[:5000], whole), "the noise of a weight depends only on its index"
+    assert not torch.equal(longer[0], longer[1]), "each chunk has its own noise"
 
 
 def test_the_speed_of_each_dtype_is_measured(tiny_model):

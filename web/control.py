@@ -34,10 +34,9 @@ async def roll_back(p: Program, user: str, step: int) -> str:
         folder = checkpoint.folder_of(out, owner, step)
         try:
             _, baselines = await p.on_trainer(trainer.load_checkpoint, state, folder)
-            probed = await p.on_trainer(state.probe.measure, state.policy)
-            probe = state.probe.ids, await p.on_trainer(state.probe.logps, state.policy)
+            probed, logps = await p.on_trainer(state.probe.measure, state.policy)
             weights = await p.on_trainer(trainer.served_weights, state.policy)
-            _, p.pause = await swap.push(p.engine, weights, step, probe, owner)
+            _, p.pause = await swap.push(p.engine, weights, step, (state.probe.ids, logps), owner)
             undone = await journal.patiently(upkeep.rollback, p.db, owner, step)
         except Exception:
             await p.undo(state)
