@@ -5,7 +5,6 @@ token of the recorded answer, and the policy without the hint is moved towards t
 section on on-policy distillation; notation: README.)
 """
 
-import math
 from collections.abc import Sequence
 
 import openai
@@ -90,12 +89,8 @@ def teacher_logps(
     for sample, candidates in hinted.items():
         here = row["sample"] == sample  # (N,), true at T positions
         hint_mask[here] = 1.0
-        most = -math.inf
-        for hidden in candidates:
-            found = grpo.token_logps(hidden, head, ids[here], row["temperature"][here])  # (T, K)
-            change = hint_effect(found, plain[here]).sum().item() if len(candidates) > 1 else 0.0
-            if change > most:
-                most, logps[here] = change, found
+        found = [grpo.token_logps(hidden, head, ids[here], row["temperature"][here]) for hidden in candidates]  # (T, K)
+        logps[here] = max(found, key=lambda teacher: hint_effect(teacher, plain[here]).sum().item())
     return logps, hint_mask
 
 
