@@ -39,15 +39,13 @@ def reject_reason(turn: sqlite3.Row, chosen: list[sqlite3.Row], step: int, confi
         return f"longer than --max_train_tokens={config.max_train_tokens}"
     if not config.w_rl and turn["hints"] == "[]":
         return f"{NOTHING_TO_LEARN}: there is no hint, and the score is not trained on (w_rl is 0)"
-    cut = turn["finish_reason"] == "length"
-    session = turn["user"], turn["session"]
-    alike = {
-        "session": sum((other["user"], other["session"]) == session for other in chosen),
-        "truncated": sum(other["finish_reason"] == "length" for other in chosen) if cut else -1,
-    }
-    for what in alike:
+    session, batch = (turn["user"], turn["session"]), [*chosen, turn]
+    alike = {"session": sum((t["user"], t["session"]) == session for t in batch)}
+    if turn["finish_reason"] == "length":
+        alike["truncated"] = sum(t["finish_reason"] == "length" for t in batch)
+    for what, count in alike.items():
         share = getattr(config, f"{what}_share")
-        if alike[what] + 1 > share * config.batch_size:
+        if count > share * config.batch_size:
             return f"over the share of a batch: {what}, {share:g}"
     return None
 
