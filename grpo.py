@@ -150,14 +150,14 @@ def hidden_states(model: torch.nn.Module, answers: Sequence[Answer], limit: int,
 CHUNK = 256  # positions whose logits are in memory at a time
 
 
-def in_chunks(compute: Callable[..., Tensor], chunk: int, *inputs: Tensor) -> Tensor:
-    """compute(*inputs) for `chunk` of their N positions at a time, and again in the backward pass: logits are computed
-    in it, and there is never an (N, V) tensor of them."""
-    chunks = zip(*(x.split(chunk) for x in inputs), strict=True)
+def in_chunks(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """compute(*inputs) for CHUNK of their N positions at a time, and again in the backward pass: logits are computed in
+    it, and there is never an (N, V) tensor of them."""
+    chunks = zip(*(x.split(CHUNK) for x in inputs), strict=True)
     return torch.cat([checkpoint(compute, *parts, use_reentrant=False) for parts in chunks])
 
 
-def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, chunk: int = CHUNK) -> Tensor:
+def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
     """Log-probs of K tokens at each of N positions: hidden (N, D), head (V, D), ids (N, K), temperature (N,) -> (N, K)
     float32."""
 
@@ -165,7 +165,7 @@ def token_logps(hidden: Tensor, head: Tensor, ids: Tensor, temperature: Tensor, 
         logits = F.linear(hidden, head).float() / temperature[:, None]  # (C, V)
         return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
-    return in_chunks(logps, chunk, hidden, ids, temperature)
+    return in_chunks(logps, hidden, ids, temperature)
 
 
 def response_logps(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
@@ -236,9 +236,7 @@ def ppo_clip_loss(
     return -surrogate
 
 
-def kl_to_start(
-    hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, temperature: Tensor, chunk: int = CHUNK
-) -> Tensor:
+def kl_to_start(hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, temperature: Tensor) -> Tensor:
     """KL(pi || pi_start) at each position, exact over the vocabulary: hidden states (N, D) and heads (V, D) of both
     models, temperature (N,) -> (N,).
 
@@ -253,7 +251,7 @@ def kl_to_start(
         )
         return (logps.exp() * (logps - start_logps)).sum(-1)
 
-    return in_chunks(kl, chunk, hidden, start, temperature)
+    return in_chunks(kl, hidden, start, temperature)
 
 
 # ---- metrics ----

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -52,8 +53,9 @@ def test_ppo_gradient_is_0_where_clipped(ratio, adv):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
-def test_kl_to_start_is_exact(chunk):
+def test_kl_to_start_is_exact(chunk, monkeypatch):
     """Value and gradient of the reverse KL, against the definition."""
+    monkeypatch.setattr(grpo, "CHUNK", chunk)
     hidden, start = torch.randn(7, 5, requires_grad=True), torch.randn(7, 5)
     head, start_head = torch.randn(11, 5, requires_grad=True), torch.randn(11, 5)
     temperature = torch.tensor([1.0, 0.5, 0.7, 1.0, 1.3, 1.0, 0.3])
@@ -63,7 +65,7 @@ def test_kl_to_start_is_exact(chunk):
         return sum(p[v] * (p[v] / q[v]).log() for v in range(11))
 
     exact = torch.stack([slow(*place) for place in zip(hidden, start, temperature, strict=True)])
-    ours = grpo.kl_to_start(hidden, head, start, start_head, temperature, chunk)
+    ours = grpo.kl_to_start(hidden, head, start, start_head, temperature)
     torch.testing.assert_close(ours, exact)
     weight = torch.rand(7)
     for a, b in zip(*(torch.autograd.grad(weight @ kl, (hidden, head)) for kl in (ours, exact)), strict=True):
@@ -141,8 +143,8 @@ def slow_logps(model, prompt, response, temperature):
 
 def response_logps(model, row, chunk):
     """`grpo.response_logps` with another chunk size."""
-    hidden, head = grpo.response_hidden(model, row), model.get_output_embeddings().weight
-    return grpo.token_logps(hidden, head, row["target"][:, None], row["temperature"], chunk).squeeze(-1)
+    with mock.patch.object(grpo, "CHUNK", chunk):
+        return grpo.response_logps(model, row)
 
 
 def loss_and_gradients(model, samples, limit, chunk=256, tree=0, separate=False):
