@@ -2,7 +2,7 @@
 
 import os
 import threading
-import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,12 +122,9 @@ def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dt
     def once(dtype: torch.dtype) -> float:
         x = torch.randn(tokens, c.hidden_size, dtype=dtype, requires_grad=True)  # (L, D)
         w = torch.randn(wide, c.hidden_size, dtype=dtype, requires_grad=True)  # (I, D)
-        seconds = []
-        for _ in range(7):
-            began = time.perf_counter()
-            F.linear(x, w).backward(torch.ones(tokens, wide, dtype=dtype))
-            seconds.append(time.perf_counter() - began)
-        return 6 * tokens * wide * c.hidden_size / min(seconds) / 1e9
+        ones = torch.ones(tokens, wide, dtype=dtype)
+        seconds = min(timeit.repeat(lambda: F.linear(x, w).backward(ones), number=1, repeat=7))
+        return 6 * tokens * wide * c.hidden_size / seconds / 1e9
 
     # In a thread of its own, as the trainer's will be: core binding and OpenMP team belong to a thread.
     with ThreadPoolExecutor(1, "measure", bind_thread, (cores,)) as thread:
