@@ -50,7 +50,7 @@ async def setup(config: Config) -> Program:
     listener = connections.listen(config.host, config.port)  # before the engine starts, which takes a while
     print(config.url, file=lock, flush=True)  # for the commands of durable/admin.py
     engine_args = swap.engine_args(config, folder, plan)
-    print(f"model     {folder}\n{plan}\n{summary(config, plan, engine_args, keys)}", flush=True)
+    print(f"model     {folder}\n{plan.report}\n{summary(config, plan, engine_args, keys)}", flush=True)
     # While the engine starts, the trainer loads and a small model's judge is fitted, on other cores. `stopping` ends
     # the fitting early: a process can't exit while its threads run.
     stopping = threading.Event()

@@ -21,25 +21,12 @@ from machine import memory
 class Plan:
     device: str  # cpu or cuda
     dtype: torch.dtype  # that the engine and the trainer compute in
-    gflops: dict[torch.dtype, float]  # measured GFLOP/s; empty on a GPU
     engine_cores: list[int]
     trainer_cores: list[int]
     engine: float  # GiB: KV cache on a CPU, the whole engine on a GPU
-    needed: memory.Sizes  # GiB on the device
-    host: memory.Sizes  # GiB on the host of a GPU
-    free: float  # GiB on the device
     row_tokens: int  # of a packed row
     judge_style: str  # head or chat
-
-    def __str__(self) -> str:
-        gflops = ", ".join(f"{str(dtype)[6:]} {value:.0f}" for dtype, value in self.gflops.items())
-        measured = f", measured GFLOP/s: {gflops}" if gflops else ""
-        host = f"\nhost      {memory.itemised(self.host)}" if self.host else ""
-        return (
-            f"device    {self.device}; serving and training in {str(self.dtype)[6:]}{measured}\n"
-            f"cores     {self.engine_cores} engine, {self.trainer_cores} trainer\n"
-            f"memory    {memory.itemised(self.needed)}; free {self.free:.1f}{host}"
-        )
+    report: str  # what is printed at the start
 
 
 def make_plan(config: Config, folder: Path) -> Plan:
@@ -49,10 +36,11 @@ def make_plan(config: Config, folder: Path) -> Plan:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     cores = sorted(os.sched_getaffinity(0))
     n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))
+    engine_cores, trainer_cores = cores[:n], cores[n:] or cores
     shape, longest = AutoConfig.from_pretrained(folder), min(config.max_train_tokens, config.max_model_len)
     row_tokens = config.row_tokens or (256 if device == "cpu" else memory.free_row_tokens(shape, longest))
     # bf16 if it is faster than fp32, as on every GPU
-    gflops = {} if device == "cuda" else measure_gflops(folder, cores[n:] or cores, row_tokens)
+    gflops = {} if device == "cuda" else measure_gflops(folder, trainer_cores, row_tokens)
     # vLLM's CPU kernel for gated delta nets (Qwen3-Next) takes bf16 alone.
     gated = "linear_attention" in (getattr(shape.get_text_config(), "layer_types", None) or ())
     dtype = max(gflops, key=gflops.get) if gflops and not gated else torch.bfloat16
@@ -65,18 +53,23 @@ def make_plan(config: Config, folder: Path) -> Plan:
         needs = " and ".join(memory.itemised(sizes) for sizes in (needed, host) if sizes)
         raise UsageError(f"{needs} needed, {where}: {what_fits(shape, setting, config.engine_memory, free, host_free)}")
     small = not config.judge_url and 2 * needed["policy"] / dtype.itemsize < 1  # GiB of weights in bf16
+    speeds = ", ".join(f"{str(dtype)[6:]} {value:.0f}" for dtype, value in gflops.items())
+    measured = f", measured GFLOP/s: {speeds}" if speeds else ""
+    report = [
+        f"device    {device}; serving and training in {str(dtype)[6:]}{measured}",
+        f"cores     {engine_cores} engine, {trainer_cores} trainer",
+        f"memory    {memory.itemised(needed)}; free {free:.1f}",
+    ]
+    report += [f"host      {memory.itemised(host)}"] if host else []
     return Plan(
         device=device,
         dtype=dtype,
-        gflops=gflops,
-        engine_cores=cores[:n],
-        trainer_cores=cores[n:] or cores,
+        engine_cores=engine_cores,
+        trainer_cores=trainer_cores,
         engine=needed["KV cache"] + (needed["engine"] if device == "cuda" else 0),
-        needed=needed,
-        host=host,
-        free=free,
         row_tokens=row_tokens,
         judge_style=config.judge_style if config.judge_style != "auto" else "head" if small else "chat",
+        report="\n".join(report),
     )
 
 
