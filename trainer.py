@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,8 +93,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         loss, found = row_loss(config, state, row, lessons)
         # The mean over answers of each answer's mean over tokens: a mean over all tokens would favour long answers. The
         # factor T: a gradient through logits / T is 1 / T times as large, so turns with a low T would dominate.
-        (loss * per_token[row["sample"]] * row["temperature"]).sum().backward()
-        accumulate_grads(state)
+        (loss * per_token[row["sample"]] * row["temperature"]).sum().backward()  # to the masters, see `optimizer`
         dlogp_max = max(dlogp_max, found.pop("dlogp_max"))
         sums.update(found)
     norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
@@ -186,15 +186,6 @@ def read_start(
     return plain, {i: [next(found) for _ in lessons[i].hinted] for i in members if lessons[i].hinted}
 
 
-def accumulate_grads(state: State) -> None:
-    """After a row's backward pass: add its bf16 gradients to the masters' fp32 gradients, since bf16 is too coarse for
-    sums over many rows. fp32 gradients need no copy: see `optimizer`."""
-    for p, master in zip(trained(state.policy).values(), state.masters, strict=True):
-        if p.grad is not master.grad:
-            master.grad.add_(p.grad)
-            p.grad = None
-
-
 # ---- from the masters to the served weights ----
 
 
@@ -266,9 +257,7 @@ def snapshot(state: State) -> None:
 def restore(state: State) -> None:
     """Return to the last snapshot."""
     copy_tensors(state.kept, mutable(state))
-    for p, master in zip(trained(state.policy).values(), state.masters, strict=True):
-        if p.grad is not master.grad:  # left by a row that ran out of memory
-            p.grad = None
+    state.policy.zero_grad()  # may be left by a row that ran out of memory
     state.adam.zero_grad(set_to_none=False)
     sync_bf16(state.masters, state.policy)
 
@@ -357,19 +346,25 @@ def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> S
 
 
 def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], torch.optim.Adam]:
-    """fp32 masters of the trained tensors, with zero gradients, and their Adam."""
+    """fp32 masters of the trained tensors, with zero gradients, and their Adam. Each backward pass through the policy
+    adds to the masters' gradients."""
     masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
     lr = config.lr or (3e-4 if config.lora_rank else 2.5e-5)
     # fused: updates in place, without temporary copies of all weights
     adam = torch.optim.Adam(masters, lr=lr, betas=(config.beta1, config.beta2), fused=True)
     for p, m in zip(trained(policy).values(), masters, strict=True):
         m.grad = torch.zeros_like(m)
-        if p.dtype == torch.float32:
-            p.grad = m.grad  # the backward pass adds to it in place; for bf16, `accumulate_grads` does
+        p.register_post_accumulate_grad_hook(partial(move_grad, m))
         # Make Adam's state now, as its first step would, so that `restore` works before that.
         step = torch.zeros((), device=m.device)
         adam.state[m] = {"step": step, "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
     return masters, adam
+
+
+def move_grad(master: Tensor, p: Tensor) -> None:
+    """Add a tensor's gradient to its master's, in fp32: bf16 is too coarse for sums over many rows."""
+    master.grad.add_(p.grad)
+    p.grad = None
 
 
 def begin(state: State, folder: Path | None) -> State:

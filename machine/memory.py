@@ -49,7 +49,7 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
         "starting weights": 0 if adapter else weights * width,  # with an adapter: the policy without it
         "adapter": trained * width if adapter else 0,
         "masters": 4 * trained,  # fp32
-        "gradients": 4 * trained + (2 * trained if width == 2 else 0),  # fp32, and a row's bf16
+        "gradients": 4 * trained + (2 * trained if width == 2 else 0),  # fp32, and at most a row's bf16
         "Adam": 8 * trained,
         "row": width * row_numbers(shape, setting) + 24 * 256 * shape.get_text_config().vocab_size,
         # On a CPU the engine also packs its own copy of the weights.
