@@ -33,8 +33,8 @@ def with_adapter(base: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel
 
 def adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """The layers that get an adapter, by name: all linear layers except the head."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    return {name: m for name, m in layers.items() if m is not model.get_output_embeddings()}
+    head = model.get_output_embeddings()
+    return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
 
 
 def write(weights: dict[str, Tensor], rank: int, folder: Path, base: str) -> None:

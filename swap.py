@@ -36,8 +36,8 @@ from machine.plan import Plan
 # vLLM reads these when it is imported, here and in its processes; values that the user has set stay. At WARNING it logs
 # "Failed to load weights" after every push, for a tied head and for the rotary embedding, which has none.
 # `receive_weights` checks that itself.
-for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items():
-    os.environ.setdefault(name, value)
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 PR_SET_PDEATHSIG = 1
 PROGRAM = "NANO_OPENCLAW_RL_PID"  # the process that started the engine
