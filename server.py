@@ -233,9 +233,8 @@ class Recorder:
     ) -> AsyncIterator[Any]:
         request = asked.get()
         sampling_params.seed = swap.usable_seed(self._p.engine, sampling_params.seed)
-        if (
-            request is None or request.path != CHAT and not request.messages
-        ):  # not captured, or `note_rendered` saw no messages
+        # Not captured, or `note_rendered` saw no messages.
+        if request is None or request.path != CHAT and not request.messages:
             await self._p.load_adapter(caller.get())
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
@@ -256,7 +255,6 @@ class Recorder:
         # What all choices' turns share
         shared = {"session": session, "user": request.user.name, "messages": request.messages}
         shared |= {"template": request.template, **keys_of(request.messages)}
-        delta = sampling_params.output_kind.name == "DELTA"
         seen: dict[int, tuple[list[int], list[float], list[str]]] = {}  # by choice index, for n > 1
         prompt_ids: list[int] = []
         written: set[int] = set()
@@ -291,10 +289,8 @@ class Recorder:
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
                     prompt_ids = output.prompt_token_ids or prompt_ids
-                    for choice in output.outputs:
+                    for choice in output.outputs:  # only what is new: vLLM's app asks for deltas, or once at the end
                         ids, logprobs, texts = seen.setdefault(choice.index, ([], [], []))
-                        if not delta:
-                            ids.clear(), logprobs.clear(), texts.clear()
                         ids += choice.token_ids
                         pairs = zip(choice.logprobs or [], choice.token_ids, strict=True)
                         logprobs += [at[i].logprob for at, i in pairs]
