@@ -35,6 +35,7 @@ OWN_REQUESTS = {
         r"You are a title generator|Analyze if this message indicates a new conversation topic)"
     ),
 }
+ENDS = 20_000  # characters at each end of a long text that are searched for the next two
 # A heartbeat's prompt can be configured, but it always asks for the same answer if all is well.
 HEARTBEAT = re.compile(r"(?<!you )\b(reply|respond|answer|say|return|output|send)\b[^\n]{0,60}\bHEARTBEAT_OK\b", re.I)
 # Messages from a subagent, another session or a tool contain this line.
@@ -42,6 +43,14 @@ ROUTED = re.compile(r"^\[Inter-session message\] .*isUser=false$", re.MULTILINE)
 # Replies to such requests that clients hide from the person.
 SILENT = re.compile(r"\W*(NO_REPLY\W*)*|\s*HEARTBEAT_OK.{0,300}|.{0,300}HEARTBEAT_OK\W*", re.DOTALL | re.IGNORECASE)
 SPEAKING_TOOLS = ("message", "heartbeat_respond")  # their calls may show the person something
+
+
+def is_automatic(text: str) -> bool:
+    """Is a user message a heartbeat, or from a subagent, another session or a tool?"""
+    text = text if len(text) < 2 * ENDS else f"{text[:ENDS]}\n{text[-ENDS:]}"
+    found = "HEARTBEAT_OK" in text and HEARTBEAT.search(text)  # the plain search first: it is much faster
+    return bool(found or "isUser=false" in text and ROUTED.search(text))
+
 
 # ---- text around a person's words ----
 
@@ -119,11 +128,8 @@ def without_metadata(text: str) -> str:
     if (at := text.rfind("\n{")) >= 0:
         value, end = parsed(text, at + 1)
         if is_metadata(value) and text[end:].strip() in ("", "```"):
-            return re.sub(
-                r"(^|\n)[^\n]{0,100}(\(untrusted[^()\n]{0,80}\)|metadata|⟦openclaw:ctx⟧):?\s*\Z",
-                "",
-                (text[:at].removesuffix("```json").removesuffix("```").rstrip()),
-            )
+            rest = text[:at].removesuffix("```json").removesuffix("```").rstrip()
+            return re.sub(r"(^|\n)[^\n]{0,100}(\(untrusted[^()\n]{0,80}\)|metadata|⟦openclaw:ctx⟧):?\s*\Z", "", rest)
     return text
 
 

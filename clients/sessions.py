@@ -12,22 +12,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from clients.quirks import (
-    CARRIER,
-    HEARTBEAT,
-    OWN_REQUESTS,
-    ROUTED,
-    SILENT,
-    SPEAKING_TOOLS,
-    persons_words,
-    without_marks,
-)
+from clients.quirks import CARRIER, OWN_REQUESTS, SILENT, SPEAKING_TOOLS, is_automatic, persons_words, without_marks
 from durable import journal
 
 SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
 LATEST = 16  # how many of a request's last answers are looked up
 MAX_ARGUMENTS, MAX_VALUES = 1 << 18, 4000  # characters and values in a call's arguments
-ENDS = 20_000  # characters at each end of a long text that are searched for a client's own request
 NO_LETTERS = bytes(c for c in range(128) if not chr(c).isalnum())
 SHORT = 8  # letters; a shorter answer is found only if the history, the session or the question also matches
 
@@ -56,19 +46,17 @@ def without_thinking(text: str) -> str:
 
 
 def is_own_request(message: dict) -> bool:
-    role, text = str(message.get("role")), text_of(message.get("content"))
-    text = text if len(text) < 2 * ENDS else f"{text[:ENDS]}\n{text[-ENDS:]}"
-    beats = "HEARTBEAT_OK" in text and HEARTBEAT.search(text)  # the plain search first: it is much faster
-    if role == "user" and (beats or ("isUser=false" in text and ROUTED.search(text))):
+    """Is this user or system message a request of the client's own?"""
+    role = str(message.get("role"))
+    if role == "user" and is_automatic(text_of(message.get("content"))):
         return True
     return role in OWN_REQUESTS and bool(OWN_REQUESTS[role].match(words_of(message)))
 
 
 def was_shown(own: list[dict]) -> bool:
     """May the person have seen an answer to a client's own request? `own`: that request and the messages after it."""
-    said = own[-1].get("role") == "assistant" and not SILENT.fullmatch(
-        without_thinking(text_of(own[-1].get("content")))
-    )
+    last = own[-1]
+    said = last.get("role") == "assistant" and not SILENT.fullmatch(without_thinking(text_of(last.get("content"))))
     return said or any(name in SPEAKING_TOOLS for m in own for name, _ in calls_of(m))
 
 
