@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -92,7 +92,7 @@ def may_command(request: Request) -> bool:
     """Only the admin, or the server's own page if no key is needed; browsers set Sec-Fetch-Site, and other sites can't
     forge it. (`why_not_keyless` refuses DNS rebinding.) Other programs on this machine can send it, but they can also
     talk and rate without a key."""
-    user, site = request.scope["state"]["user"], request.headers.get("sec-fetch-site")
+    user, site = request.state.user, request.headers.get("sec-fetch-site")
     own_page = user is ANYBODY and site == "same-origin" and request.path_params["command"] != "forget"
     return user is OURS or own_page
 
@@ -117,11 +117,8 @@ def routes(p: Program) -> list[Route]:
             return openai_error(400, f"unknown command or wrong field: {e!r}")
         return JSONResponse({"done": said})
 
-    ours = CollectorRegistry()
-    ours.register(Metrics(p))
-
     async def metrics(request: Request) -> Response:
-        return Response(swap.figures() + generate_latest(ours), media_type=CONTENT_TYPE_LATEST)
+        return Response(swap.figures() + generate_latest(Metrics(p)), media_type=CONTENT_TYPE_LATEST)
 
     return [Route("/admin/{command}", answer, methods=["POST"]), Route("/metrics", metrics, methods=["GET"])]
 

@@ -32,7 +32,7 @@ def training_of(p: Program, user: str | None) -> dict[str, Any]:
 
 def routes(p: Program) -> list[Route]:
     async def feedback(request: Request) -> JSONResponse:
-        rater = request.scope["state"]["user"]
+        rater = request.state.user
         user = rater.name or "admin"
         try:
             sent = await request.body()
@@ -67,7 +67,7 @@ def routes(p: Program) -> list[Route]:
         return JSONResponse({"completion_id": turn.id, "score": score})
 
     async def status(request: Request) -> JSONResponse:
-        asking = request.scope["state"]["user"]
+        asking = request.state.user
         user = None if sees_all(asking) else asking.name
         turns = {"turns": journal.counts(p.db, user), "dropped": journal.drop_reasons(p.db, user)}
         batch = {"batch": f"{turns['turns'].get('queued', 0)} of {p.config.batch_size}"}  # what a step waits for

@@ -24,8 +24,9 @@ MAX_TOKENS = 128  # of an answer that is asked for again
 CHARS = 4000  # of what the judge reads of a turn
 
 
-def complaint_about(db: sqlite3.Connection, number: int, user: str | None) -> tuple[journal.Turn, str] | None:
-    """A turn and the user's complaint about it; None if this user has no such turn, or if its prompt is too long."""
+def complaint_about(db: sqlite3.Connection, number: str, user: str | None) -> tuple[journal.Turn, str] | None:
+    """A turn and the user's complaint about it; None if this user has no such turn, or if its prompt is too long.
+    `number`: any text; SQLite compares it as a number."""
     row = db.execute(
         "SELECT id, hints, source FROM turns WHERE number = ?1 AND (?2 IS NULL OR user = ?2) AND score = -1 "
         "AND hints != '[]' AND template NOT NULL AND prompt_tokens <= ?3",

@@ -4,7 +4,6 @@ A user's key sees that user's turns. The page's buttons use POST /v1/feedback, /
 
 import asyncio
 import json
-import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
@@ -95,13 +94,13 @@ def answer(found: Any) -> Response:
 
 
 def is_admin(request: Request) -> bool:
-    return sees_all(request.scope["state"]["user"])
+    return sees_all(request.state.user)
 
 
 def whose(request: Request) -> str | None:
     """The user whose turns a request may see: the one whose key it has, or for the admin the one in the query; None:
     everybody's."""
-    return request.query_params.get("user") or None if is_admin(request) else request.scope["state"]["user"].name
+    return request.query_params.get("user") or None if is_admin(request) else request.state.user.name
 
 
 def wanted(request: Request) -> dict[str, Any]:
@@ -111,12 +110,6 @@ def wanted(request: Request) -> dict[str, Any]:
         raise ValueError(f"state: expected one of {', '.join(look.STATES)}")
     where = {"user": whose(request), "session": asked.get("session") or None, "state": state}
     return where | {"before": float(asked.get("before") or 0)}
-
-
-def number_of(request: Request) -> int:
-    """The turn number in the path; 0, which no turn has, if it isn't a valid number."""
-    text = request.path_params["number"]
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
 def routes(p: Program) -> list[Route]:
@@ -166,7 +159,7 @@ def routes(p: Program) -> list[Route]:
             return openai_error(400, str(e))
 
     async def tokens(request: Request) -> Response:
-        number = number_of(request)
+        number = request.path_params["number"]
         found = await in_thread(turns.tokens, p.state.tokenizer, number, whose(request))
         return answer(found) if found else openai_error(404, f"no turn {number} of yours")
 
@@ -196,7 +189,7 @@ def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
         return answer(await in_thread(look.rules, whose(request)))
 
     async def ask_again(request: Request) -> Response:
-        number = number_of(request)
+        number = request.path_params["number"]
         async with one_at_a_time:
             try:
                 found = await in_thread(learned.complaint_about, number, whose(request))

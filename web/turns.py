@@ -61,8 +61,9 @@ def shown(message: dict) -> dict[str, str]:
     return {"role": message["role"], "text": with_calls(message)[:SHOWN]}
 
 
-def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: int, user: str | None) -> dict | None:
-    """The tokens of an answer, their log-probs and weight versions; None if this user has no such turn."""
+def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: str, user: str | None) -> dict | None:
+    """The tokens of an answer, their log-probs and weight versions; None if this user has no such turn. `number`: any
+    text; SQLite compares it as a number."""
     row = db.execute(
         "SELECT versions, response_ids, logprobs FROM turns JOIN answers USING (number) "
         "WHERE number = ?1 AND (?2 IS NULL OR user = ?2)",
