@@ -23,19 +23,9 @@ def openclaw(url: str, model: str, key: str, context: int) -> str:
         "contextWindow": context,
         "maxTokens": 4096 if context >= 32_768 else context // 16,
         # The headers name the session of each request; nothing depends on them.
-        "compat": {
-            "sendSessionAffinityHeaders": True,
-            "requiresStringContent": True,
-            "maxTokensField": "max_tokens",
-        },
+        "compat": {"sendSessionAffinityHeaders": True, "requiresStringContent": True, "maxTokensField": "max_tokens"},
     }
-    provider = {
-        "baseUrl": url,
-        "apiKey": key,
-        "api": "openai-completions",
-        "timeoutSeconds": 1800,
-        "models": [entry],
-    }
+    provider = {"baseUrl": url, "apiKey": key, "api": "openai-completions", "timeoutSeconds": 1800, "models": [entry]}
     defaults: dict = {"model": {"primary": f"rl/{model}"}}
     settings = {"models": {"mode": "replace", "providers": {"rl": provider}}, "agents": {"defaults": defaults}}
     if context < 32_768:
@@ -80,7 +70,7 @@ CLIENTS = {"openclaw": openclaw, "openai": openai, "curl": curl, "open-webui": o
 
 @dataclass(frozen=True)
 class Options:
-    client: Literal["openclaw", "openai", "curl", "open-webui"] = "openclaw"
+    client: Literal[*CLIENTS] = "openclaw"
     url: str = "http://127.0.0.1:8000/v1"  # the address that run.py prints
     model: str = "policy"  # its --name
     key: str = "none"  # an API key, if one is needed
