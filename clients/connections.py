@@ -5,7 +5,7 @@ import os
 import resource
 import socket
 import ssl
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import uvicorn
@@ -64,12 +64,8 @@ def listen(host: str, port: int) -> Listener:
 
 def close_longest_idle() -> None:
     while idle:
-        longest = idle.pop(next(iter(idle)))
-        if longest.fileno() >= 0:
-            try:
-                longest.shutdown(socket.SHUT_RDWR)  # asyncio reads end of file, and closes it
-            except OSError:
-                continue  # the client has closed it already
+        with suppress(OSError):  # it is closed already, by us or by the client
+            idle.pop(next(iter(idle))).shutdown(socket.SHUT_RDWR)  # asyncio reads end of file, and closes it
             return
 
 
