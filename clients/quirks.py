@@ -56,7 +56,7 @@ def is_automatic(text: str) -> bool:
 
 # What OpenClaw's history keeps of its own requests. It joins them with the person's next message, after the time.
 MARKS = re.compile(
-    r"(\s*+(?:\[[^\]\n]{0,150}\d\d?:\d\d[^\]\n]{0,150}\]\s)?)"
+    r"\A(\s*+(?:\[[^\]\n]{0,150}\d\d?:\d\d[^\]\n]{0,150}\]\s)?)"
     r"(?:\[OpenClaw (?:heartbeat poll|exec completion|cron wake|session event)\]\n+"
     r"(?:Disable automatic completion turns with [^\n]*\n+)?)+(?!Disable automatic|\s*\Z)"
 )
@@ -65,7 +65,7 @@ CURRENT = "[Current message - respond to this]\n"
 # A channel and a time in brackets, or a time alone: "[WhatsApp +15550100 Sun 10:01] No." (OpenClaw and its relatives),
 # and a retry after an error.
 ENVELOPE = re.compile(
-    r"\s*+\[(?:(?:WhatsApp|Telegram|Signal|Discord|Slack|iMessage|SMS|Matrix|Teams|Mattermost|LINE|Zalo|WebChat|Email|"
+    r"\A\s*+\[(?:(?:WhatsApp|Telegram|Signal|Discord|Slack|iMessage|SMS|Matrix|Teams|Mattermost|LINE|Zalo|WebChat|Email|"
     r"Google Chat|Nostr|Feishu|Queued user message)\b[^\]\n]{0,300}|[^\]\n]{0,150}\b\d\d?:\d\d[^\]\n]{0,150})\]\s?"
 )
 FOOTER = re.compile(r"Runtime: agent=|Current time: |\[message_id: ")  # how such a last line begins
@@ -81,7 +81,7 @@ CONTEXT_TAG = re.compile(
 # A tag around the person's own words (Cursor, Copilot, Cline, Open WebUI).
 WORDS_TAG = re.compile(r"(user_?(query|message|request|input|prompt|question)|task|feedback|query|question)", re.I)
 # Open WebUI's instructions before retrieved documents.
-PREAMBLE = re.compile(r"\s*+### Task:\s+Respond to (?s:.{0,6000}?)\n(?=<context>|<source)")
+PREAMBLE = re.compile(r"\A\s*+### Task:\s+Respond to (?s:.{0,6000}?)\n(?=<context>|<source)")
 OPENS = re.compile(r"\s*+<([A-Za-z][\w-]{1,60})(?:\s[^<>]{0,300})?>")
 CLOSES = re.compile(r"</([A-Za-z][\w-]{1,60})>\s*\Z")
 
@@ -140,8 +140,7 @@ def without_last_line(text: str) -> str:
 
 def without_marks(text: str) -> str:
     """The text without MARKS at its beginning. A text of nothing else stays."""
-    marks = MARKS.match(text)
-    return marks[1] + text[marks.end() :] if marks else text
+    return MARKS.sub(r"\1", text)
 
 
 PASSES = 8  # over a text at most, to bound the work
@@ -153,13 +152,10 @@ def persons_words(text: str) -> str:
     Each pass removes something from the text's beginning or end. Tagged blocks that the person may have written stay.
     """
     text = without_marks(text.rpartition(CURRENT)[2])
-    preamble = PREAMBLE.match(text)
-    words = text[preamble.end() :] if preamble else text
+    words = PREAMBLE.sub("", text)
     for _ in range(PASSES):
         before = words
-        words = without_last_line(without_metadata(words))
-        if envelope := ENVELOPE.match(words):
-            words = words[envelope.end() :]
+        words = ENVELOPE.sub("", without_last_line(without_metadata(words)))
         blocks = [block for block in (leading_block(words), trailing_block(words)) if block]
         words = next((rest for name, _, rest in blocks if CONTEXT_TAG.search(name)), words)
         if words == before and blocks and WORDS_TAG.fullmatch(blocks[0][0]) and not blocks[0][2].strip():
