@@ -153,6 +153,8 @@ CHUNK = 256  # positions whose logits are in memory at a time
 def in_chunks(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """compute(*inputs) for CHUNK of their N positions at a time, and again in the backward pass: logits are computed in
     it, and there is never an (N, V) tensor of them."""
+    if len(inputs[0]) <= CHUNK:
+        return compute(*inputs)  # computing it again would save no memory
     chunks = zip(*(x.split(CHUNK) for x in inputs), strict=True)
     return torch.cat([checkpoint(compute, *parts, use_reentrant=False) for parts in chunks])
 
@@ -236,22 +238,27 @@ def ppo_clip_loss(
     return -surrogate
 
 
-def kl_to_start(hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, temperature: Tensor) -> Tensor:
-    """KL(pi || pi_start) at each position, exact over the vocabulary: hidden states (N, D) and heads (V, D) of both
-    models, temperature (N,) -> (N,).
+def compare_with_start(
+    hidden: Tensor, head: Tensor, start: Tensor, start_head: Tensor, ids: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of K tokens at each of N positions, the policy's and the starting weights', (N, K) each, and
+    KL(pi || pi_start) (N,). Given hidden states (N, D) and heads (V, D) of both models, ids (N, K), temperature (N,).
 
-    An estimate from the sampled token alone (k2, k3) has no baseline: it pushes down every token that has become more
-    likely.
+    The KL is exact over the vocabulary. An estimate from the sampled token alone (k2, k3) has no baseline: it pushes
+    down every token that has become more likely.
     """
 
-    def kl(hidden: Tensor, start: Tensor, temperature: Tensor) -> Tensor:  # of C positions
+    def compare(hidden: Tensor, start: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:  # of C positions
         logps, start_logps = (
             (F.linear(h, w).float() / temperature[:, None]).log_softmax(-1)  # (C, V)
             for h, w in ((hidden, head), (start, start_head))
         )
-        return (logps.exp() * (logps - start_logps)).sum(-1)
+        kl = (logps.exp() * (logps - start_logps)).sum(-1, keepdim=True)  # (C, 1)
+        return torch.cat([logps.gather(-1, ids), start_logps.gather(-1, ids), kl], 1)
 
-    return in_chunks(kl, hidden, start, temperature)
+    K = ids.shape[1]
+    logps, start_logps, kl = in_chunks(compare, hidden, start, ids, temperature).split([K, K, 1], 1)
+    return logps, start_logps.detach(), kl[:, 0]
 
 
 # ---- metrics ----

@@ -86,10 +86,11 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
             raise Stopped
         # A long row recomputes its activations in the backward pass: less memory, a third more time.
         long = row["ids"].numel() > config.row_tokens
-        if long and not state.policy.is_gradient_checkpointing:  # with an adapter, each call would add a hook
+        if long and not state.policy.is_gradient_checkpointing:
             state.policy.gradient_checkpointing_enable({"use_reentrant": False})
         elif not long and state.policy.is_gradient_checkpointing:
             state.policy.gradient_checkpointing_disable()
+            state.policy.disable_input_require_grads()  # `enable` adds a hook, which `disable` doesn't always remove
         loss, found = row_loss(config, state, row, lessons)
         # The mean over answers of each answer's mean over tokens: a mean over all tokens would favour long answers. The
         # factor T: a gradient through logits / T is 1 / T times as large, so turns with a low T would dominate.
@@ -138,7 +139,12 @@ def row_loss(
         # First the sampled token, for L_rl, then the tokens for L_opd: with opd_k = 0, the sampled one again.
         likely = distill.top_k(hidden.detach(), head, config.opd_k) if config.opd_k else ids  # (N, K)
         ids = torch.cat([ids, likely], 1)  # (N, 1 + K)
-    logps = grpo.token_logps(hidden, head, ids, temperature)  # (N, 1 or 1 + K)
+    if config.kl or hinted:
+        start_hidden, candidates = read_start(config, state, row, lessons)  # (N, D), for each sample and hint (T, D)
+        # (N, 1 or 1 + K), (N, 1 or 1 + K), (N,)
+        logps, plain, kl = grpo.compare_with_start(hidden, head, start_hidden, start_head, ids, temperature)
+    else:
+        logps = grpo.token_logps(hidden, head, ids, temperature)  # (N, 1)
     logp = logps[:, 0]
     # NaN marks the tokens of turns that are trained on their hint only: for them rho is 1 and the advantage 0.
     old_logp = torch.where(row["old_logp"].isnan(), logp.detach(), row["old_logp"])  # (N,)
@@ -150,13 +156,9 @@ def row_loss(
         "dlogp_max": log_ratio.abs().max().item(),
         "clipped": ((log_ratio.exp() < 1 - clip[0]) | (log_ratio.exp() > 1 + clip[1])).sum().item(),
     }
-    if config.kl or hinted:
-        start_hidden, candidates = read_start(config, state, row, lessons)  # (N, D), for each sample and hint (T, D)
     if hinted:
-        student = logps[:, 1:].detach()  # (N, K)
-        with torch.no_grad():
-            plain = grpo.token_logps(start_hidden, start_head, ids[:, 1:], temperature)  # (N, K)
-        teacher, hint_mask = distill.teacher_logps(start_head, row, ids[:, 1:], candidates, plain)  # (N, K), (N,)
+        student, likely = logps[:, 1:].detach(), ids[:, 1:]  # (N, K) each
+        teacher, hint_mask = distill.teacher_logps(start_head, row, likely, candidates, plain[:, 1:])  # (N, K), (N,)
         if config.opd_k:
             opd = distill.top_k_loss(logps[:, 1:], student, teacher, config.opd_clip, *clip)  # (N,)
         else:  # the paper's first version: an advantage for the sampled token
@@ -166,7 +168,6 @@ def row_loss(
         found["gap"] = (hint_mask * (teacher - student).abs().mean(-1)).sum().item()
         found["n_hinted"] = hint_mask.sum().item()
     if config.kl:
-        kl = grpo.kl_to_start(hidden, head, start_hidden, start_head, temperature)  # (N,)
         loss = loss + config.kl * kl
         found["kl"] = kl.detach().sum().item()
     return loss, found | {"loss": loss.sum().item()}

@@ -53,8 +53,8 @@ def test_ppo_gradient_is_0_where_clipped(ratio, adv):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
-def test_kl_to_start_is_exact(chunk, monkeypatch):
-    """Value and gradient of the reverse KL, against the definition."""
+def test_comparison_with_the_start_is_exact(chunk, monkeypatch):
+    """Values and gradients of the reverse KL and of both models' log-probs, against their definitions."""
     monkeypatch.setattr(grpo, "CHUNK", chunk)
     hidden, start = torch.randn(7, 5, requires_grad=True), torch.randn(7, 5)
     head, start_head = torch.randn(11, 5, requires_grad=True), torch.randn(11, 5)
@@ -65,10 +65,16 @@ def test_kl_to_start_is_exact(chunk, monkeypatch):
         return sum(p[v] * (p[v] / q[v]).log() for v in range(11))
 
     exact = torch.stack([slow(*place) for place in zip(hidden, start, temperature, strict=True)])
-    ours = grpo.kl_to_start(hidden, head, start, start_head, temperature)
-    torch.testing.assert_close(ours, exact)
-    weight = torch.rand(7)
-    for a, b in zip(*(torch.autograd.grad(weight @ kl, (hidden, head)) for kl in (ours, exact)), strict=True):
+    ids = torch.randint(11, (7, 2))
+    exact_logps, exact_start = (
+        (h @ w.T / temperature[:, None]).softmax(-1).gather(-1, ids).log()
+        for h, w in ((hidden, head), (start, start_head))
+    )
+    logps, start_logps, kl = grpo.compare_with_start(hidden, head, start, start_head, ids, temperature)
+    torch.testing.assert_close((kl, logps, start_logps), (exact, exact_logps, exact_start))
+    weight, weights = torch.rand(7), torch.rand(7, 2)
+    sums = (weight @ kl + (weights * logps).sum(), weight @ exact + (weights * exact_logps).sum())
+    for a, b in zip(*(torch.autograd.grad(loss, (hidden, head)) for loss in sums), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
