@@ -29,18 +29,16 @@ from durable.errors import UsageError
 
 NEXT = f"CASE WHEN next_messages NOT NULL THEN {pieces.as_list(pieces.ITEMS.format('next_messages'))} END"
 # Turns are counted by user, state and kind: the reason of a drop, without the parts that vary from turn to turn.
-KIND = "substr(substr({0}, 1, instr({0} || ':', ':') - 1), 1, 60)"
+KIND = "substr({0}.reason, 1, min(60, instr({0}.reason || ':', ':') - 1))"
 for digit in "0123456789":
     KIND = f"replace({KIND}, '{digit}', '#')"
-KIND = f"CASE {{1}}.state WHEN 'dropped' THEN {KIND} ELSE '' END"
-OLD, NEW = (KIND.format(f"{row}.reason", row) for row in ("old", "new"))
+KIND = f"CASE {{0}}.state WHEN 'dropped' THEN {KIND} ELSE '' END"
+OLD, NEW = KIND.format("old"), KIND.format("new")
 COUNT_NEW = f"""INSERT INTO counters VALUES (new.user, new.state, {NEW}, 1)
   ON CONFLICT (user, state, kind) DO UPDATE SET n = n + 1;"""
 COUNT_OLD = f"""UPDATE counters SET n = n - 1 WHERE (user, state, kind) = (old.user, old.state, {OLD});
   DELETE FROM counters WHERE (user, state, kind, n) = (old.user, old.state, {OLD}, 0);"""
-SCHEMA = (
-    pieces.SCHEMA
-    + f"""
+SCHEMA = f"""{pieces.SCHEMA}
 CREATE TABLE IF NOT EXISTS turns (
   number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, session TEXT NOT NULL, user TEXT NOT NULL, created REAL NOT NULL,
   state TEXT NOT NULL, step INTEGER, reason TEXT,  -- why it was dropped, or why its hint was not used
@@ -85,7 +83,6 @@ CREATE TABLE IF NOT EXISTS model (  -- one row: the model that gave the answers;
   folder TEXT NOT NULL, fingerprint TEXT NOT NULL, adapters TEXT NOT NULL
 );
 """
-)
 
 FORMAT = 8  # of the tables, in the file's user_version
 AS_JSON = ("messages", "template", "versions")  # columns of `readable` to decode for a Turn
