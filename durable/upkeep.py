@@ -115,12 +115,11 @@ def rollback(db: sqlite3.Connection, owner: str, step: int) -> int:
     check_step(db, owner, step)
     with transaction(db):
         db.execute("DELETE FROM checkpoints WHERE owner = ? AND step > ?", (owner, step))
-        return db.execute(
-            "UPDATE turns SET state = 'dropped', reason = ? WHERE (? = '' OR user = ?) AND "
-            f"(state = 'trained' AND step > ? OR (state = 'training' OR {journal.UNSETTLED}) "
-            f"AND {journal.ANSWERED_BY} > ?)",
-            (f"undone by a rollback to step {step}", owner, owner, step, *journal.REVIVABLE, step),
-        ).rowcount
+        undone = (
+            "(? = '' OR user = ?) AND (state = 'trained' AND step > ? OR "
+            f"(state = 'training' OR {journal.UNSETTLED}) AND {journal.ANSWERED_BY} > ?)"
+        )
+        return journal.drop_where(db, f"undone by a rollback to step {step}", undone, owner, owner, step, step)
 
 
 def rolled_back(step: int, undone: int) -> str:
