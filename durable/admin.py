@@ -250,13 +250,11 @@ def print_turns(db: sqlite3.Connection, since: str) -> None:
         raise UsageError(f"--since={since}: expected a day, as 2026-01-31") from e
     ids = db.execute("SELECT id FROM turns WHERE created >= ? AND template NOT NULL ORDER BY created", (begin,))
     for (turn_id,) in ids.fetchall():
-        turn, following = journal.load_turn(db, turn_id)
         row = journal.row_of(db, turn_id)
-        verdict = {name: row[name] for name in ("score", "confidence", "hinted_by", "judge", "source")}
-        verdict |= {name: json.loads(row[name] or "[]") for name in ("votes", "hints")}
-        became = {name: row[name] for name in ("state", "step", "reason")}
-        verdict = verdict if row["score"] is not None else None
-        print(json.dumps(asdict(turn) | became | {"next_messages": following, "verdict": verdict}))
+        turn = asdict(journal.turn_of(db, row)) | {name: row[name] for name in ("state", "step", "reason")}
+        turn["next_messages"] = json.loads(row["next_messages"] or "[]")
+        turn["verdict"] = asdict(journal.verdict_of(row)) if row["score"] is not None else None
+        print(json.dumps(turn))
 
 
 if __name__ == "__main__":

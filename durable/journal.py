@@ -469,21 +469,18 @@ def tally(db: sqlite3.Connection, what: str, where: str, user: str | None) -> di
 
 def load_turn(db: sqlite3.Connection, turn_id: str) -> tuple[Turn, list[dict]]:
     """The turn and the messages that followed it (empty while it waits). KeyError if there is no such turn."""
-    return turn_of(db, r := row_of(db, turn_id, "readable")), json.loads(r["next_messages"] or "[]")
+    return turn_of(db, r := row_of(db, turn_id)), json.loads(r["next_messages"] or "[]")
 
 
 def load_sample(db: sqlite3.Connection, turn_id: str) -> Sample:
     """A judged turn with its verdict as it is now."""
-    r = row_of(db, turn_id, "readable")
-    following = json.loads(r["next_messages"] or "[]")
-    votes, hints, by = json.loads(r["votes"]), json.loads(r["hints"]), r["hinted_by"]
-    verdict = Verdict(r["score"], votes, r["confidence"], hints, by, r["judge"], r["source"])
-    from_tool = r["source"] == "judge" and following[-1]["role"] == "tool"
-    return Sample(turn_of(db, r), verdict, from_tool)
+    r = row_of(db, turn_id)
+    from_tool = r["source"] == "judge" and json.loads(r["next_messages"])[-1]["role"] == "tool"
+    return Sample(turn_of(db, r), verdict_of(r), from_tool)
 
 
-def row_of(db: sqlite3.Connection, turn_id: str, table: str = "turns") -> sqlite3.Row:
-    r = db.execute(f"SELECT * FROM {table} WHERE id = ?", (turn_id,)).fetchone()
+def row_of(db: sqlite3.Connection, turn_id: str) -> sqlite3.Row:
+    r = db.execute("SELECT * FROM readable WHERE id = ?", (turn_id,)).fetchone()
     if r is None:
         raise KeyError(turn_id)
     return r
@@ -500,3 +497,9 @@ def turn_of(db: sqlite3.Connection, r: sqlite3.Row) -> Turn:
         return Turn(**values)
     except (ValueError, TypeError, zlib.error) as e:
         raise KeyError(f"{r['id']} can't be read: {e}") from e
+
+
+def verdict_of(r: sqlite3.Row) -> Verdict:
+    """The verdict in the row of a judged turn."""
+    values = {f.name: r[f.name] for f in fields(Verdict)}
+    return Verdict(**values | {name: json.loads(r[name] or "[]") for name in ("votes", "hints")})
