@@ -27,17 +27,15 @@ def as_json(value: Any) -> str:
 
 def put(db: sqlite3.Connection, data: list[str | bytes]) -> list[int]:
     """The ids of these pieces; new ones are stored."""
-    ids: dict[bytes, int] = {}
-    hashes = [blake2b(d.encode() if isinstance(d, str) else d, digest_size=16).digest() for d in data]
-    for h, d in zip(hashes, data, strict=True):
-        if h not in ids:
-            found = db.execute("SELECT id FROM pieces WHERE hash = ?", (h,)).fetchone()
-            if found is None:
-                stored = d if isinstance(d, str) else packed(d)
-                ids[h] = db.execute("INSERT INTO pieces VALUES (NULL, ?, ?)", (h, stored)).lastrowid
-            else:
-                ids[h] = found[0]
-    return [ids[h] for h in hashes]
+    ids = []
+    for d in data:
+        h = blake2b(d.encode() if isinstance(d, str) else d, digest_size=16).digest()
+        if found := db.execute("SELECT id FROM pieces WHERE hash = ?", (h,)).fetchone():
+            ids.append(found[0])
+        else:
+            stored = d if isinstance(d, str) else packed(d)
+            ids.append(db.execute("INSERT INTO pieces VALUES (NULL, ?, ?)", (h, stored)).lastrowid)
+    return ids
 
 
 def packed(numbers: bytes) -> bytes:
