@@ -26,15 +26,15 @@ LONG = 100  # two conversations that begin with the same message of this many le
 HEAD = 200  # letters of a text that are searched for: clients cut what they quote
 COMMON = 3  # a text found in this many other sessions, as a whole message, is too common to be evidence
 
-# All pieces that a turn refers to, in a temporary table.
+# SQL: the ids of all pieces that a turn refers to.
 LIVE = """
-DROP TABLE IF EXISTS temp.live;
-CREATE TEMP TABLE live (id INTEGER PRIMARY KEY);
-INSERT OR IGNORE INTO live SELECT e.value FROM turns, json_each(messages) AS e;
-INSERT OR IGNORE INTO live SELECT e.value FROM turns, json_each(prompt_ids) AS e;
-INSERT OR IGNORE INTO live SELECT e.value FROM temp.live AS l JOIN pieces AS n USING (id), json_each(n.data) AS e;
-INSERT OR IGNORE INTO live SELECT e.value FROM turns, json_each(next_messages) AS e;
-INSERT OR IGNORE INTO live SELECT template FROM turns WHERE template NOT NULL;
+WITH lists (id) AS (
+  SELECT e.value FROM turns, json_each(messages) AS e UNION SELECT e.value FROM turns, json_each(prompt_ids) AS e
+)
+SELECT id FROM lists
+UNION ALL SELECT e.value FROM lists JOIN pieces AS n USING (id), json_each(n.data) AS e
+UNION ALL SELECT e.value FROM turns, json_each(next_messages) AS e
+UNION ALL SELECT template FROM turns WHERE template NOT NULL
 """
 
 
@@ -147,13 +147,8 @@ def sweep(db: sqlite3.Connection) -> None:
         ("hash NOT NULL", f"UPDATE pieces SET hash = NULL WHERE {THESE}"),
         ("hash IS NULL", f"DELETE FROM pieces WHERE {THESE}"),
     ):
-        with transaction(db):  # one view of all tables
-            for fill in filter(str.strip, LIVE.split(";")):
-                db.execute(fill)
-            found = db.execute(f"SELECT id FROM pieces WHERE {dead} AND id NOT IN (SELECT id FROM temp.live)")
-            ids = [r["id"] for r in found]
-        in_portions(db, statement, ids)
-    db.execute("DROP TABLE temp.live")
+        found = db.execute(f"SELECT id FROM pieces WHERE {dead} AND id NOT IN ({LIVE})").fetchall()
+        in_portions(db, statement, [r["id"] for r in found])
 
 
 PRUNED = (
