@@ -172,7 +172,7 @@ def main(command: Command) -> None:
             checkpoint.remove_others(out, journal.listed(db))
             print(upkeep.rolled_back(command.step, undone))
     elif isinstance(command, Forget):
-        print(printable(upkeep.forget_in(out / "journal.db", command.session, command.user)))
+        print(printable(upkeep.forget(out / "journal.db", command.session, command.user)))
     else:
         raise UsageError(f"no program is running with --out={out}")
 

@@ -9,9 +9,8 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -130,11 +129,12 @@ def rolled_back(step: int, undone: int) -> str:
 # ---- pieces that nothing refers to ----
 
 
-def in_portions(db: sqlite3.Connection, statement: str, ids: Iterable[str | int]) -> None:
-    """Run a statement with `IN (SELECT value FROM json_each(?))` for a few ids at a time, so that others can write."""
-    todo = list(ids)
-    for k in range(0, len(todo), PORTION):
-        db.execute(statement, (pieces.as_json(todo[k : k + PORTION]),))
+def in_portions(db: sqlite3.Connection, ids: list[str] | list[int], *statements: str) -> None:
+    """Run statements with `IN (SELECT value FROM json_each(?))` for a few ids at a time, so that others can write."""
+    for k in range(0, len(ids), PORTION):
+        with transaction(db):
+            for statement in statements:
+                db.execute(statement, (pieces.as_json(ids[k : k + PORTION]),))
         time.sleep(0.01)
 
 
@@ -148,13 +148,15 @@ def sweep(db: sqlite3.Connection) -> None:
         ("hash IS NULL", f"DELETE FROM pieces WHERE {THESE}"),
     ):
         found = db.execute(f"SELECT id FROM pieces WHERE {dead} AND id NOT IN ({LIVE})").fetchall()
-        in_portions(db, statement, [r["id"] for r in found])
+        in_portions(db, [r["id"] for r in found], statement)
 
 
 PRUNED = (
     "messages = '[]', prompt_ids = '[]', versions = '[]', template = NULL, next_messages = NULL, asked = '', "
     "hints = NULL, late_feedback = '[]'"
 )
+EMPTY = f"X'{pieces.packed(b'').hex()}'"
+PRUNED_ANSWER = f"text = '', response_ids = {EMPTY}, logprobs = {EMPTY}"
 
 
 def prune(path: Path, days: float) -> int:
@@ -167,54 +169,20 @@ def prune(path: Path, days: float) -> int:
             "(CASE (SELECT adapters FROM model) WHEN 'user' THEN user ELSE '' END)))",
             (time.time() - days * 86400,),
         ).fetchall()
-        for k in range(0, len(found), PORTION):
-            ids = pieces.as_json([r["id"] for r in found[k : k + PORTION]])
-            with transaction(db):
-                # A person may have rated one since: then it is queued.
-                these = f"template NOT NULL AND state IN ('dropped', 'trained') AND {THESE}"
-                db.execute(
-                    "UPDATE answers SET text = '', response_ids = ?, logprobs = ? "
-                    f"WHERE number IN (SELECT number FROM turns WHERE {these})",
-                    (pieces.packed(b""), pieces.packed(b""), ids),
-                )
-                db.execute(f"UPDATE turns SET {PRUNED} WHERE {these}", (ids,))
-            time.sleep(0.01)
+        # A person may have rated one since: then it is queued.
+        these = f"template NOT NULL AND state IN ('dropped', 'trained') AND {THESE}"
+        in_portions(
+            db,
+            [r["id"] for r in found],
+            f"UPDATE answers SET {PRUNED_ANSWER} WHERE number IN (SELECT number FROM turns WHERE {these})",
+            f"UPDATE turns SET {PRUNED} WHERE {these}",
+        )
         if found:
             sweep(db)
     return len(found)
 
 
 # ---- forget ----
-
-
-@dataclass
-class Forgotten:
-    """What `forget` removed."""
-
-    turns: int = 0
-    sessions: dict[str, str] = field(default_factory=dict)  # session -> why
-    first: int | None = None  # the first step that was trained on one of the turns
-    adapter: bool = False  # were the user's own weights removed, too?
-    left: str = ""  # why a copy may still be on the disk
-
-    kept: list[int] = field(default_factory=list)  # the steps of the checkpoints that are kept
-
-    def report(self) -> str:
-        """In words."""
-        kept = self.kept
-        touched = [step for step in kept if self.first is not None and step >= self.first]
-        clean = [step for step in kept if step not in touched]
-        lines = [f"{self.turns} turns are removed", *[f"  {session}: {why}" for session, why in self.sessions.items()]]
-        if self.adapter:
-            lines.append("the user's adapter is removed with all its checkpoints: nothing of them is left in weights")
-        elif self.first is not None:
-            lines += [
-                f"these turns were used in the steps from {self.first} on. Their effect on weights, Adam's moments and "
-                "the running means of rewards remains.",
-                f"checkpoints that did not see it: {', '.join(map(str, clean)) or 'only the start, step 0'} "
-                f"(rollback --step); that did: {', '.join(map(str, touched)) or 'none'}",
-            ]
-        return "\n".join([*lines, *([self.left] if self.left else [])])
 
 
 def said_in(messages: list[dict]) -> list[str]:
@@ -278,46 +246,52 @@ def why_derived(other: SessionTexts, texts: list[str]) -> str | None:
     return None
 
 
-def forget_in(path: Path, session: str = "", user: str = "") -> str:
-    """`forget` with a connection of its own, so that it can be called in a thread; returns what to tell the person."""
-    with closing(own_connection(path)) as db:
-        return forget(db, session, user).report()
-
-
-def forget(db: sqlite3.Connection, session: str = "", user: str = "") -> Forgotten:
-    """Remove a conversation with everything derived from it, or all of a user with their adapter, for good. On
-    `own_connection`."""
+def forget(path: Path, session: str = "", user: str = "") -> str:
+    """Remove a conversation with everything derived from it, or all of a user with their adapter, for good. Returns
+    what to tell the person."""
     column, value = ("session", session) if session else ("user", user)
-    found = db.execute(f"SELECT DISTINCT session, user FROM turns WHERE {column} = ?", (value,)).fetchall()
-    owner = owner_of(db, user or (found[0]["user"] if found else ""))
-    if not found and not (user and owner and checkpoints(db, owner)):
-        if not empty_log(db):  # the log may be left from an earlier `forget`
-            raise UsageError(STILL_READ)
-        raise UsageError(f"--{column}={value}: there is no such {column} in the journal")
-    gone = Forgotten(sessions={r["session"]: "as asked" for r in found} | (derived(db, session) if session else {}))
-    mine = "session IN (SELECT value FROM json_each(?))" + (" AND user = ?" if user else "")
-    given = (pieces.as_json(list(gone.sessions)), *([user] if user else []))
-    trained = db.execute(f"SELECT MIN(step) FROM turns WHERE {mine} AND state = 'trained'", given)
-    gone.first = trained.fetchone()[0]
-    gone.adapter = bool(user and owner)
-    if gone.adapter:
-        remove_adapter(db, owner)
-    gone.kept = checkpoints(db, owner)
-    ids = [r["id"] for r in db.execute(f"SELECT id FROM turns WHERE {mine}", given)]
-    in_portions(db, f"DELETE FROM answers WHERE number IN (SELECT number FROM turns WHERE {THESE})", ids)
-    in_portions(db, f"DELETE FROM turns WHERE {THESE}", ids)
-    gone.turns = len(ids)
-    sweep(db)
-    gone.left = "" if empty_log(db) else STILL_READ
-    return gone
+    with closing(own_connection(path)) as db:
+        found = db.execute(f"SELECT DISTINCT session, user FROM turns WHERE {column} = ?", (value,)).fetchall()
+        owner = owner_of(db, user or (found[0]["user"] if found else ""))
+        if not found and not (user and owner and checkpoints(db, owner)):
+            if not empty_log(db):  # the log may be left from an earlier `forget`
+                raise UsageError(STILL_READ)
+            raise UsageError(f"--{column}={value}: there is no such {column} in the journal")
+        why = {r["session"]: "as asked" for r in found} | (derived(db, session) if session else {})
+        lines = [f"  {name}: {reason}" for name, reason in why.items()]
+        if user and owner:
+            db.execute("DELETE FROM checkpoints WHERE owner = ?", (owner,))
+            checkpoint.remove_others(path.parent, journal.listed(db))
+            checkpoint.forget_metrics(path.parent / "metrics.jsonl", owner)
+            lines.append("the user's adapter is removed with all its checkpoints: nothing of them is left in weights")
+        mine = "session IN (SELECT value FROM json_each(?))" + (" AND user = ?" if user else "")
+        given = (pieces.as_json(list(why)), *([user] if user else []))
+        turns = db.execute(f"SELECT id, state, step FROM turns WHERE {mine}", given).fetchall()
+        trained = [r["step"] for r in turns if r["state"] == "trained"]
+        if trained and not (user and owner):
+            lines += what_remains(min(trained), checkpoints(db, owner))
+        in_portions(
+            db,
+            [r["id"] for r in turns],
+            f"DELETE FROM answers WHERE number IN (SELECT number FROM turns WHERE {THESE})",
+            f"DELETE FROM turns WHERE {THESE}",
+        )
+        sweep(db)
+        if not empty_log(db):
+            lines.append(STILL_READ)
+    return "\n".join([f"{len(turns)} turns are removed", *lines])
 
 
-def remove_adapter(db: sqlite3.Connection, owner: str) -> None:
-    out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
-    with transaction(db):
-        db.execute("DELETE FROM checkpoints WHERE owner = ?", (owner,))
-    checkpoint.remove_others(out, journal.listed(db))
-    checkpoint.forget_metrics(out / "metrics.jsonl", owner)
+def what_remains(first: int, kept: list[int]) -> list[str]:
+    """What to say of turns that were trained on in the step `first`, and maybe later. `kept`: checkpoints' steps."""
+    clean = [str(step) for step in kept if step < first]
+    touched = [str(step) for step in kept if step >= first]
+    return [
+        f"these turns were used in the steps from {first} on. Their effect on weights, Adam's moments and the running "
+        "means of rewards remains.",
+        f"checkpoints that did not see it: {', '.join(clean) or 'only the start, step 0'} (rollback --step); "
+        f"that did: {', '.join(touched) or 'none'}",
+    ]
 
 
 STILL_READ = (

@@ -48,6 +48,12 @@ def sessions_left(db):
     return {r[0] for r in db.execute("SELECT DISTINCT session FROM turns")}
 
 
+def forget(folder, **what):
+    """What `forget` tells the admin, and the sessions that it removed."""
+    said = upkeep.forget(folder / "journal.db", **what)
+    return said, {line.strip().split(": ")[0] for line in said.splitlines() if line.startswith("  ")}
+
+
 def test_forget_also_removes_what_was_derived_from_a_conversation(db, tmp_path):
     first = say(db, "talk", [user(SECRET)], REPLY)
     journal.record_next(db, first, [user("Thanks.")])
@@ -68,34 +74,34 @@ def test_forget_also_removes_what_was_derived_from_a_conversation(db, tmp_path):
             [user("How tall is the tower in Paris?"), bot("330 m"), user("Thanks.")],
             "You are welcome.",
         )
-    gone = upkeep.forget(db, session="talk")
-    assert set(gone.sessions) == {"talk", "title", "summary", "compacted", "client"} and gone.turns == 5
-    assert "talk: as asked" in gone.report() and "title: it quotes a text of" in gone.report()
+    said, gone = forget(tmp_path, session="talk")
+    assert gone == {"talk", "title", "summary", "compacted", "client"} and said.startswith("5 turns are removed")
+    assert "talk: as asked" in said and "title: it quotes a text of" in said
     assert sessions_left(db) == {"bobs", *(f"other {k}" for k in range(10))}
-    upkeep.forget(db, user="bob")
+    forget(tmp_path, user="bob")
     assert sessions_left(db) == {f"other {k}" for k in range(10)} and not on_disk(tmp_path, "Xyzzy")
     with pytest.raises(UsageError, match="--session=talk: there is no such session"):
-        upkeep.forget(db, session="talk")
+        forget(tmp_path, session="talk")
 
 
-def test_forget_keeps_other_conversations_that_share_only_common_texts(db):
+def test_forget_keeps_other_conversations_that_share_only_common_texts(db, tmp_path):
     for k in range(6):
         talk = [user(f"Question number {k}, please answer it well."), bot(f"Answer number {k} to it, in full length.")]
         say(db, f"s{k}", [*talk, user(COMMON)], "Nothing is due.")
     for name in ("weather", "weather again"):
         say(db, name, [user("What is the weather like in Berlin?")], "I can't see the weather from here.")
-    assert set(upkeep.forget(db, session="s0").sessions) == {"s0"}
-    assert set(upkeep.forget(db, session="weather").sessions) == {"weather"}
+    assert forget(tmp_path, session="s0")[1] == {"s0"}
+    assert forget(tmp_path, session="weather")[1] == {"weather"}
 
 
-def test_forget_reports_the_steps_and_checkpoints_that_remain(db):
+def test_forget_reports_the_steps_and_checkpoints_that_remain(db, tmp_path):
     turn_id = say(db, "talk", [user(SECRET)], REPLY)
     journal.record_verdict(db, turn_id, BAD)
     journal.begin_step(db, [turn_id])
     journal.mark_trained(db, [turn_id], 12)
     for step in (10, 20):
         journal.add_checkpoint(db, "", step, keep=3)
-    said = upkeep.forget(db, session="talk").report()
+    said, _ = forget(tmp_path, session="talk")
     assert "the steps from 12 on" in said and "did not see it: 10 (rollback --step); that did: 20" in said
 
 
@@ -105,10 +111,10 @@ def test_forget_reports_that_a_reader_holds_the_log(db, tmp_path, monkeypatch):
     reader = sqlite3.connect(tmp_path / "journal.db")
     reader.execute("BEGIN")
     reader.execute("SELECT COUNT(*) FROM turns").fetchone()
-    assert "another program reads the journal" in upkeep.forget(db, session="talk").report()
+    assert "another program reads the journal" in forget(tmp_path, session="talk")[0]
     reader.close()
     with pytest.raises(UsageError, match="no such session"):
-        upkeep.forget(db, session="talk")
+        forget(tmp_path, session="talk")
     assert not on_disk(tmp_path, "Xyzzy")
 
 
@@ -117,15 +123,15 @@ def test_a_piece_that_is_used_again_during_forget_is_kept(db, tmp_path, monkeypa
     say(db, "talk", [user(SECRET)], REPLY)
     program, portions = journal.open_journal(tmp_path / "journal.db"), upkeep.in_portions
 
-    def record_before_and_after(db, statement, ids):
-        if "hash = NULL" in statement:
+    def record_before_and_after(db, ids, *statements):
+        if "hash = NULL" in statements[0]:
             say(program, "before", [user(SECRET)], "ok")
-        portions(db, statement, ids)
-        if "hash = NULL" in statement:
+        portions(db, ids, *statements)
+        if "hash = NULL" in statements[0]:
             say(program, "after", [user(SECRET)], "ok")
 
     monkeypatch.setattr(upkeep, "in_portions", record_before_and_after)
-    upkeep.forget(db, session="talk")
+    forget(tmp_path, session="talk")
     for r in db.execute("SELECT id FROM turns").fetchall():
         assert journal.load_turn(db, r["id"])[0].messages == [user(SECRET)]
     assert sessions_left(db) == {"before", "after"}

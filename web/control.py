@@ -74,7 +74,7 @@ async def run_command(p: Program, command: str, body: dict[str, Any]) -> str:
     if command == "forget":
         async with p.stepping:
             journal_file = Path(p.config.out) / "journal.db"
-            said = await asyncio.to_thread(upkeep.forget_in, journal_file, body.get("session", ""), user)
+            said = await asyncio.to_thread(upkeep.forget, journal_file, body.get("session", ""), user)
             if owner := p.owner_of(user):
                 # Train and answer this user from the starting weights again.
                 p.states.pop(owner, None)

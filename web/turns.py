@@ -45,7 +45,7 @@ def listed(db: sqlite3.Connection, **where: Any) -> list[dict[str, Any]]:
         turn["request"] = [shown(m) for m in replied_to(pieces_of(db, ids[-LAST_MESSAGES:]))]
         turn["next"] = [shown(m) for m in pieces_of(db, json.loads(turn.pop("next_messages") or "[]")[-LAST_MESSAGES:])]
         text = db.execute(f"SELECT substr(text, 1, {SHOWN}) FROM answers WHERE number = ?", (row["number"],))
-        (turn["answer"],) = text.fetchone() or ("",)  # `forget` removes it first
+        (turn["answer"],) = text.fetchone() or ("",)  # missing if an older `forget` was cut off
         found.append(turn)
     return found
 
