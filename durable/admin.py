@@ -28,8 +28,6 @@ from clients.sessions import replied_to, with_calls, without_thinking
 from durable import checkpoint, journal, look, upkeep
 from durable.errors import UsageError
 
-QUERY = "SELECT * FROM readable"
-
 
 def one_line(text: str, width: int = 160) -> str:
     text = " ".join(text.split())
@@ -62,74 +60,163 @@ def describe(row: sqlite3.Row) -> str:
     return "\n".join([*lines, f"  became    {became}{': ' + row['reason'] if row['reason'] else ''}"])
 
 
+def printable(text: str) -> str:
+    """Escape control characters and characters that change the text direction."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- the commands ----
+
+
 @dataclass(frozen=True, kw_only=True)
 class OfRun:
     out: str = "out"  # the --out of run.py
 
+    def journal_file(self) -> Path:
+        """UsageError if there is none."""
+        file = Path(self.out) / "journal.db"
+        if not file.exists():
+            raise UsageError(f"--out={file.parent}: there is no journal.db in it")
+        return file
+
+
+class Reading(OfRun):
+    """A command whose `read` gets the journal; it can't write."""
+
+    def run(self) -> None:
+        with closing(sqlite3.connect(f"file:{self.journal_file()}?mode=ro", uri=True)) as db:
+            db.row_factory = sqlite3.Row
+            self.read(db)
+
+
+class Changing(OfRun):
+    """A command that the running program carries out. `alone`: what happens if none runs."""
+
+    def run(self) -> None:
+        file = self.journal_file()
+        said = ask_program(file.parent, self)
+        print(printable(self.alone(file) if said is None else said))
+
+    def alone(self, file: Path) -> str:
+        raise UsageError(f"no program is running with --out={file.parent}")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Show(OfRun):
+class Show(Reading):
     """Print the last 20 answers, or one conversation. A running program is not disturbed."""
 
     session: str = ""  # of one conversation, as printed here; all of it
 
+    def read(self, db: sqlite3.Connection) -> None:
+        if self.session:
+            rows = db.execute("SELECT * FROM readable WHERE session = ? ORDER BY created", (self.session,)).fetchall()
+        else:
+            rows = db.execute("SELECT * FROM readable ORDER BY created DESC LIMIT 20").fetchall()[::-1]
+        if not rows:
+            raise UsageError(f"--session={self.session}: no such session" if self.session else "the journal is empty")
+        print(printable("\n\n".join(map(describe, rows))))
+
 
 @dataclass(frozen=True, kw_only=True)
-class Learned(OfRun):
+class Learned(Reading):
     """Print what users complained about, and how often. A running program is not disturbed."""
 
     user: str = ""  # only what this user said
 
+    def read(self, db: sqlite3.Connection) -> None:
+        if not (found := look.rules(db, self.user or None)):
+            raise UsageError("nobody has said what is wrong with an answer")
+        for rule in found:
+            print(printable(f"{rule['times']:>5} x  {one_line(rule['hint'])}  ({rule['user']})"))
+
 
 @dataclass(frozen=True, kw_only=True)
-class Rollback(OfRun):
+class Rollback(Changing):
     """Make the checkpoint of a step the current one. The program may run."""
 
     step: int  # 0: the weights that training began from
     user: str = ""  # whose adapter, with --adapters=user
 
+    def alone(self, file: Path) -> str:
+        with upkeep.lock_out_dir(file.parent), closing(journal.open_journal(file)) as db:
+            undone = upkeep.rollback(db, upkeep.check_owner(db, self.user), self.step)
+            checkpoint.remove_others(file.parent, journal.listed(db))
+        return upkeep.rolled_back(self.step, undone)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Forget(OfRun):
+class Forget(Changing):
     """Delete a conversation and everything derived from it, or all of a user, for good. The program may run."""
 
     session: str = ""  # as `show` prints it
     user: str = ""  # all their conversations instead
 
+    def run(self) -> None:
+        if bool(self.session) == bool(self.user):
+            raise UsageError("forget: give --session or --user")
+        super().run()
+
+    def alone(self, file: Path) -> str:
+        return upkeep.forget(file, self.session, self.user)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Pause(OfRun):
+class Pause(Changing):
     """Pause training in the running program; it continues to serve and judge."""
 
     user: str = ""  # of this user's adapter alone, with --adapters=user
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resume(OfRun):
+class Resume(Changing):
     """Resume training in the running program, after a pause or after an error that stopped it."""
 
     user: str = ""  # of this user's adapter alone
 
 
-@dataclass(frozen=True, kw_only=True)
-class Train(OfRun):
+class Train(Changing):
     """Have the running program train on the turns that are judged by now, without waiting for a full batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(OfRun):
+class Export(Reading):
     """Write the model of the last checkpoint as a plain Hugging Face folder, an adapter merged into it."""
 
     folder: str  # to write
     step: int = -1  # another checkpoint's; -1: the last
     user: str = ""  # whose adapter, with --adapters=user
 
+    def read(self, db: sqlite3.Connection) -> None:
+        from durable import model  # here, since torch and transformers take seconds, which `show` should not
+
+        out, owner = Path(self.out), upkeep.check_owner(db, self.user)
+        if not (known := journal.checkpoints(db, owner)):
+            raise UsageError(f"--out={out}: there is no checkpoint{f' of {owner}' if owner else ''} yet")
+        step = known[-1] if self.step < 0 else self.step
+        if step not in known:
+            raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
+        model.export(checkpoint.folder_of(out, owner, step), Path(self.folder))
+        print(f"{self.folder} has the model of step {step}")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Turns(OfRun):
+class Turns(Reading):
     """Print every answer as a line of JSON: its prompt, tokens and log-probs, its verdict and what became of it."""
 
     since: str = ""  # answers from this day on, as 2026-01-31
+
+    def read(self, db: sqlite3.Connection) -> None:
+        try:
+            begin = datetime.fromisoformat(self.since).timestamp() if self.since else 0.0
+        except ValueError as e:
+            raise UsageError(f"--since={self.since}: expected a day, as 2026-01-31") from e
+        ids = db.execute("SELECT id FROM turns WHERE created >= ? AND template NOT NULL ORDER BY created", (begin,))
+        for (turn_id,) in ids.fetchall():
+            row = journal.row_of(db, turn_id)
+            turn = asdict(journal.turn_of(db, row)) | {name: row[name] for name in ("state", "step", "reason")}
+            turn["next_messages"] = json.loads(row["next_messages"] or "[]")
+            turn["verdict"] = asdict(journal.verdict_of(row)) if row["score"] is not None else None
+            print(json.dumps(turn))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,45 +226,20 @@ class Key(OfRun):
     add: str = ""  # the user who gets a new key
     revoke: str = ""  # the user whose keys are removed
 
+    def run(self) -> None:
+        file = Path(self.out) / "keys"
+        if bool(self.add) == bool(self.revoke):
+            raise UsageError("key: give --add=USER or --revoke=USER")
+        if self.add:
+            print(keys.add(file, self.add))
+        else:
+            print(f"{keys.revoke(file, self.revoke)} keys of {self.revoke} are revoked")
+
 
 Command = Show | Learned | Rollback | Forget | Pause | Resume | Train | Export | Turns | Key
 
 
-def main(command: Command) -> None:
-    out = Path(command.out)
-    if isinstance(command, Key):
-        change_keys(out / "keys", command.add, command.revoke)
-        return
-    if not (out / "journal.db").exists():
-        raise UsageError(f"--out={out}: there is no journal.db in it")
-    if isinstance(command, Show | Learned | Export | Turns):
-        with closing(sqlite3.connect(f"file:{out / 'journal.db'}?mode=ro", uri=True)) as db:
-            db.row_factory = sqlite3.Row
-            if isinstance(command, Show):
-                show(db, command.session)
-            elif isinstance(command, Learned):
-                print_learned(db, command.user)
-            elif isinstance(command, Turns):
-                print_turns(db, command.since)
-            else:
-                export(db, out, command)
-    elif isinstance(command, Forget) and bool(command.session) == bool(command.user):
-        raise UsageError("forget: give --session or --user")
-    elif (said := ask_program(out, command)) is not None:
-        print(printable(said))
-    elif isinstance(command, Rollback):
-        with upkeep.lock_out_dir(out), closing(journal.open_journal(out / "journal.db")) as db:
-            owner = upkeep.check_owner(db, command.user)
-            undone = upkeep.rollback(db, owner, command.step)
-            checkpoint.remove_others(out, journal.listed(db))
-            print(upkeep.rolled_back(command.step, undone))
-    elif isinstance(command, Forget):
-        print(printable(upkeep.forget(out / "journal.db", command.session, command.user)))
-    else:
-        raise UsageError(f"no program is running with --out={out}")
-
-
-def ask_program(out: Path, command: Command) -> str | None:
+def ask_program(out: Path, command: Changing) -> str | None:
     """Have the program with this --out carry out a command. None if no program runs; UsageError if it refuses."""
     try:
         upkeep.lock_out_dir(out).close()
@@ -198,67 +260,8 @@ def ask_program(out: Path, command: Command) -> str | None:
     return reply.json()["done"]
 
 
-def printable(text: str) -> str:
-    """Escape control characters and characters that change the text direction."""
-    shown = lambda c: c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()  # noqa: E731
-    return "".join(map(shown, text))
-
-
-def change_keys(file: Path, add: str, revoke: str) -> None:
-    if bool(add) == bool(revoke):
-        raise UsageError("key: give --add=USER or --revoke=USER")
-    if add:
-        print(keys.add(file, add))
-    else:
-        print(f"{keys.revoke(file, revoke)} keys of {revoke} are revoked")
-
-
-def show(db: sqlite3.Connection, session: str) -> None:
-    if session:
-        rows = db.execute(f"{QUERY} WHERE session = ? ORDER BY created", (session,)).fetchall()
-    else:
-        rows = db.execute(f"{QUERY} ORDER BY created DESC LIMIT 20").fetchall()[::-1]
-    if not rows:
-        raise UsageError(f"--session={session}: no such session" if session else "the journal is empty")
-    print(printable("\n\n".join(map(describe, rows))))
-
-
-def print_learned(db: sqlite3.Connection, user: str) -> None:
-    if not (found := look.rules(db, user or None)):
-        raise UsageError("nobody has said what is wrong with an answer")
-    for rule in found:
-        print(printable(f"{rule['times']:>5} x  {one_line(rule['hint'])}  ({rule['user']})"))
-
-
-def export(db: sqlite3.Connection, out: Path, command: Export) -> None:
-    from durable import model  # here, since torch and transformers take seconds, which `show` should not
-
-    owner = upkeep.check_owner(db, command.user)
-    if not (known := journal.checkpoints(db, owner)):
-        raise UsageError(f"--out={out}: there is no checkpoint{f' of {owner}' if owner else ''} yet")
-    step = max(known) if command.step < 0 else command.step
-    if step not in known:
-        raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, sorted(known)))}")
-    model.export(checkpoint.folder_of(out, owner, step), Path(command.folder))
-    print(f"{command.folder} has the model of step {step}")
-
-
-def print_turns(db: sqlite3.Connection, since: str) -> None:
-    try:
-        begin = datetime.fromisoformat(since).timestamp() if since else 0.0
-    except ValueError as e:
-        raise UsageError(f"--since={since}: expected a day, as 2026-01-31") from e
-    ids = db.execute("SELECT id FROM turns WHERE created >= ? AND template NOT NULL ORDER BY created", (begin,))
-    for (turn_id,) in ids.fetchall():
-        row = journal.row_of(db, turn_id)
-        turn = asdict(journal.turn_of(db, row)) | {name: row[name] for name in ("state", "step", "reason")}
-        turn["next_messages"] = json.loads(row["next_messages"] or "[]")
-        turn["verdict"] = asdict(journal.verdict_of(row)) if row["score"] is not None else None
-        print(json.dumps(turn))
-
-
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Command, description=__doc__, use_underscores=True))
+        tyro.cli(Command, description=__doc__, use_underscores=True).run()
     except UsageError as e:
         sys.exit(str(e))
