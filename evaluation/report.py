@@ -3,6 +3,7 @@
 import statistics
 import textwrap
 from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,16 @@ def table(results: list[dict[str, Any]]) -> str:
         "log-lik. unrelated, change | KL to start, fixed text | words | cut off, % | minutes |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    upto = {
-        p: min(r["measures"][-1]["talks"] for r in results if r["person"] == p) for p in {r["person"] for r in results}
-    }
-    key = lambda r: (r["person"], r["label"])  # noqa: E731
+    key = itemgetter("person", "label")
     percent = lambda ms, what: interval([100 * m[what] for m in ms])  # noqa: E731
     words = lambda ms: f"{statistics.mean(m['words'] for m in ms):.0f}"  # noqa: E731
     for (people, label), group in groupby(sorted(results, key=key), key):
         runs = list(group)
+        upto = min(r["measures"][-1]["talks"] for r in results if r["person"] == people)
         for name in people.split("+"):
-            measured = [[m for m in r["measures"] if m["person"] == name and m["talks"] <= upto[people]] for r in runs]
+            measured = [[m for m in r["measures"] if m["person"] == name and m["talks"] <= upto] for r in runs]
             first, last = [ms[0] for ms in measured], [ms[-1] for ms in measured]
-            talked = [[f for f in r["firsts"][: upto[people]] if f["person"] == name] for r in runs]
+            talked = [[f for f in r["firsts"][:upto] if f["person"] == name] for r in runs]
             effect = [sessions_to_effect([f["pleased"] for f in firsts]) for firsts in talked]
             reached = (
                 interval([e for e in effect if e]) if all(effect) else f"{effect.count(None)}x over {len(talked[0])}"
@@ -67,8 +66,7 @@ def table(results: list[dict[str, Any]]) -> str:
             ]
             lost = [b["unrelated"] - a["unrelated"] for a, b in zip(first, last, strict=True)]
             lines.append(
-                f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {upto[people]} | "
-                f"{reached} | "
+                f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {upto} | {reached} | "
                 f"{by_chance(statistics.mean(m['satisfied'] for m in first))} | "
                 f"{percent(first, 'satisfied')} | {percent(last, 'satisfied')} | "
                 f"{statistics.mean(lost):+.3f} | {f'{statistics.mean(kl):.3f}' if kl else '-'} | "
@@ -92,10 +90,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         for label, jointly in product(labels, (False, True)):
             satisfied: dict[int, list[float]] = {}  # sessions -> % of each seed
             for r in results:
-                if r["label"] == label and name in r["person"].split("+") and ("+" in r["person"]) == jointly:
-                    for m in r["measures"]:
-                        if m["person"] == name:
-                            satisfied.setdefault(m["talks"], []).append(100 * m["satisfied"])
+                for m in r["measures"]:
+                    if (r["label"], "+" in r["person"], m["person"]) == (label, jointly, name):
+                        satisfied.setdefault(m["talks"], []).append(100 * m["satisfied"])
             if satisfied:
                 xs, ys = zip(*sorted(satisfied.items()), strict=True)
                 color, seeds = f"C{labels.index(label)}", max(map(len, ys))
