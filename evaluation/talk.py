@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -90,15 +91,14 @@ class Run:
 # ---- talking ----
 
 
-async def ask(
-    client: AsyncOpenAI, messages: list[dict], max_tokens: int, temperature: float, last: bool = False
-) -> tuple[str, bool]:
-    """The answer, and whether it was truncated. `last`: the session ends, so the server won't wait for a reply."""
+async def ask(client: AsyncOpenAI, setup: Setup, messages: list[dict], last: bool = False) -> tuple[str, bool]:
+    """The answer, and whether it was truncated. `last`: the session ends, so the answer is short, nobody looks at it,
+    and the server won't wait for a reply."""
     reply = await client.chat.completions.create(
         model="policy",
         messages=messages,
-        max_tokens=max_tokens,
-        temperature=temperature,
+        max_tokens=24 if last else setup.max_tokens,
+        temperature=setup.temperature,
         extra_headers={"X-Session-Done": "1"} if last else {},
     )
     return reply.choices[0].message.content or "", reply.choices[0].finish_reason == "length"
@@ -123,15 +123,13 @@ async def react(setup: Setup, person: Person, question: str, subject: str, answe
 
 
 async def talk(client: AsyncOpenAI, setup: Setup, person: Person, rng: random.Random) -> dict[str, Any]:
-    """One session: ask, read, react in words. The answer to the reaction is short, and not looked at."""
+    """One session: ask, read, react in words."""
     question, subject = person.asks(rng, False)
-    first, _ = await ask(client, [{"role": "user", "content": question}], setup.max_tokens, setup.temperature)
-    talked = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": first},
-        {"role": "user", "content": await react(setup, person, question, subject, first, rng)},
-    ]
-    await ask(client, talked, 24, setup.temperature, last=True)
+    asked = [{"role": "user", "content": question}]
+    first, _ = await ask(client, setup, asked)
+    reaction = await react(setup, person, question, subject, first, rng)
+    talked = [*asked, {"role": "assistant", "content": first}, {"role": "user", "content": reaction}]
+    await ask(client, setup, talked, last=True)
     return {"pleased": person.pleased(subject, first), "words": len(first.split())}
 
 
@@ -145,9 +143,7 @@ async def measure(client: AsyncOpenAI, setup: Setup, person: Person) -> dict[str
 
     async def first(question: str, subject: str) -> tuple[str, bool, bool]:
         async with limit:
-            answer, cut = await ask(
-                client, [{"role": "user", "content": question}], setup.max_tokens, setup.temperature
-            )
+            answer, cut = await ask(client, setup, [{"role": "user", "content": question}])
             return answer, cut, person.pleased(subject, answer)
 
     n = setup.held_out
@@ -194,32 +190,29 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
     clients = {name: AsyncOpenAI(base_url=f"{url}/v1", api_key=f"{name}-key", timeout=600) for name in names}
     measures: list[dict] = []
     firsts: list[dict] = []  # sessions with the person's verdict on the first answer, in the order of their starts
-    admin = {"Authorization": f"Bearer {(Path(setup.out) / run.folder / ADMIN).read_text().strip()}"}
+    admin_key = (Path(setup.out) / run.folder / ADMIN).read_text().strip()
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         bar = tqdm(total=setup.talks, unit="session", desc="measuring", dynamic_ncols=True)
 
-        async def step_of(name: str) -> int:
-            """The step of the weights that answer this person."""
-            headers = {"Authorization": f"Bearer {name}-key"}
-            return (await http.get("/status", headers=headers)).raise_for_status().json()["step"]
+        async def status_for(key: str) -> dict:
+            reply = await http.get("/status", headers={"Authorization": f"Bearer {key}"})
+            return reply.raise_for_status().json()
 
-        async def now() -> tuple[dict, int]:
-            """The server's status, and how many turns are waiting for the judge or the trainer."""
-            status = (await http.get("/status", headers=admin)).raise_for_status().json()
+        async def now() -> tuple[dict, bool, bool]:
+            """The server's status, whether a whole batch waits in it, and whether it is judging or training."""
+            status = await status_for(admin_key)
             if firsts and status["training"] != "on":
                 raise RuntimeError(f"the server does not train: {status['training']}")
             bar.set_postfix_str(f"step {status['step']}")
-            turns = status["turns"]
-            unread = turns.get("judging", 0) + turns.get("queued", 0)
-            if setup.at_once == 1 and (turns.get("judging") or turns.get("training")):
-                unread = max(unread, status["batch_size"])
-            return status, unread
+            turns = Counter(status["turns"])
+            has_batch = turns["judging"] + turns["queued"] >= status["batch_size"]
+            return status, has_batch, turns["judging"] + turns["training"] > 0
 
         async def measured() -> None:
             bar.set_description("measuring")
             lost = await unrelated(clients[names[0]])
             for name in names:
-                step = await step_of(name)
+                step = (await status_for(f"{name}-key"))["step"]  # of the weights that answer this person
                 found = await measure(clients[name], setup, PEOPLE[name])
                 when = {"talks": len(firsts), "step": step, "minutes": (time.monotonic() - started) / 60}
                 measures.append({**when, "person": name, "unrelated": lost, **found})
@@ -239,15 +232,16 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
                 for task in [t for t in talking if t.done()]:
                     talking.remove(task)
                     task.result()  # an error in a session is an error of the run
-                status, unread = await now()
-                if len(firsts) < goal and len(talking) < setup.at_once and unread < status["batch_size"]:
+                status, has_batch, at_work = await now()
+                wait = has_batch or (at_work and setup.at_once == 1)
+                if len(firsts) < goal and len(talking) < setup.at_once and not wait:
                     firsts.append({"person": names[len(firsts) % len(names)], "step": status["step"]})
                     talking.add(asyncio.create_task(session(len(firsts), firsts[-1])))
                 await asyncio.sleep(0.2)
-            status, unread = await now()
-            while status["turns"].get("judging") or status["turns"].get("training") or unread >= status["batch_size"]:
+            _, has_batch, at_work = await now()
+            while has_batch or at_work:
                 await asyncio.sleep(1)
-                status, unread = await now()
+                _, has_batch, at_work = await now()
             await measured()
         bar.close()
     for client in clients.values():
