@@ -38,7 +38,7 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
         else:
             batches[owner].append(turn)
     for turn_id, why_not in unfit:
-        await journal.patiently(journal.drop, p.db, [turn_id], why_not)
+        await p.write(journal.drop, [turn_id], why_not)
     if unfit:
         p.wake.set()
         await asyncio.sleep(0)
@@ -68,7 +68,7 @@ async def prepare_lessons(
             lessons.append(trainer.Lesson(sample.turn, adv, hinted))
         else:
             grpo.move_baseline(state.baselines, key, sample.verdict.score)
-            await journal.patiently(journal.drop, p.db, [sample.turn.id], journal.NOTHING_TO_LEARN)
+            await p.write(journal.drop, [sample.turn.id], journal.NOTHING_TO_LEARN)
     return kept, lessons
 
 
@@ -82,6 +82,6 @@ async def hinted_prompts(p: Program, sample: Sample) -> list[list[int]]:
         if not (fitting := [prompt for prompt in prompts if len(prompt) <= longest]):
             raise distill.NoHintedPrompt(f"longer than {p.config.max_train_tokens} tokens with it")
     except distill.NoHintedPrompt as e:
-        await journal.patiently(journal.note, p.db, turn.id, f"hint not used: {e}")
+        await p.write(journal.note, turn.id, f"hint not used: {e}")
         return []
     return fitting

@@ -119,13 +119,17 @@ class Program:
         """Run f(*args) on the trainer's thread, while serving and judging continue."""
         return asyncio.get_running_loop().run_in_executor(self.trainer, f, *args)
 
+    def write(self, change: Callable, *args: Any) -> Awaitable[Any]:
+        """Run change(db, *args), a function that writes to the journal, in its own transaction: `journal.patiently`."""
+        return journal.patiently(change, self.db, *args)
+
     async def undo(self, state: trainer.State) -> None:
         """After a failed step: the trainer, and the engine if it got new weights, return to the last snapshot."""
         await self.on_trainer(trainer.restore, state)
         if swap.served_step(state.owner) != state.step:
             weights = await self.on_trainer(trainer.served_weights, state.policy)
             await swap.restore_weights(self.engine, weights, state.step, state.owner)
-            await journal.patiently(journal.drop_newer, self.db, state.owner, state.step)
+            await self.write(journal.drop_newer, state.owner, state.step)
 
     async def save(self, state: trainer.State) -> None:
         """Write a checkpoint if there is something new. If that fails, the next step tries again."""
@@ -140,7 +144,7 @@ class Program:
         except checkpoint.CheckpointError as e:
             print(f"no checkpoint of step {step}: {e}", file=sys.stderr)
             return
-        await journal.patiently(journal.add_checkpoint, self.db, owner, step, self.config.keep)
+        await self.write(journal.add_checkpoint, owner, step, self.config.keep)
         await self.on_trainer(checkpoint.remove_others, out, journal.listed(self.db))
 
     async def unload_states(self) -> None:
@@ -196,7 +200,7 @@ class Program:
         turns, most = journal.counts(self.db), self.config.max_waiting
         if full := turns.get("judging", 0) + turns.get("queued", 0) > most:
             why_not = f"more than {most} turns wait for the judge or the trainer"
-            await journal.patiently(journal.drop, self.db, [turn_id], why_not)
+            await self.write(journal.drop, [turn_id], why_not)
         return not full
 
     @property

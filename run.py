@@ -51,7 +51,7 @@ async def judge_turns(p: Program, judge: Judge) -> None:
         try:
             turn, following = journal.load_turn(p.db, turn_id)
         except KeyError:  # its row is damaged, or was deleted by `forget`
-            await journal.patiently(journal.drop, p.db, [turn_id], journal.UNREADABLE)
+            await p.write(journal.drop, [turn_id], journal.UNREADABLE)
             continue
         request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
         try:
@@ -62,7 +62,7 @@ async def judge_turns(p: Program, judge: Judge) -> None:
                 traceback.print_exception(error)
                 error = JudgeError(f"{type(error).__name__}: {error}", of_turn=True)
             if p.judge_health.failed(turn_id, error):
-                await journal.patiently(journal.drop, p.db, [turn_id], f"the judge failed: {error}")
+                await p.write(journal.drop, [turn_id], f"the judge failed: {error}")
             else:
                 asyncio.get_running_loop().call_later(1, p.to_judge.put_nowait, turn_id)
             continue
@@ -71,7 +71,7 @@ async def judge_turns(p: Program, judge: Judge) -> None:
         verdict = Verdict(score, votes, confidence, hints, judge.hinted_by if hints else "", model, "judge")
         while not journal.has_disk_space(p.db):
             await asyncio.sleep(1)
-        state = await journal.patiently(journal.record_verdict, p.db, turn_id, verdict, following)
+        state = await p.write(journal.record_verdict, turn_id, verdict, following)
         if state == "queued":
             p.judged_at[turn_id] = asyncio.get_running_loop().time()
             p.wake.set()
@@ -95,7 +95,7 @@ async def train(p: Program) -> None:
     async with p.stepping:
         for state in p.states.values():
             await p.undo(state)
-        await journal.patiently(journal.requeue, p.db, "its step could not be undone at once")
+        await p.write(journal.requeue, "its step could not be undone at once")
     refused, failed = Counter[str](), Counter[str]()  # owner -> steps in a row that the guard refused, or that failed
     new_thread = False  # does the next step need a new trainer thread?
     while not p.config.steps or sum(p.steps().values()) < p.config.steps:
@@ -118,7 +118,7 @@ async def train(p: Program) -> None:
             try:
                 if new_thread:
                     p.new_trainer_thread()
-                batch = await journal.patiently(journal.begin_step, p.db, [turn["id"] for turn in turns])
+                batch = await p.write(journal.begin_step, [turn["id"] for turn in turns])
                 await step(p, state, batch)
                 refused[owner], failed[owner], new_thread = 0, 0, False
             except (trainer.Stopped, swap.EngineDied):
@@ -126,8 +126,8 @@ async def train(p: Program) -> None:
             except guard.Refused as e:
                 refused[owner] += 1
                 await p.undo(state)
-                why_not, ids = f"step {state.step + 1} reverted: {e}", journal.in_state(p.db, "training")
-                await journal.patiently(journal.drop, p.db, ids, why_not)
+                why_not = f"step {state.step + 1} reverted: {e}"
+                await p.write(journal.drop, journal.in_state(p.db, "training"), why_not)
                 print(why_not, file=sys.stderr)
                 if refused[owner] >= guard.IN_A_ROW:
                     p.stop_training(f"{refused[owner]} steps in a row reverted, the last one: {e}", owner=owner)
@@ -136,7 +136,7 @@ async def train(p: Program) -> None:
                 new_thread, error = True, f"{type(e).__name__}: {e}"
                 traceback.print_exception(e)
                 await p.undo(state)
-                await journal.patiently(journal.requeue, p.db, error)
+                await p.write(journal.requeue, error)
                 p.stop_training(error, None if isinstance(e, swap.PushError) else min(3600, 5 * 2 ** failed[owner]))
             await p.unload_states()
     p.paused[""] = "off"
@@ -163,7 +163,7 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
 
     # 4. commit: from here on an undo returns to this step, and a restart does once it is in a checkpoint
     await p.wait_for_disk_space()
-    await journal.patiently(journal.mark_trained, p.db, [sample.turn.id for sample in batch], state.step + 1)
+    await p.write(journal.mark_trained, [sample.turn.id for sample in batch], state.step + 1)
     for s in batch:
         grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
     await p.on_trainer(trainer.commit, state, state.step + 1, state.baselines, probed)
@@ -283,7 +283,7 @@ async def stop(p: Program, web: WebServer, tasks: list[asyncio.Task], watch: asy
     await asyncio.gather(*tasks, return_exceptions=True)
     await p.on_trainer(lambda: None)  # wait for a `commit` that has begun, so that its step is in the checkpoint
     try:
-        await asyncio.wait_for(journal.patiently(journal.leave_step, p.db), LOCK_WAIT_S)
+        await asyncio.wait_for(p.write(journal.leave_step), LOCK_WAIT_S)
     except TimeoutError:
         why = "another program is writing to the journal; the next start repeats the steps since the last checkpoint"
         for state in p.states.values():
@@ -300,7 +300,7 @@ async def expire_turns(p: Program) -> None:
     await asyncio.sleep(p.config.expire)
     while True:
         if journal.has_disk_space(p.db):
-            await journal.patiently(journal.expire, p.db, p.config.expire)
+            await p.write(journal.expire, p.config.expire)
         await asyncio.sleep(min(60.0, p.config.expire))
 
 

@@ -242,7 +242,7 @@ class Recorder:
             return
 
         # The prompt is valid, since vLLM calls us: only now does the request count as a next message.
-        session, dropped, continued = await journal.patiently(self.link, self._p.db, request)
+        session, dropped, continued = await self._p.write(self.link, request)
         if kwargs.get("lora_request"):
             dropped = "answered by the starting weights"
         for earlier in continued:
@@ -281,7 +281,7 @@ class Recorder:
                 temperature=sampling_params.temperature,
                 no_rl=why_no_rl(sampling_params),
             )
-            await journal.patiently(journal.record_turn, self._p.db, turn, why_not)
+            await self._p.write(journal.record_turn, turn, why_not)
             written.add(index)
 
         await self._p.load_adapter(caller.get())

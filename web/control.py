@@ -37,7 +37,7 @@ async def roll_back(p: Program, user: str, step: int) -> str:
             probed, logps = await p.on_trainer(state.probe.measure, state.policy)
             weights = await p.on_trainer(trainer.served_weights, state.policy)
             _, p.pause = await swap.push(p.engine, weights, step, (state.probe.ids, logps), owner)
-            undone = await journal.patiently(upkeep.rollback, p.db, owner, step)
+            undone = await p.write(upkeep.rollback, owner, step)
         except Exception:
             await p.undo(state)
             if was_away:  # their current weights are still those on the disk
@@ -81,7 +81,7 @@ async def run_command(p: Program, command: str, body: dict[str, Any]) -> str:
                 p.paused.pop(owner, None)
                 await swap.make_newest(p.engine, owner, swap.Version(0))
                 # An answer by the adapter may have been recorded meanwhile: drop it. Running ones: see `Recorder`.
-                await journal.patiently(upkeep.rollback, p.db, owner, 0)
+                await p.write(upkeep.rollback, owner, 0)
         for from_tool in (False, True):
             p.state.baselines.pop(grpo.baseline_key(user, from_tool), None)
         return said

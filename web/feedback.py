@@ -57,10 +57,10 @@ def routes(p: Program) -> list[Route]:
         hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
         verdict = Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback")
         try:
-            state = await journal.patiently(journal.record_verdict, p.db, turn.id, verdict)
+            state = await p.write(journal.record_verdict, turn.id, verdict)
         except ValueError as e:
             late = {"score": score, "text": text, "time": time.time()}
-            await journal.patiently(journal.keep_late_feedback, p.db, turn.id, late)
+            await p.write(journal.keep_late_feedback, turn.id, late)
             return openai_error(409, f"too late to train on, but kept: {e}")
         if state == "queued" and await p.admit(turn.id):
             p.wake.set()

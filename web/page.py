@@ -169,7 +169,7 @@ def routes(p: Program) -> list[Route]:
             session.encode()  # half a surrogate pair is no text to SQLite
         except (ValueError, KeyError, TypeError) as e:
             return openai_error(400, f'expected {{"session": ...}}: {e!r}')
-        count = await journal.patiently(journal.leave_out, p.db, session, whose(request))
+        count = await p.write(journal.leave_out, session, whose(request))
         return answer({"done": f"{count} answers of this conversation will not be trained on"})
 
     return [
