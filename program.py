@@ -171,13 +171,11 @@ class Program:
 
     def stop_training(self, error: str, seconds: float | None = None, owner: str = "") -> None:
         """Pause training after a failure, for `seconds` or (None) until the admin resumes it. `owner`: only theirs."""
-        again = (
-            f"resume it with python -m durable.admin resume --out={self.config.out}"
-            if seconds is None
-            else f"next try in {seconds:.0f} s"
-        )
         if self.training == "off":  # no step would begin anyway
             return
+        again = f"resume it with python -m durable.admin resume --out={self.config.out}"
+        if seconds is not None:
+            again = f"next try in {seconds:.0f} s"
         self.paused[owner] = why = f"stopped: {error} ({again})"
         whose = f"of {owner} " if owner else ""
         step = self.step_of(owner)

@@ -52,13 +52,11 @@ def cut(numbers: np.ndarray, mean: int) -> list[np.ndarray]:
     insertion or deletion moves no later cut (agents put the time in the first message)."""
     mixed = numbers.astype(np.uint32) * np.uint32(2654435761)
     mixed[1:] ^= (mixed[:-1] * np.uint32(40503)) >> 7
-    cuts, last = [], 0
+    cuts = [0]
     for at in [*np.flatnonzero((mixed >> 12) % mean == 0).tolist(), len(numbers)]:
-        cuts += range(last + 4 * mean, at, 4 * mean)
-        last = cuts[-1] if cuts else 0
-        if at - last >= mean // 4:
+        cuts += range(cuts[-1] + 4 * mean, at, 4 * mean)
+        if at - cuts[-1] >= mean // 4:
             cuts.append(at)
-            last = at
     return [block for block in np.split(numbers, cuts) if len(block)]
 
 
