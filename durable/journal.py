@@ -116,12 +116,10 @@ class Turn:
     created: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
+        ids, logprobs = len(self.response_ids), len(self.logprobs)
         spans = sum(end - start for _, start, end in self.versions)
-        if not len(self.response_ids) == len(self.logprobs) == spans:
-            raise ValueError(
-                f"turn {self.id}: {len(self.response_ids)} ids, {len(self.logprobs)} logprobs, "
-                f"{spans} tokens in version spans"
-            )
+        if not ids == logprobs == spans:
+            raise ValueError(f"turn {self.id}: {ids} ids, {logprobs} logprobs, {spans} tokens in version spans")
 
 
 @dataclass(frozen=True)

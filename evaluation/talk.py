@@ -253,8 +253,7 @@ def start_server(setup: Setup, run: Run, out: Path) -> subprocess.Popen:
     """Start run.py as a user would. Its output goes to out/run.log."""
     write_private(out / "keys", "".join(f"{name}:{name}-key\n" for name in run.person.split("+")))
     command = [sys.executable, str(Path(__file__).parent.parent / "run.py"), f"--out={out}", f"--port={setup.port}"]
-    command += [f"--seed={run.seed}", "--max_model_len=2048"]
-    command += [*METHODS[run.method], *run.extra]
+    command += [f"--seed={run.seed}", "--max_model_len=2048", *METHODS[run.method], *run.extra]
     print("\n$", " ".join(["python", "run.py", *command[2:]]), f"> {out}/run.log", flush=True)
     with open(out / "run.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
