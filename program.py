@@ -207,7 +207,7 @@ class Program:
         return self.paused.get("", "on")
 
     async def wait_for_disk_space(self) -> None:
-        """Training needs disk space for its records, so wait until there is some."""
+        """Verdicts and training need disk space for their records, so wait until there is some."""
         full = "waits: the disk is full"
         while not journal.has_disk_space(self.db):
             self.paused.setdefault("", full)

@@ -69,8 +69,7 @@ async def judge_turns(p: Program, judge: Judge) -> None:
         p.judge_health.worked(turn_id)
         model = p.config.judge_model or p.config.name
         verdict = Verdict(score, votes, confidence, hints, judge.hinted_by if hints else "", model, "judge")
-        while not journal.has_disk_space(p.db):
-            await asyncio.sleep(1)
+        await p.wait_for_disk_space()
         state = await p.write(journal.record_verdict, turn_id, verdict, following)
         if state == "queued":
             p.judged_at[turn_id] = asyncio.get_running_loop().time()
