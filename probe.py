@@ -37,14 +37,14 @@ class Probe:
         if not logps.isfinite().all():
             raise guard.Refused("the log-probs of the probe are not finite")
         said = sample_answers(model, self.prompts)
-        token_logps = logps.gather(1, torch.tensor(self.ids[1:], device=logps.device)[:, None])[:, 0]  # (L - 1,)
+        sampled_logps = logps.gather(1, torch.tensor(self.ids[1:], device=logps.device)[:, None])[:, 0]  # (L - 1,)
         return {
-            "nll": -token_logps.mean().item(),
+            "nll": -sampled_logps.mean().item(),
             "entropy": -(logps.exp() * logps).sum(-1).mean().item(),
             "kl": (logps.exp() * (logps - self.first_logps)).sum(-1).mean().item(),
             "repeated": sum(map(grpo.repetition, said)) / len(said),
             "length": sum(map(len, said)) / len(said),
-        }, token_logps.cpu()
+        }, sampled_logps.cpu()
 
 
 def make_probe(first: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Probe:

@@ -220,7 +220,10 @@ def why_no_rl(params: Any) -> str:
 
 
 class Recorder:
-    """The engine as vLLM's app sees it: `generate` also records the turn; everything else is passed on."""
+    """The engine as vLLM's app sees it: `generate` also records the turn; everything else is passed on.
+
+    Relied on in vLLM 0.32.0: the app asks for an answer's new tokens as they come, or once for all of them, at its end.
+    """
 
     def __init__(self, p: Program) -> None:
         self._p = p
@@ -289,7 +292,7 @@ class Recorder:
             async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
                     prompt_ids = output.prompt_token_ids or prompt_ids
-                    for choice in output.outputs:  # only what is new: vLLM's app asks for deltas, or once at the end
+                    for choice in output.outputs:  # only what is new
                         ids, logprobs, texts = seen.setdefault(choice.index, ([], [], []))
                         ids += choice.token_ids
                         pairs = zip(choice.logprobs or [], choice.token_ids, strict=True)

@@ -195,7 +195,9 @@ def trained(policy: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-CHUNK = 1 << 18  # weights that `dithered` rounds at a time: these and their noise fit the processor's cache
+# Weights that `dithered` rounds at a time: these and their noise fit the processor's cache. Another number would change
+# the noise, and so what a checkpoint serves.
+CHUNK = 1 << 18
 
 
 @functools.cache

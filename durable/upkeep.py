@@ -83,7 +83,7 @@ def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str, adapters:
 
 
 def own_connection(path: Path) -> sqlite3.Connection:
-    """For upkeep beside the program: it waits for the lock, and its temporary tables never reach the disk."""
+    """For upkeep beside the program: it waits for the lock, and SQLite's temporary tables never reach the disk."""
     db = journal.open_journal(path)
     db.execute("PRAGMA busy_timeout = 60000")
     db.execute("PRAGMA temp_store = MEMORY")
