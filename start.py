@@ -1,6 +1,7 @@
 """Startup: check the options, plan the machine, start the engine, load the trainer, prepare the judge."""
 
 import asyncio
+import os
 import socket
 import threading
 from argparse import Namespace
@@ -51,15 +52,20 @@ async def setup(config: Config) -> Program:
     print(config.url, file=lock, flush=True)  # for the commands of durable/admin.py
     engine_args = swap.engine_args(config, folder, plan)
     print(f"model     {folder}\n{plan.report}\n{summary(config, plan, engine_args, keys)}", flush=True)
-    # While the engine starts, the trainer loads and a small model's judge is fitted, on other cores. `stopping` ends
+    # While the engine starts, the trainer loads and a small model's judge is fitted, on other cores. They begin when
+    # the engine's core is forked: a lock that a thread holds at a fork would stay locked in the child. `stopping` ends
     # the fitting early: a process can't exit while its threads run.
-    stopping = threading.Event()
+    stopping, forked = threading.Event(), threading.Event()
+    os.register_at_fork(after_in_parent=forked.set)
+    if plan.device == "cuda":  # there they are spawned
+        forked.set()
     threads = [ThreadPoolExecutor(1, name, bind_thread, (plan.trainer_cores,)) for name in ("train", "judge")]
+    threads[0].submit(forked.wait)
     loading = threads[0].submit(trainer.load_state, config, saved, start, plan.device, plan.dtype)
     fitting = threads[1].submit(fit_judge, loading, start, stopping) if plan.judge_style == "head" else None
     engine = None
     try:
-        engine = swap.start_engine(engine_args)
+        engine = swap.start_engine(engine_args, [lock.fileno(), listener.fileno()])
         state = await asyncio.wrap_future(loading)
         state.stopping = stopping
         await swap.begin_with(engine, 0 if config.lora_rank else state.step)
@@ -67,6 +73,7 @@ async def setup(config: Config) -> Program:
             await swap.load(engine, trainer.served_weights(state.policy), state.step)
     except BaseException:
         stopping.set()
+        forked.set()
         if engine:
             swap.stop_engine(engine)
         raise

@@ -15,7 +15,7 @@ import tempfile
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,10 @@ from durable.errors import UsageError
 from durable.model import tool_parser_of, without_weights
 from machine import memory
 from machine.plan import Plan
+
+# On a CPU the engine's processes are forked. A thread that has computed with OpenMP's threads must not fork, since they
+# don't exist in the child, which would wait for them forever. This thread computes nothing large.
+torch.set_num_threads(1)
 
 # vLLM reads these when it is imported, here and in its processes; values that the user has set stay. At WARNING it logs
 # "Failed to load weights" after every push, for a tied head and for the rotary embedding, which has none.
@@ -52,24 +56,23 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def begin_worker(cores: list[int]) -> None:
-    """In a worker that was just forked: a fork inherits neither of these."""
+def begin_process(not_its: Sequence[int] = ()) -> None:
+    """In a process of the engine that was just started. `not_its`: file descriptors that the core is not to keep."""
     end_with_parent()
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
+    if os.getppid() == int(os.environ[PROGRAM]):  # the engine's core
+        os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
+        for descriptor in not_its:
+            os.close(descriptor)
+    elif cores := os.environ.get(ENGINE_CORES):
+        # A worker. OpenMP doesn't read its variables again after a fork, so vLLM can't bind it to its cores.
+        os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 if multiprocessing.current_process().name != "MainProcess" and PROGRAM in os.environ:
     # vLLM's spawned processes import this file too (through run.py as their main module, or for the worker extension
     # below). multiprocessing.parent_process() would not do: it is still None while a child imports its main module.
-    end_with_parent()
-    os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
-    if cores := os.environ.get(ENGINE_CORES):
-        # On a CPU vLLM spawns its worker, which imports everything once more (10 s and 200 MiB). A fork is as safe:
-        # this process, the engine's core, has not used OpenMP's threads, which a child can't use again. But OpenMP
-        # doesn't read its variables again after a fork, so vLLM can't bind the worker to its cores.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        os.register_at_fork(after_in_child=lambda: begin_worker([int(core) for core in cores.split(",")]))
+    begin_process()
 
 
 class PushError(RuntimeError):
@@ -228,18 +231,25 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     return make_arg_parser(FlexibleArgumentParser()).parse_args(given + switches)
 
 
-def start_engine(args: Namespace) -> Any:
+def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
     """An AsyncLLM in this program (its core and its worker are child processes). Call from a running event loop.
+    `not_its`: file descriptors that these processes are not to keep.
 
     UsageError if vLLM rejects an option, such as a context longer than the model's."""
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     os.environ[PROGRAM] = str(os.getpid())
     try:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.ENGINE_CONTEXT)
     except ValidationError as e:
         raise UsageError("; ".join(error["msg"] for error in e.errors())) from e
+    if ENGINE_CORES in os.environ:
+        # On a CPU, `create_engine_config` chooses "spawn", with which each process imports everything once more.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        os.register_at_fork(after_in_child=lambda: begin_process(not_its))
+    return AsyncLLM.from_vllm_config(config)
 
 
 def stop_engine(engine: Any) -> None:
