@@ -89,12 +89,6 @@ async def train(p: Program) -> None:
     """The training loop. An error in a step ends neither the loop nor the program: the step is undone. The turns of a
     step that the guard refuses are dropped. After any other error they are queued again and training stops: after a
     failed push until the admin resumes it, otherwise for a time that doubles with each failure."""
-    while "" in p.paused:  # `keep_running` may have restarted this loop after an undo that failed
-        await asyncio.sleep(1)
-    async with p.stepping:
-        for state in p.states.values():
-            await p.undo(state)
-        await p.write(journal.requeue, "its step could not be undone at once")
     refused, failed = Counter[str](), Counter[str]()  # owner -> steps in a row that the guard refused, or that failed
     new_thread = False  # does the next step need a new trainer thread?
     while not p.config.steps or sum(p.steps().values()) < p.config.steps:
@@ -248,8 +242,20 @@ async def keep_running(p: Program, name: str, work: Callable[[Program], Awaitabl
         except Exception as e:
             traceback.print_exception(e)
             if name == "train":
+                work = train_again
                 p.stop_training(f"{type(e).__name__}: {e}", 60)
             await asyncio.sleep(1)
+
+
+async def train_again(p: Program) -> None:
+    """`train`, after an undo in it has failed."""
+    while "" in p.paused:
+        await asyncio.sleep(1)
+    async with p.stepping:
+        for state in p.states.values():
+            await p.undo(state)
+        await p.write(journal.requeue, "its step could not be undone at once")
+    await train(p)
 
 
 STOPPING = [signal.SIGINT, signal.SIGTERM]

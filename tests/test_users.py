@@ -116,6 +116,22 @@ async def test_a_step_that_kills_the_engine_asks_for_a_restart():
     assert p.died.is_set()
 
 
+async def test_after_an_error_in_the_training_loop_the_last_step_is_undone_before_the_next_one(monkeypatch):
+    done = []
+
+    async def note(what, *_):
+        done.append(what)
+
+    async def failing(p):
+        raise RuntimeError("an undo failed")
+
+    monkeypatch.setattr(run, "train", lambda p: note("train"))
+    waits = {"paused": {}, "stepping": asyncio.Lock(), "stop_training": lambda error, seconds: done.append(error)}
+    p = SimpleNamespace(states={"": "the state"}, undo=note, write=note, **waits)
+    await run.keep_running(p, "train", failing)
+    assert done == ["RuntimeError: an undo failed", "the state", journal.requeue, "train"]
+
+
 class Talker:
     """A user of the program."""
 
