@@ -245,8 +245,8 @@ def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.ENGINE_CONTEXT)
     except ValidationError as e:
         raise UsageError("; ".join(error["msg"] for error in e.errors())) from e
-    if ENGINE_CORES in os.environ:
-        # On a CPU, `create_engine_config` chooses "spawn", with which each process imports everything once more.
+    if config.device_config.device_type == "cpu":
+        # `create_engine_config` chooses "spawn", with which each process imports everything once more.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         os.register_at_fork(after_in_child=lambda: begin_process(not_its))
     return AsyncLLM.from_vllm_config(config)

@@ -5,13 +5,12 @@ that are too small for bf16, and `dithered` rounds them so that each update is s
 only the adapter has masters and is trained.
 """
 
-import functools
 import pickle
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -200,7 +199,7 @@ def trained(policy: PreTrainedModel) -> dict[str, Tensor]:
 CHUNK = 1 << 18
 
 
-@functools.cache
+@cache
 def noise(device: torch.device) -> Tensor:
     """2 CHUNK random numbers of 16 bits, as int32: hashes of their index, so that they are the same everywhere."""
     bits = torch.arange(2 * CHUNK, dtype=torch.int32)
