@@ -89,7 +89,7 @@ def teacher_logps(
     for sample, candidates in hinted.items():
         here = row["sample"] == sample  # (N,), true at T positions
         hint_mask[here] = 1.0
-        found = [grpo.token_logps(hidden, head, ids[here], row["temperature"][here]) for hidden in candidates]  # (T, K)
+        found = [grpo.token_logps(hidden, head, ids[here]) for hidden in candidates]  # (T, K)
         logps[here] = max(found, key=lambda teacher: hint_effect(teacher, plain[here]).sum().item())
     return logps, hint_mask
 

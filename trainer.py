@@ -63,6 +63,11 @@ class Lesson:
     adv: float
     hinted: list[list[int]]  # the prompt with each candidate hint
 
+    @property
+    def temperature(self) -> float:
+        """A turn that is trained on its hint only may have been sampled in any way."""
+        return 1.0 if self.turn.no_rl else self.turn.temperature
+
 
 # ---- one step ----
 
@@ -78,8 +83,8 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     per_token = torch.tensor([1 / size / len(t.response_ids) for t in turns], device=state.policy.device)  # (B,)
     answers = []
     for lesson, t in zip(lessons, turns, strict=True):
-        old_logps, temperature = (None, 1.0) if t.no_rl else (t.logprobs, t.temperature)
-        answers.append(grpo.Answer(t.prompt_ids, t.response_ids, old_logps, lesson.adv, temperature))
+        old_logps = None if t.no_rl else t.logprobs
+        answers.append(grpo.Answer(t.prompt_ids, t.response_ids, old_logps, lesson.adv, lesson.temperature))
     for row in grpo.collate(answers, *row_limits(config, state), state.policy.device):
         if state.stopping.is_set():
             raise Stopped
@@ -101,7 +106,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     dlogp = sums["dlogp"] / n_sampled
     guard.check_batch(sums["loss"] / n, norm, dlogp)
     state.adam.step()
-    state.adam.zero_grad(set_to_none=False)
+    state.adam.zero_grad()
     sync_bf16(state.masters, state.policy)
     return {
         "tokens": n,
@@ -131,7 +136,7 @@ def row_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """L = w_rl L_rl + w_opd L_opd + kl L_kl per response token (N,), and its sums over them for the metrics."""
     hinted = any(lessons[i].hinted for i in row["sample"].unique().tolist())
-    clip, temperature = (config.clip_low, config.clip_high), row["temperature"]
+    clip = (config.clip_low, config.clip_high)
     head, start_head = (m.get_output_embeddings().weight for m in (state.policy, state.start))  # (V, D)
     hidden, ids = grpo.response_hidden(state.policy, row), row["target"][:, None]  # (N, D), (N, 1)
     if hinted:
@@ -141,9 +146,9 @@ def row_loss(
     if config.kl or hinted:
         start_hidden, candidates = read_start(config, state, row, lessons)  # (N, D), for each sample and hint (T, D)
         # (N, 1 or 1 + K), (N, 1 or 1 + K), (N,)
-        logps, plain, kl = grpo.compare_with_start(hidden, head, start_hidden, start_head, ids, temperature)
+        logps, plain, kl = grpo.compare_with_start(hidden, head, start_hidden, start_head, ids)
     else:
-        logps = grpo.token_logps(hidden, head, ids, temperature)  # (N, 1)
+        logps = grpo.token_logps(hidden, head, ids)  # (N, 1)
     logp = logps[:, 0]
     # NaN marks the tokens of turns that are trained on their hint only: for them rho is 1 and the advantage 0.
     old_logp = torch.where(row["old_logp"].isnan(), logp.detach(), row["old_logp"])  # (N,)
@@ -179,8 +184,9 @@ def read_start(
     those in its answer after the prompt with each hint (T, D). A turn and its hinted prompts share a prefix up to the
     hint, so they can be one tree."""
     members = row["sample"].unique_consecutive().tolist()
-    answers = [grpo.Answer(lessons[i].turn.prompt_ids, lessons[i].turn.response_ids) for i in members]
-    answers += [grpo.Answer(prompt, lessons[i].turn.response_ids) for i in members for prompt in lessons[i].hinted]
+    prompts = [(lessons[i], lessons[i].turn.prompt_ids) for i in members]
+    prompts += [(lessons[i], prompt) for i in members for prompt in lessons[i].hinted]
+    answers = [grpo.Answer(p, lesson.turn.response_ids, temperature=lesson.temperature) for lesson, p in prompts]
     found = iter(grpo.hidden_states(state.start, answers, *row_limits(config, state)))
     plain = torch.cat([next(found) for _ in members])
     return plain, {i: [next(found) for _ in lessons[i].hinted] for i in members if lessons[i].hinted}
@@ -260,7 +266,7 @@ def restore(state: State) -> None:
     """Return to the last snapshot."""
     copy_tensors(state.kept, mutable(state))
     state.policy.zero_grad()  # may be left by a row that ran out of memory
-    state.adam.zero_grad(set_to_none=False)
+    state.adam.zero_grad()
     sync_bf16(state.masters, state.policy)
 
 
@@ -348,14 +354,15 @@ def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> S
 
 
 def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], torch.optim.Adam]:
-    """fp32 masters of the trained tensors, with zero gradients, and their Adam. Each backward pass through the policy
-    adds to the masters' gradients."""
+    """fp32 masters of the trained tensors, and their Adam. Each backward pass through the policy adds to the masters'
+    gradients."""
+    # A row uses few of the embedding's vectors. A dense gradient would be filled and added for the whole vocabulary.
+    policy.get_input_embeddings().sparse = True
     masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
     lr = config.lr or (3e-4 if config.lora_rank else 2.5e-5)
     # fused: updates in place, without temporary copies of all weights
     adam = torch.optim.Adam(masters, lr=lr, betas=(config.beta1, config.beta2), fused=True)
     for p, m in zip(trained(policy).values(), masters, strict=True):
-        m.grad = torch.zeros_like(m)
         p.register_post_accumulate_grad_hook(partial(move_grad, m))
         # Make Adam's state now, as its first step would, so that `restore` works before that.
         step = torch.zeros((), device=m.device)
@@ -365,7 +372,7 @@ def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], to
 
 def move_grad(master: Tensor, p: Tensor) -> None:
     """Add a tensor's gradient to its master's, in fp32: bf16 is too coarse for sums over many rows."""
-    master.grad.add_(p.grad)
+    master.grad = p.grad.to_dense().float() if master.grad is None else master.grad.add_(p.grad)
     p.grad = None
 
 

@@ -32,7 +32,7 @@ for line in COMPLAINTS.read_text().splitlines():
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         hidden = grpo.response_hidden(model, grpo.single_row(prompt, answer, "cpu"))  # noqa: B023
         ids = distill.top_k(hidden, head, 20) if ids is None else ids
-        return ids, grpo.token_logps(hidden, head, ids, torch.ones(len(hidden)))
+        return ids, grpo.token_logps(hidden, head, ids)
 
     ids, plain = logps(asked)
     hints = reward.own_words(case["request"], [{"role": "user", "content": case["complaint"]}])

@@ -97,7 +97,11 @@ def make_row(model, k):
 def test_top_k_ids_and_teacher_logps_match_separate_passes(model, k):
     row, ids, prompts, responses, temperatures, draw = make_row(model, k)
     hinted = {0: [draw(12)], 2: [draw(30)]}
-    states = {i: grpo.hidden_states(model, [grpo.Answer(hinted[i][0], responses[i])], 1000, 0) for i in hinted}
+
+    def sample(prompt, i):
+        return grpo.Answer(prompt, responses[i], temperature=temperatures[i])
+
+    states = {i: grpo.hidden_states(model, [sample(hinted[i][0], i)], 1000, 0) for i in hinted}
     teacher, hint_mask = distill.teacher_logps(
         model.get_output_embeddings().weight, row, ids, states, torch.zeros(ids.shape)
     )
@@ -136,10 +140,22 @@ def test_of_several_hints_the_one_that_changes_the_teacher_most_is_used(model, k
     assert abs(changes[2]) < 1e-4 and len(set(changes)) == 4
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
         best = max(order, key=changes.__getitem__)
-        states = {2: grpo.hidden_states(model, [grpo.Answer(candidates[i], responses[2]) for i in order], 1000, 1000)}
+        answers = [grpo.Answer(candidates[i], responses[2], temperature=temperatures[2]) for i in order]
+        states = {2: grpo.hidden_states(model, answers, 1000, 1000)}
         teacher, hint_mask = distill.teacher_logps(model.get_output_embeddings().weight, row, ids, states, plain)
         torch.testing.assert_close(teacher[here], logps[best], atol=1e-4, rtol=1e-4)
         assert torch.equal(hint_mask, here.float())
+
+
+@pytest.mark.parametrize("no_rl", ["", "sampled with top_p"])
+def test_the_first_step_sees_no_difference_to_the_start_and_to_a_teacher_without_a_hint(tiny_model, no_rl):
+    """All three are the same model then, at the turn's temperature."""
+    state, prompt, response = trainer.load_state(Config(), None, tiny_model), [5, 6, 7], [8, 9]
+    logprobs = slow_logps(state.policy, prompt, response, 0.5).gather(-1, torch.tensor(response)[:, None]).flatten()
+    turn = SimpleNamespace(prompt_ids=prompt, response_ids=response, temperature=0.5, no_rl=no_rl)
+    turn.logprobs = logprobs.tolist()
+    metrics = trainer.update(Config(), state, [trainer.Lesson(turn, 0.0, [turn.prompt_ids])])
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["teacher_gap"] == pytest.approx(0, abs=1e-5)
 
 
 # ---- the hinted prompt (its rendering is tested in test_program.py) ----
