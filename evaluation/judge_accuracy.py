@@ -5,13 +5,13 @@ python -m evaluation.judge_accuracy --url=http://127.0.0.1:8000/v1 --model=NAME 
 """
 
 import asyncio
+import os
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +19,7 @@ from chat_judge import ChatJudge
 from clients.endpoint import connect
 from durable.errors import UsageError
 from durable.model import CACHE, fingerprint, model_folder
+from machine.plan import measure_gflops
 from reward import VOTES, head_verdict, labelled, make_head
 
 
@@ -66,7 +67,8 @@ def main(options: Options) -> None:
         scores = asyncio.run(measure_chat(judge, rows))
     else:
         folder = model_folder(options.model)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        gflops = measure_gflops(folder, sorted(os.sched_getaffinity(0)), 256)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=max(gflops, key=gflops.get)).eval()  # as in run.py
         tokenizer = AutoTokenizer.from_pretrained(folder)
         head = make_head(model, tokenizer, CACHE / "judge" / fingerprint(folder)[:16])
         began = time.perf_counter()

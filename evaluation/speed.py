@@ -35,7 +35,8 @@ from durable.model import model_folder
 from evaluation import speed_step
 from evaluation.talk import wait_ready
 
-STREAMS, TOKENS = (1, 8, 32), 100
+ANSWERS = {1: 4, 8: 2, 32: 1}  # by number of streams, how many answers one of them gets in a round
+TOKENS = 100
 VLLM = (  # what the command `vllm serve` does: it isn't installed by the CPU build
     "import uvloop; from vllm.entrypoints.launchers.cli_args import make_arg_parser as parser\n"
     "from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser\n"
@@ -147,11 +148,11 @@ async def measure_serving(o: Options, scratch: Path, model: str) -> dict[str, An
 async def measure_streams(o: Options, their_url: str, our_url: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     await settled(our_url)
-    for streams in STREAMS:
+    for streams, answers in ANSWERS.items():
         found[str(streams)] = {"vLLM": [], "ours": []}
         for k in range(o.rounds + 1):
             for name, url in (("vLLM", their_url), ("ours", our_url)):
-                measured = summary(await load(url, streams, max(2, 16 // streams)))
+                measured = summary(await load(url, streams, answers))
                 if k:  # the first round warms up
                     found[str(streams)][name].append(measured)
                     print(streams, name, measured, flush=True)
