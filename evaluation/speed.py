@@ -228,7 +228,7 @@ async def measure_training(o: Options, scratch: Path, model: str) -> dict[str, A
                 stop, pauses = asyncio.Event(), {}
                 talking = asyncio.create_task(keep_training(url, stop, pauses)) if what == "training" else None
                 async with probing(url) as times:
-                    measured = summary(await load(url, 4, 12 if talking else 6))
+                    measured = summary(await load(url, 4, 5 if talking else 3))
                 stop.set()
                 if talking:
                     await talking
