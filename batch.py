@@ -12,7 +12,7 @@ from durable import guard, journal
 from durable.journal import Sample
 from program import Program
 
-SETTLE_S = 2.0  # from verdict to training: the judged message may be the client's own, which the user's replaces
+SETTLE_S = 2.0  # from verdict to training: if the judged message is the client's own, the user's can still replace it
 DROPS_AT_ONCE = 100  # most turns to drop before other tasks run
 
 
@@ -57,7 +57,7 @@ async def prepare_lessons(
     """The samples of a batch that teach something, each with its lesson. The others are dropped."""
     keys = [grpo.baseline_key(s.turn.user, s.from_tool) for s in batch]
     prompts = [tuple(s.turn.prompt_ids) for s in batch]
-    # An answer that was not sampled from the plain policy gets no advantage: it can only learn from its hint.
+    # An answer that was not sampled from the plain policy gets no advantage: only its hint can be trained on.
     scores = [0 if s.turn.no_rl or not p.config.w_rl else s.verdict.score for s in batch]
     advs = grpo.advantages(scores, keys, prompts, state.baselines, p.config.baseline)
     kept, lessons = [], []

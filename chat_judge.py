@@ -119,9 +119,9 @@ class ChatJudge(Endpoint):
     async def score(self, request: str, answer: str, next_messages: list[dict]) -> Scored:
         """JudgeError if the judge gives no verdict.
 
-        If the endpoint gives log-probs, those of the labels, less those for empty next messages, give one vote
-        (contextual calibration, Zhao et al. 2021, arXiv 2102.09690). Otherwise, or if the reply doesn't begin with a
-        label, the score is the majority of `votes` samples.
+        If the endpoint gives log-probs, the only vote is the label with the highest, after subtracting the log-probs
+        for empty next messages (contextual calibration, Zhao et al. 2021, arXiv 2102.09690). Otherwise, or if the reply
+        doesn't begin with a label, the score is the majority of `votes` samples.
         """
         messages = judge_messages(request, answer, next_messages)
         role = "tool" if next_messages[-1]["role"] == "tool" else "user"

@@ -38,7 +38,7 @@ def grow_trees(samples: Sequence[list[int]], limit: int, tree: int) -> list[tupl
 
     The samples are sorted by their ids, and each branches off the one before. A sample always joins if the whole tree
     so far is its prefix. Otherwise it joins if the tree then has at most `tree` tokens and either fits a packed row of
-    `limit` tokens or costs no more attention than its samples alone: a tree computes it over all pairs of tokens.
+    `limit` tokens or costs no more attention than its samples alone. (A tree attends over all pairs of its tokens.)
     """
     trees, squares, before = [], 0, []
     for i in sorted(range(len(samples)), key=samples.__getitem__):
@@ -124,8 +124,8 @@ def response_hidden(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
 def tree_mask(depth: Tensor, dtype: torch.dtype) -> Tensor | None:
     """An additive attention mask by which a token sees only the tokens on its own path: 0 for those, -inf for others.
 
-    depth (L,) -> (1, 1, L, L). It is causal, and from the start of a branch at depth d on (d = 0: another tree), no
-    earlier token of depth d or more is seen. None for a single sequence: the model is faster without a mask. Not a bool
+    depth (L,) -> (1, 1, L, L). It is causal. Once a branch has begun at depth d (d = 0: another tree), no token from
+    before it with depth d or more is seen. None for a single sequence: the model is faster without a mask. Not a bool
     mask: torch would convert it in each layer, and keep each copy for the backward pass.
     """
     starts = (depth.diff() != 1).nonzero()[:, 0] + 1
@@ -153,8 +153,8 @@ CHUNK = 256  # positions whose logits are in memory at a time
 
 
 def in_chunks(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """compute(*inputs) for CHUNK of their N positions at a time, and again in the backward pass: logits are computed in
-    it, and there is never an (N, V) tensor of them."""
+    """compute(*inputs), for CHUNK of the N positions at a time. It runs again in the backward pass, so the logits that
+    it computes never exist as one (N, V) tensor."""
     if len(inputs[0]) <= CHUNK:
         return compute(*inputs)  # computing it again would save no memory
     chunks = zip(*(x.split(CHUNK) for x in inputs), strict=True)

@@ -56,5 +56,5 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 def peft_name(name: str) -> str:
-    """The name in peft's files of an adapter's tensor, given that name or the one in the model."""
+    """The name of an adapter's tensor in peft's files, given that name or the tensor's name in the model."""
     return f"{PREFIX}{name.removeprefix(PREFIX).replace('.default.', '.')}"

@@ -158,7 +158,7 @@ class Program:
         """Replace the trainer's thread: after running out of memory, oneDNN can't create kernels in the old one ("could
         not create a primitive").
 
-        MemoryError if memory is still short: otherwise Python would wait forever for the thread to start."""
+        MemoryError if memory is still short. Without that check Python would wait forever for the thread to start."""
         bytearray(64 << 20)
         self.trainer.shutdown(wait=False)
         self.trainer = ThreadPoolExecutor(1, "train", bind_thread, (self.plan.trainer_cores,))
@@ -170,7 +170,7 @@ class Program:
             self.wake.set()
 
     def stop_training(self, error: str, seconds: float | None = None, owner: str = "") -> None:
-        """Pause training after a failure, for `seconds` or (None) until the admin resumes it. `owner`: only theirs."""
+        """Pause training of one owner, or of all (""), for `seconds` or until the admin resumes it (None)."""
         if self.training == "off":  # no step would begin anyway
             return
         again = f"resume it with python -m durable.admin resume --out={self.config.out}"

@@ -30,7 +30,7 @@ MIN_HINT, MAX_HINT = 11, 300  # characters in a hint
 MAX_PARTS = 5  # how many parts of a complaint are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
 READ_AT_ONCE = 16  # labelled replies that are read in one forward pass
-QUESTION = "Is the feedback positive, negative or neutral?"  # the head's prompt before the next message
+QUESTION = "Is the feedback positive, negative or neutral?"  # begins the head's prompt
 
 # Filters for the user's own words as hints: orders to a judge, and pairs of opposite wishes.
 ORDERS = re.compile(
@@ -110,13 +110,13 @@ def head_ids(tokenizer: PreTrainedTokenizerBase, request: str, next_messages: li
 
 @torch.no_grad()
 def features(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
-    """The head's features of B prompts: the frozen starting weights' hidden states at half and two thirds of the
-    model's depth, at the last token and averaged over all. (B, D) fp32 on the CPU"""
+    """The head's features of B prompts: hidden states of the frozen starting weights, at half and two thirds of the
+    depth, each at the last token and averaged over all tokens. (B, D) fp32 on the CPU, D = 4 x the hidden size"""
     longest = max(map(len, prompts))
     ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=model.device)  # (B, L), padded right
     mask = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in prompts], device=model.device)
     states = model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
-    layers = states[len(states) // 2], states[len(states) * 2 // 3]  # (B, L, D)
+    layers = states[len(states) // 2], states[len(states) * 2 // 3]  # (B, L, D / 4) each
     found = [
         torch.cat([part for layer in layers for part in (layer[i, len(p) - 1], layer[i, : len(p)].mean(0))])
         for i, p in enumerate(prompts)
@@ -195,7 +195,7 @@ class HeadJudge:
     hinted_by = "own words"
 
     async def score(self, request: str, answer: str, next_messages: list[dict]) -> Scored:
-        """JudgeError if the head could not be fitted. Only a restart tries that again."""
+        """JudgeError if the head could not be fitted. Only a restart tries to fit it again."""
         try:
             head = await asyncio.wrap_future(self.fitting)
         except Exception as e:

@@ -76,7 +76,7 @@ async def judge_turns(p: Program, judge: Judge) -> None:
             p.wake.set()
         elif state and not score:
             # A neutral turn is not trained on, but it moves the baseline towards 0: most people say nothing about a
-            # good answer. (A user's own state may be only on the disk.)
+            # good answer. (A user's own state that is not in memory misses this.)
             if trained := p.states.get(p.owner_of(turn.user)):
                 key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
                 grpo.move_baseline(trained.baselines, key, 0.0)
@@ -93,7 +93,7 @@ async def train(p: Program) -> None:
     new_thread = False  # does the next step need a new trainer thread?
     while not p.config.steps or sum(p.steps().values()) < p.config.steps:
         with suppress(TimeoutError):
-            async with asyncio.timeout(1):  # no event tells that a verdict has settled, or that --batch_wait is over
+            async with asyncio.timeout(1):  # nothing sets `wake` when a verdict settles or --batch_wait is over
                 await p.wake.wait()
         p.wake.clear()
         await p.wait_for_disk_space()
@@ -101,7 +101,7 @@ async def train(p: Program) -> None:
             turns = await next_batch(p)
             if not turns:
                 continue
-            p.wake.set()  # to look for another one after this step
+            p.wake.set()  # to look for another batch after this step
             owner = p.owner_of(turns[0]["user"])
             try:
                 state = await p.state_of(owner)
@@ -154,7 +154,7 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
     weights = await p.on_trainer(trainer.served_weights, state.policy)
     gap, p.pause = await swap.push(p.engine, weights, state.step + 1, (state.probe.ids, probe_logps), state.owner)
 
-    # 4. commit: from here on an undo returns to this step, and a restart does once it is in a checkpoint
+    # 4. commit: from here on an undo returns to this step; a restart does so only once a checkpoint has it
     await p.wait_for_disk_space()
     await p.write(journal.mark_trained, [sample.turn.id for sample in batch], state.step + 1)
     for s in batch:
@@ -248,7 +248,7 @@ async def keep_running(p: Program, name: str, work: Callable[[Program], Awaitabl
 
 
 async def train_again(p: Program) -> None:
-    """`train`, after an undo in it has failed."""
+    """`train` once more, after an error that it did not handle, such as an undo that failed."""
     while "" in p.paused:
         await asyncio.sleep(1)
     async with p.stepping:

@@ -167,9 +167,9 @@ def note_rendered(renderer: Any) -> None:
     """Note the chat messages that vLLM makes of requests to /v1/messages and /v1/responses, and for every request the
     other arguments of the chat template (reasoning_effort, thinking). Also hide max_tokens from vLLM's check.
 
-    Relied on in vLLM 0.32.0: all of them pass OnlineRenderer.preprocess_chat (except for models with OpenAI's own
-    format, which are not recorded). vLLM may render a request once before, as a probe. `build_chat_params` makes the
-    template's arguments from a request's fields.
+    Relied on in vLLM 0.32.0: the requests of all three APIs go through OnlineRenderer.preprocess_chat, except with
+    gpt-oss, where only chat completions are recorded. vLLM may render a request an extra time first, as a probe.
+    `build_chat_params` makes the template's arguments from a request's fields.
     """
     render = renderer.preprocess_chat
 
@@ -177,7 +177,7 @@ def note_rendered(renderer: Any) -> None:
         if (seen := asked.get()) is None:
             return await render(request, messages, *args, **kwargs)
         made = request.build_chat_params(None, "auto").chat_template_kwargs
-        # Fields of /tokenize itself: among the template's arguments too, it would get them twice.
+        # /tokenize has these fields itself. If they were also among the template's arguments, it would get them twice.
         known = ("add_generation_prompt", "continue_final_message", "tools", "tokenize")
         arguments = {k: v for k, v in made.items() if v is not None and k not in known}
         seen.template = {k: v for k, v in seen.template.items() if k != "chat_template_kwargs"}
@@ -192,7 +192,7 @@ def note_rendered(renderer: Any) -> None:
             if tools := kwargs.get("tool_dicts"):
                 seen.template["tools"] = tools
         # A client's max_tokens may be over the context, and its user can't change it (Claude Code asks for 32,000).
-        # vLLM refuses that when it renders, but samples as many tokens as fit.
+        # vLLM refuses that when it renders the prompt, although it can sample as many tokens as fit.
         limits = ("max_tokens", "max_completion_tokens", "max_output_tokens")
         given = {k: v for k in limits if (v := getattr(request, k, None)) and v > 0}
         for name in given:
@@ -222,7 +222,7 @@ def why_no_rl(params: Any) -> str:
 class Recorder:
     """The engine as vLLM's app sees it: `generate` also records the turn; everything else is passed on.
 
-    Relied on in vLLM 0.32.0: the app asks for an answer's new tokens as they come, or once for all of them, at its end.
+    Relied on in vLLM 0.32.0: the app asks either for new tokens as they come, or for the whole answer once, at its end.
     """
 
     def __init__(self, p: Program) -> None:
@@ -244,14 +244,14 @@ class Recorder:
                     yield output
             return
 
-        # The prompt is valid, since vLLM calls us: only now does the request count as a next message.
+        # vLLM calls this only with a valid prompt, so only now does the request count as a next message.
         session, dropped, continued = await self._p.write(self.link, request)
         if kwargs.get("lora_request"):
             dropped = "answered by the starting weights"
         for earlier in continued:
             if await self._p.admit(earlier):
                 self._p.to_judge.put_nowait(earlier)
-        # The id that the client gets. (/v1/responses numbers its calls to the engine.)
+        # The id that the client gets. (/v1/responses appends the number of its call to the engine.)
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
         if sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # only the sampled token's; the client doesn't see it
@@ -303,14 +303,14 @@ class Recorder:
                             await write(choice.index, choice.finish_reason, spans, dropped)
                     yield output
         finally:
-            # Cut short: the client hung up, or the engine failed. Recorded to be read, never trained on.
+            # Cut short: the client hung up, or the engine failed. Recorded for people to read, never trained on.
             for index, (ids, _, _) in seen.items():
                 if index not in written:
                     await write(index, None, [(-1, 0, len(ids))], None)
 
     def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
-        """The engine's outputs with the caller's weights. The prompt is salted here, once those are known. aclosing: if
-        the client hangs up, the engine must stop at once, not when the generator is garbage-collected."""
+        """The engine's outputs with the caller's weights. The prompt is salted here, because the salt must match them.
+        aclosing: if the client hangs up, the engine must stop at once, not when the generator is garbage-collected."""
         owner, prompt = self._p.owner_of(caller.get()), swap.salted(prompt, caller.get())
         return aclosing(swap.generate(self._p.engine, owner, prompt, *args, **kwargs))
 

@@ -52,12 +52,12 @@ async def setup(config: Config) -> Program:
     print(config.url, file=lock, flush=True)  # for the commands of durable/admin.py
     engine_args = swap.engine_args(config, folder, plan)
     print(f"model     {folder}\n{plan.report}\n{summary(config, plan, engine_args, keys)}", flush=True)
-    # While the engine starts, the trainer loads and a small model's judge is fitted, on other cores. They begin when
-    # the engine's core is forked: a lock that a thread holds at a fork would stay locked in the child. `stopping` ends
-    # the fitting early: a process can't exit while its threads run.
+    # While the engine starts, two threads load the trainer and fit a small model's judge, on other CPU cores. They wait
+    # until the engine's core process is forked: a lock that a thread holds at a fork would stay locked in the child.
+    # `stopping` ends the fitting early: a process can't exit while its threads run.
     stopping, forked = threading.Event(), threading.Event()
     os.register_at_fork(after_in_parent=forked.set)
-    if plan.device == "cuda":  # there they are spawned
+    if plan.device == "cuda":  # its processes are spawned, not forked
         forked.set()
     threads = [ThreadPoolExecutor(1, name, bind_thread, (plan.trainer_cores,)) for name in ("train", "judge")]
     threads[0].submit(forked.wait)

@@ -33,13 +33,13 @@ from durable.model import tool_parser_of, without_weights
 from machine import memory
 from machine.plan import Plan
 
-# On a CPU the engine's processes are forked. A thread that has computed with OpenMP's threads must not fork, since they
-# don't exist in the child, which would wait for them forever. This thread computes nothing large.
+# On a CPU the engine's processes are forked. A thread that has used OpenMP's threads must not fork: the child would
+# wait forever for threads that it doesn't have. This thread computes nothing large, so it can do without them.
 torch.set_num_threads(1)
 
 # vLLM reads these when it is imported, here and in its processes; values that the user has set stay. At WARNING it logs
-# "Failed to load weights" after every push, for a tied head and for the rotary embedding, which has none.
-# `receive_weights` checks that itself.
+# "Failed to load weights" after every push, for a tied head and for the rotary embedding, which has no weights.
+# `receive_weights` checks for missing weights itself.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -52,19 +52,19 @@ def end_with_parent() -> None:
     """Have this process killed when its parent dies. Otherwise `VLLM::EngineCore` and `VLLM::Worker` live on as orphans
     after a kill -9."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not os.path.exists(f"/proc/{os.environ[PROGRAM]}/exe"):  # it died before that; a zombie has no exe
+    if not os.path.exists(f"/proc/{os.environ[PROGRAM]}/exe"):  # the program died before that; a zombie has no exe
         os._exit(1)
 
 
 def begin_process(not_its: Sequence[int] = ()) -> None:
-    """In a process of the engine that was just started. `not_its`: file descriptors that the core is not to keep."""
+    """Called in each new process of the engine. `not_its`: file descriptors that the core process must close."""
     end_with_parent()
     if os.getppid() == int(os.environ[PROGRAM]):  # the engine's core
         os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
         for descriptor in not_its:
             os.close(descriptor)
     elif cores := os.environ.get(ENGINE_CORES):
-        # A worker. OpenMP doesn't read its variables again after a fork, so vLLM can't bind it to its cores.
+        # A worker. vLLM can't bind it to its cores, since OpenMP doesn't read the environment again after a fork.
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
@@ -115,8 +115,8 @@ class WeightReceiver:
         """Load an adapter that `add_adapter` sent; requests name it by its id. Returns the adapter's layers that the
         engine does not have: vLLM would silently ignore them.
 
-        Relied on: the manager behind vLLM's own add_lora, which would read the tensors from a folder. It reads that
-        folder only if a request names an adapter that it doesn't have."""
+        Relied on: the manager behind vLLM's own add_lora. vLLM would read an adapter from its folder only if a request
+        named one that this manager doesn't have."""
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.peft_helper import PEFTHelper
 
@@ -178,7 +178,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --
 
 def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     """vLLM's own `vllm serve` arguments for the model in `folder`, which is trained while it serves."""
-    # These would lock out our own judge, and let any user's key reach endpoints that change the weights.
+    # The first would lock out our own judge; the others let any user's key reach endpoints that change the weights.
     for name in ("VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         os.environ.pop(name, None)
 
@@ -196,7 +196,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     flags = {
         "model": folder,
         "served-model-name": config.name,
-        "dtype": str(plan.dtype).removeprefix("torch."),  # the faster one; it is sent bf16 values in either case
+        "dtype": str(plan.dtype).removeprefix("torch."),  # the faster one; the pushed values are bf16 in either case
         "max-model-len": config.max_model_len,
         "max-num-seqs": config.max_seqs,
         "seed": config.seed,
@@ -215,7 +215,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
         flags |= {"max-lora-rank": min(rank for rank in LORA_RANKS if rank >= config.lora_rank)}
         flags |= {"max-loras": memory.in_a_batch(config.adapters)}
         flags |= {"max-cpu-loras": 1000}  # `remove_unused` makes space
-        # All but the head: with it, a request for prompt_logprobs next to others kills vLLM 0.32.0's CPU engine.
+        # All but the head: with it, vLLM 0.32.0's CPU engine dies if a prompt_logprobs request runs beside others.
         model = without_weights(AutoConfig.from_pretrained(folder))
         layers = {name.rpartition(".")[2] for name in lora.adapted_layers(model)}
         switches += ["--lora-target-modules", *sorted(layers)]
@@ -223,7 +223,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
         os.environ[ENGINE_CORES] = ",".join(map(str, plan.engine_cores))
         flags |= {"kv-cache-memory-bytes": int(plan.engine * 2**30)}
         switches += ["--enforce-eager"]  # compiling takes 95 s at the start and gains 10 % on a small model
-        # Without this, the first request for log-probs still compiles their ranks, for 4 s, on a new machine for 20 s.
+        # Otherwise the first request for log-probs compiles the ranking of tokens: 4 s, or 20 s on a new machine.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     else:
         flags |= {"gpu-memory-utilization": plan.engine * 2**30 / torch.cuda.mem_get_info()[1]}
@@ -284,8 +284,8 @@ def figures() -> bytes:
 # ---- new weights: running requests pause while all of them are replaced ----
 
 
-# Held while weights go to the engine. A stop waits for it: the worker opens the shared file by its number in our
-# process, and that would be another file's if a cancelled task had closed it.
+# Held while weights go to the engine. A stop waits for it: the worker opens the shared file by its descriptor number in
+# our process. If a cancelled task had closed the file, another file could have that number.
 swapping = asyncio.Lock()
 loads = 0  # how often the weights were replaced; part of each prompt's cache salt
 
@@ -448,7 +448,7 @@ def final_only(**options: Any) -> Any:
 
 def salted(prompt: dict, user: str) -> dict:
     """The prompt with a salt, so that it shares vLLM's prefix cache neither with prompts from before the last swap nor
-    with other users': the time to the first token would reveal what they asked.
+    with other users' prompts: otherwise the time to the first token would reveal what others asked.
 
     `reset_prefix_cache` does nothing while any request runs (it logs a warning and returns False), so on a busy server
     new answers would keep using the KV cache of old weights: mean |dlogp| 0.67 on a tiny model.

@@ -65,7 +65,7 @@ class Lesson:
 
     @property
     def temperature(self) -> float:
-        """A turn that is trained on its hint only may have been sampled in any way."""
+        """1.0 for a turn that is trained on its hint only: it may have been sampled in any way."""
         return 1.0 if self.turn.no_rl else self.turn.temperature
 
 
@@ -134,7 +134,7 @@ def row_limits(config: Config, state: State) -> tuple[int, int]:
 def row_loss(
     config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
 ) -> tuple[Tensor, dict[str, float]]:
-    """L = w_rl L_rl + w_opd L_opd + kl L_kl per response token (N,), and its sums over them for the metrics."""
+    """L = w_rl L_rl + w_opd L_opd + kl L_kl per response token (N,), and metrics of the row: sums, and dlogp_max."""
     hinted = any(lessons[i].hinted for i in row["sample"].unique().tolist())
     clip = (config.clip_low, config.clip_high)
     head, start_head = (m.get_output_embeddings().weight for m in (state.policy, state.start))  # (V, D)
@@ -180,9 +180,9 @@ def row_loss(
 def read_start(
     config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
 ) -> tuple[Tensor, dict[int, list[Tensor]]]:
-    """The forward pass of the starting weights, without a gradient: the hidden states in the row (N, D), and by sample
-    those in its answer after the prompt with each hint (T, D). A turn and its hinted prompts share a prefix up to the
-    hint, so they can be one tree."""
+    """The forward pass of the starting weights, without a gradient: the row's hidden states (N, D), and for each sample
+    with hints the hidden states of its answer after each hinted prompt (T, D). A turn and its hinted prompts share a
+    prefix up to the hint, so they can be one tree."""
     members = row["sample"].unique_consecutive().tolist()
     prompts = [(lessons[i], lessons[i].turn.prompt_ids) for i in members]
     prompts += [(lessons[i], prompt) for i in members for prompt in lessons[i].hinted]
@@ -228,7 +228,7 @@ def dithered(master: Tensor, number: int) -> Tensor:
     out = torch.empty_like(flat, dtype=torch.bfloat16)
     for at in range(0, len(flat), CHUNK):
         bits = flat[at : at + CHUNK].view(torch.int32)
-        begin = (number * 0x9E3779B1 + at // CHUNK * 0x85EBCA6B) % CHUNK  # elsewhere for each tensor and chunk
+        begin = (number * 0x9E3779B1 + at // CHUNK * 0x85EBCA6B) % CHUNK  # another place for each tensor and chunk
         added = bits + noise(flat.device)[begin : begin + len(bits)]
         out[at : at + CHUNK] = added.bitwise_and_(-0x10000).view(torch.float32)
     return out.view(master.shape)
@@ -265,7 +265,7 @@ def snapshot(state: State) -> None:
 def restore(state: State) -> None:
     """Return to the last snapshot."""
     copy_tensors(state.kept, mutable(state))
-    state.policy.zero_grad()  # may be left by a row that ran out of memory
+    state.policy.zero_grad()  # a row that ran out of memory may have left gradients
     state.adam.zero_grad()
     sync_bf16(state.masters, state.policy)
 
@@ -289,7 +289,7 @@ def save(state: State, folder: Path) -> None:
     else:
         state.policy.save_pretrained(folder, state_dict=snapshot_weights(state))
         config = AutoConfig.from_pretrained(folder)
-        config.dtype = torch.bfloat16  # of the weights in the file; the trainer may compute in another
+        config.dtype = torch.bfloat16  # of the weights in the file; the trainer may compute in another dtype
         config.save_pretrained(folder)
     state.tokenizer.save_pretrained(folder)
     torch.save({"state": state.kept, "step": state.step, "baselines": state.baselines}, folder / "trainer.pt")
@@ -364,7 +364,7 @@ def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], to
     adam = torch.optim.Adam(masters, lr=lr, betas=(config.beta1, config.beta2), fused=True)
     for p, m in zip(trained(policy).values(), masters, strict=True):
         p.register_post_accumulate_grad_hook(partial(move_grad, m))
-        # Make Adam's state now, as its first step would, so that `restore` works before that.
+        # Make Adam's state now, as its first step would, so that `restore` works before the first step.
         step = torch.zeros((), device=m.device)
         adam.state[m] = {"step": step, "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m)}
     return masters, adam

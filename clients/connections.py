@@ -47,7 +47,7 @@ class Listener(socket.socket):
             connection.close()
             raise ConnectionAbortedError  # asyncio ignores it
         connections.add(connection)
-        idle.pop(connection.fileno(), None)  # a closed connection's entry: the new one must be the last
+        idle.pop(connection.fileno(), None)  # a closed connection's old entry; the new one must come last
         idle[connection.fileno()] = connection
         return connection, address
 

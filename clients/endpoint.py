@@ -92,7 +92,7 @@ class Endpoint:
         self.client = self.client.with_options(max_retries=0)  # `with_retries` also covers bad and slow replies
 
     async def send(self, **request: Any) -> Any:
-        """Send a request without the fields that this endpoint refuses. They are found out by the first requests.
+        """Send a request without the fields that this endpoint refuses. The first requests show which these are.
 
         A "bad request" error usually names the field. If not, the fields are dropped one by one, but only from a
         request without `extra_body`."""

@@ -98,7 +98,7 @@ class Keys:
             raise UsageError(f"no key in {empty}: remove the file, or add a key")
 
     def user_of(self, headers: Mapping[str, str]) -> User | None:
-        """The user whose key a request has; None if it is wrong."""
+        """The user whose key a request has. For any other request ANYBODY if no key is needed, otherwise None."""
         users = self.users()
         bearer = re.sub(r"(?i)^bearer\s+", "", headers.get("authorization", "")).strip()
         given = [bearer.encode(), headers.get("x-api-key", "").encode()]
@@ -126,9 +126,9 @@ class Keys:
 
 
 def why_not_keyless(headers: Mapping[str, str], origins: Collection[str] = ()) -> str | None:
-    """Why a request without a key is refused although none is needed; None if it isn't. It must come from a program on
-    this machine, not through a proxy and not from a web page in somebody's browser (CSRF, DNS rebinding). `origins`: of
-    web pages that may call."""
+    """Why a request without a key is refused although none is needed; None if it isn't refused. It must come from a
+    program on this machine, not through a proxy or from a web page in somebody's browser (CSRF, DNS rebinding).
+    `origins`: those of web pages that may call."""
     for name in headers:
         if name.lower() in ("forwarded", "x-real-ip", "via") or name.lower().startswith("x-forwarded-"):
             return f"it came through a proxy ({name})"

@@ -17,7 +17,7 @@ def openclaw(url: str, model: str, key: str, context: int) -> str:
     entry = {
         "id": model,
         "name": model,
-        "reasoning": True,  # otherwise it doesn't send thinking back, and the model doesn't see its own
+        "reasoning": True,  # otherwise it doesn't send thinking back, and the model doesn't see its own thinking
         "input": ["text"],
         "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
         "contextWindow": context,
@@ -33,7 +33,7 @@ def openclaw(url: str, model: str, key: str, context: int) -> str:
         defaults["compaction"] = {"memoryFlush": {"enabled": False}}
         tools = {"allow": ["read", "write", "edit", "exec"], "deny": ["apply_patch", "process"], "toolSearch": False}
         settings["tools"] = tools
-        # By default it sends no temperature, which means 1: small models then talk nonsense after so long a prompt.
+        # By default it sends no temperature, which means 1: small models then talk nonsense after such a long prompt.
         defaults["models"] = {f"rl/{model}": {"params": {"temperature": 0.7}}}
     return json.dumps(settings, indent=2)
 

@@ -54,7 +54,7 @@ def is_automatic(text: str) -> bool:
 
 # ---- text around a person's words ----
 
-# What OpenClaw's history keeps of its own requests. It joins them with the person's next message, after the time.
+# What OpenClaw's history keeps of its own requests: lines before the person's next message, after the time.
 MARKS = re.compile(
     r"\A(\s*+(?:\[[^\]\n]{0,150}\d\d?:\d\d[^\]\n]{0,150}\]\s)?)"
     r"(?:\[OpenClaw (?:heartbeat poll|exec completion|cron wake|session event)\]\n+"
@@ -68,7 +68,7 @@ ENVELOPE = re.compile(
     r"\A\s*+\[(?:(?:WhatsApp|Telegram|Signal|Discord|Slack|iMessage|SMS|Matrix|Teams|Mattermost|LINE|Zalo|WebChat|Email|"
     r"Google Chat|Nostr|Feishu|Queued user message)\b[^\]\n]{0,300}|[^\]\n]{0,150}\b\d\d?:\d\d[^\]\n]{0,150})\]\s?"
 )
-FOOTER = re.compile(r"Runtime: agent=|Current time: |\[message_id: ")  # how such a last line begins
+FOOTER = re.compile(r"Runtime: agent=|Current time: |\[message_id: ")  # how a last line of metadata begins
 # A line before a block of metadata, and the keys that distinguish metadata from JSON that a person pasted.
 LABEL = re.compile(r"\s*+[^\n{}<]{0,100}(?:\(untrusted[^()\n]{0,80}\):|⟦openclaw:ctx⟧)[ \t]*\n")
 METADATA = re.compile(r"(sender|timestamp|message_?id|chat_?id|conversation|channel|provider|surface)", re.I)

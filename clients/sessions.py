@@ -1,4 +1,4 @@
-"""Which turn does a request continue? This is found from its messages alone, without help from the client.
+"""Which turn does a request continue? Its messages show this. A session that the client names helps, but is not needed.
 
 A client sends the whole conversation each time, often rewritten. But a turn is trained on with its own recorded prompt,
 so it is enough to know which turn gave the last assistant message: turns are found by their answers.
@@ -39,7 +39,7 @@ def words_of(message: dict) -> str:
 
 
 def without_thinking(text: str) -> str:
-    """The text after its <think> block, which clients don't send back. Some chat templates open it in the prompt."""
+    """The text after its <think> block, which clients don't send back. <think> itself may be in the prompt."""
     for mark in ("</think>", "[/THINK]"):
         text = text.rpartition(mark)[2]
     return text
@@ -85,13 +85,13 @@ def conversation(messages: list[dict]) -> list[dict]:
 
 
 def last_request(messages: list[dict]) -> int | None:
-    """Index of the last message in which the person speaks."""
+    """Index of the last user message, not counting OpenClaw's carrier. None if there is none."""
     spoken = [m.get("role") == "user" and not text_of(m.get("content")).startswith(CARRIER) for m in messages]
     return max((i for i, by_person in enumerate(spoken) if by_person), default=None)
 
 
 def request_of(messages: list[dict]) -> str:
-    """The person's last message."""
+    """The person's words in the last user message."""
     last = last_request(messages)
     return "" if last is None else words_of(messages[last])
 
@@ -148,7 +148,7 @@ def with_calls(message: dict) -> str:
 
 
 def letters(text: str) -> str:
-    """Only the letters and digits, as clients change markup, quotes and spaces. A text without any is only stripped."""
+    """Only letters and digits, in lower case: clients change the rest. A text without any of them is only stripped."""
     if text.isascii():  # the same, 50 times faster
         return text.encode().translate(None, NO_LETTERS).decode().lower() or text.strip()
     return re.sub(r"[\W_]+", "", text).casefold() or text.strip()

@@ -10,7 +10,8 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path next to `path`: write the new file or folder there. It replaces `path` when the block ends; after
-    an error it is removed, and `path` is unchanged. After a power cut, `path` is either the old or the new one."""
+    an error in the block it is removed, and `path` is unchanged. After a crash or a power cut, `path` is the old one or
+    the new one. A folder may also be absent: the old one is removed before the new one takes its place."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -12,7 +12,7 @@ from durable.journal import NOTHING_TO_LEARN, UNREADABLE
 DLOGP = 1.0  # mean |dlogp| of a batch, between the sampler and the trainer before the step
 NLL_RISE = 0.5  # nats per token of the fixed text, against the starting weights (0.03 after 14 steps of the hybrid)
 ENTROPY_CHANGE = 1.0  # nats per token of the fixed text, against the starting weights, up or down (0.15)
-KL_JUMP = 0.25  # nats per token of the fixed text, to the starting weights, in one step (0.04 in all 14)
+KL_JUMP = 0.25  # nats per token of the fixed text, to the starting weights, in one step (0.04 over all 14 steps)
 REPEATED = 0.5  # share of repeated 4-grams in answers to the fixed prompts, unless the starting weights had more (0)
 LENGTH = 1.5  # mean tokens of those answers, with the stop token: with fewer, the model says nothing (9 to 12)
 IN_A_ROW = 3  # training stops after this many reverted steps in a row

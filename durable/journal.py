@@ -4,8 +4,8 @@ States: waiting (no next message yet) -> judging (it has one) -> queued (judged,
 trained (at step N), or dropped (with a reason). Training uses the recorded token ids; text is only for people and the
 judge, and is never tokenized again.
 
-The program writes from the event loop's thread only, by `patiently`, on one connection without locks of our own. The
-page reads, and `prune` and `forget` (upkeep.py) write, on connections of their own.
+The program writes only from the event loop's thread, through `patiently` and one connection, so it needs no locks.
+`prune` and `forget` (upkeep.py), which also write, and the page, which only reads, have their own connections.
 """
 
 import asyncio
@@ -112,7 +112,7 @@ class Turn:
     logprobs: list[float]  # (T,) of the sampler, after temperature
     versions: list[tuple[int, int, int]]  # (weight version, first token, end), covering 0..T
     temperature: float
-    no_rl: str = ""  # why the score can't be trained on: log-probs not of the plain policy. A hint still can
+    no_rl: str = ""  # why its score can't be trained on (log-probs not of the plain policy); its hint still can
     created: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class Verdict:
     votes: list[int]
     confidence: float  # the judge's probability of this score, or the score's share of the votes
     hints: list[str]  # candidates: what should have been done, as a rule
-    hinted_by: str  # "judge", "own words" (the user's, if the judge is too small to write a rule), "" without hints
+    hinted_by: str  # "judge"; "own words" (the user's, in feedback or with a small model's judge); "" without hints
     judge: str  # the judge's model name; the user's name for explicit feedback
     source: str  # "judge" | "feedback"
 
@@ -240,7 +240,7 @@ def candidates(db: sqlite3.Connection, user: str, answer: str, history: str) -> 
 
 
 def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict], confirmed: bool = False) -> bool:
-    """The conversation continued from this turn: record the messages to judge it by, in place of any before.
+    """The conversation continued from this turn: record the messages to judge it by, replacing any earlier ones.
 
     False if it is too late: a person rated the turn, it is in training or trained, or dropped for good."""
     with transaction(db):
@@ -374,7 +374,7 @@ def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
 
 
 def drop_newer(db: sqlite3.Connection, owner: str, step: int) -> None:
-    """Drop what an owner's weights after this step have answered: those weights were undone."""
+    """Drop the answers that an owner's weights of later steps gave: those weights were undone."""
     newer = f"(? = '' OR user = ?) AND {UNSETTLED} AND {ANSWERED_BY} > ?"
     drop_where(db, UNDONE, newer, owner, owner, step)
 
@@ -411,8 +411,8 @@ def owners(db: sqlite3.Connection) -> dict[str, int]:
 
 
 def add_checkpoint(db: sqlite3.Connection, owner: str, step: int, keep: int) -> None:
-    """List a checkpoint: turns trained on up to `step` are then trained for good. Older ones than the last `keep` are
-    removed from the list.
+    """List a checkpoint: turns trained on up to `step` are then trained for good. Only the newest `keep` checkpoints
+    stay in the list.
 
     Call it when the folder is complete; folders that are not listed get removed."""
     with transaction(db):
@@ -429,7 +429,7 @@ def recover(db: sqlite3.Connection) -> None:
         users = db.execute("SELECT DISTINCT user FROM counters WHERE state = 'trained'").fetchall()
         for (user,) in users:
             db.execute(
-                # SQLite would take by_state, and read every turn that was ever trained on.
+                # Otherwise SQLite would use by_state, and read every turn that was ever trained on.
                 "UPDATE turns INDEXED BY by_step SET state = 'queued', step = NULL, reason = NULL "
                 "WHERE state = 'trained' AND user = ? AND step > ?",
                 (user, saved_step(db, owner_of(db, user))),

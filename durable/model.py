@@ -87,7 +87,7 @@ def without_weights(shape: PretrainedConfig) -> PreTrainedModel:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that identifies a model in any folder: of the tokenizer, and of both ends of each weight file."""
+    """A hash that identifies a model in any folder: of name, size and both ends of each tokenizer and weight file."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("tokenizer.*"), *folder.glob("*.safetensors")]):
         with open(file, "rb") as f:

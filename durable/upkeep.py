@@ -169,7 +169,7 @@ def prune(path: Path, days: float) -> int:
             "(CASE (SELECT adapters FROM model) WHEN 'user' THEN user ELSE '' END)))",
             (time.time() - days * 86400,),
         ).fetchall()
-        # A person may have rated one since: then it is queued.
+        # A person may have rated one of them since, so that it is queued again.
         these = f"template NOT NULL AND state IN ('dropped', 'trained') AND {THESE}"
         in_portions(
             db,
@@ -209,7 +209,7 @@ def texts_of(db: sqlite3.Connection, session: str) -> SessionTexts:
         )
         return [json.loads(r["data"]) for r in found]
 
-    # As the conversation has them: a piece that other sessions have, too, may be older than those before it.
+    # In the conversation's order. Ids don't give it: a piece that another session stored first has too low an id.
     sent = messages(pieces.NESTED.format("messages"), "MIN(l.key), MIN(e.key)")
     sent += messages(pieces.ITEMS.format("next_messages"), "MIN(e.key)")
     texts = db.execute(

@@ -76,8 +76,8 @@ def make_plan(config: Config, folder: Path) -> Plan:
 def with_cache(
     shape: PretrainedConfig, setting: memory.Setting, free: float, engine_memory: float
 ) -> tuple[memory.Sizes, memory.Sizes]:
-    """`memory.needs` and the KV cache. That gets a quarter of the remaining memory on a CPU, at most 4 GiB; on a GPU
-    nearly all."""
+    """`memory.needs` and the KV cache. By default the cache gets a quarter of the remaining memory on a CPU, at most
+    4 GiB, and nearly all of it on a GPU."""
     device, host = memory.needs(shape, setting)
     left = free - sum(device.values())
     if setting.device == "cpu":
@@ -108,7 +108,7 @@ def what_fits(
 def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dtype, float]:
     """GFLOP/s of bf16 and fp32 on the trainer's cores, for the forward and backward pass of one of the model's MLP
     matrices. Which is faster, and by how much, depends on the processor (0.5x to 4x). The engine's ratio is not the
-    same, but where bf16 is emulated, both are several times faster in fp32."""
+    same, but where bf16 is emulated, engine and trainer are both several times faster in fp32."""
     c = AutoConfig.from_pretrained(folder).get_text_config()
     wide = memory.layer_numbers(c) // 10 - c.hidden_size
 

@@ -49,7 +49,7 @@ def routes(p: Program) -> list[Route]:
             return openai_error(400, "score must be 1 or -1, and text a string")
         try:
             turn, _ = journal.load_turn(p.db, str(turn_id))
-        except (KeyError, UnicodeEncodeError):  # half a surrogate pair is no text to SQLite
+        except (KeyError, UnicodeEncodeError):  # SQLite can't take half a surrogate pair
             turn = None
         if turn is None or turn.user != user and not sees_all(rater):
             not_given = "the last of these messages is not an answer that you were given"

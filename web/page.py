@@ -25,7 +25,7 @@ from web.feedback import training_of
 from web.why import why_nothing
 
 HERE = Path(__file__).parent
-FILES = {  # few, each request takes a browser some ms; page.js is first for its "use strict"
+FILES = {  # few, since each request takes a browser some ms; page.js comes before uPlot for its "use strict"
     "/": ("text/html", "page.html"),
     "/web/page.js": ("text/javascript", "page.js", "uPlot.iife.min.js"),
     "/web/page.css": ("text/css", "uPlot.min.css", "page.css"),
@@ -89,7 +89,7 @@ def file(media_type: str, *names: str) -> Response:
 
 
 def answer(found: Any) -> Response:
-    """As ASCII: half a surrogate pair, which a client's cut text may end in, has no UTF-8."""
+    """JSON in ASCII: a text that a client cut may end in half a surrogate pair, which UTF-8 can't encode."""
     return Response(json.dumps(found), media_type="application/json", headers=HEADERS)
 
 
@@ -114,7 +114,7 @@ def wanted(request: Request) -> dict[str, Any]:
 
 def routes(p: Program) -> list[Route]:
     path = Path(p.config.out) / "journal.db"
-    reading = ThreadPoolExecutor(1, "page")  # one thread, so that pages never slow serving down by more than that
+    reading = ThreadPoolExecutor(1, "page")  # one thread, so that open pages never take more than that from serving
 
     async def in_thread(read: Callable, *args: Any, **kwargs: Any) -> Any:
         def run() -> Any:
@@ -166,7 +166,7 @@ def routes(p: Program) -> list[Route]:
     async def leave_out(request: Request) -> Response:
         try:
             session = str((await asyncio.to_thread(parse, await request.body()))["session"])
-            session.encode()  # half a surrogate pair is no text to SQLite
+            session.encode()  # SQLite can't take half a surrogate pair
         except (ValueError, KeyError, TypeError) as e:
             return openai_error(400, f'expected {{"session": ...}}: {e!r}')
         count = await p.write(journal.leave_out, session, whose(request))

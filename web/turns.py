@@ -1,4 +1,4 @@
-"""What the page reads of the journal: bounded work for each request, however many turns there are.
+"""What the page reads from the journal: bounded work for each request, however many turns there are.
 
 All of it runs in a thread, on a connection that can't write."""
 
@@ -45,7 +45,7 @@ def listed(db: sqlite3.Connection, **where: Any) -> list[dict[str, Any]]:
         turn["request"] = [shown(m) for m in replied_to(pieces_of(db, ids[-LAST_MESSAGES:]))]
         turn["next"] = [shown(m) for m in pieces_of(db, json.loads(turn.pop("next_messages") or "[]")[-LAST_MESSAGES:])]
         text = db.execute(f"SELECT substr(text, 1, {SHOWN}) FROM answers WHERE number = ?", (row["number"],))
-        (turn["answer"],) = text.fetchone() or ("",)  # missing if an older `forget` was cut off
+        (turn["answer"],) = text.fetchone() or ("",)  # a damaged journal may have no row
         found.append(turn)
     return found
 
