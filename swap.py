@@ -4,6 +4,7 @@ Only this file and server.py use vLLM's internals. "Relied on" says which ones (
 """
 
 import asyncio
+import copy
 import ctypes
 import itertools
 import json
@@ -16,6 +17,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,17 +91,40 @@ class EngineDied(RuntimeError):
 class WeightReceiver:
     """Methods that vLLM mixes into its worker class (`worker_extension_cls`); `self` is the worker."""
 
-    def receive_weights(self, message: bytes) -> list[str]:
-        """Load the tensors that `load_all` sent. Returns the names of the engine's parameters that were NOT loaded.
+    def begin_loading(self, message: bytes) -> None:
+        """On a CPU: load the tensors that `load_all` sent into a copy of the model, in a thread, while the model itself
+        answers. This takes about a second, since the CPU backend packs every matrix again."""
+        model, cores = self.model_runner.get_model(), os.sched_getaffinity(os.getppid())
 
-        Relied on: layerwise reload runs each layer's own processing again (the CPU backend re-packs every matrix)
-        and copies the results into the storage that CUDA graphs use.
-        """
+        def load() -> tuple[torch.nn.Module, list[str]]:
+            os.sched_setaffinity(0, cores)  # the trainer waits for us meanwhile, so its cores are free
+            second = second_copy(model)
+            return second, self.load_into(second, message)
+
+        self.loading = ThreadPoolExecutor(1).submit(load)
+
+    def has_loaded(self) -> bool:
+        return self.loading.done()
+
+    def receive_weights(self, message: bytes) -> list[str]:
+        """Answer with the weights that `load_all` sent. Returns the names of the engine's parameters that were NOT
+        loaded."""
+        model = self.model_runner.get_model()
+        if self.device.type != "cpu":
+            return self.load_into(model, message)
+        (second, missed), self.loading = self.loading.result(), None
+        if not missed:
+            for layer, loaded in zip(model.modules(), second.modules(), strict=True):
+                vars(layer).update({name: value for name, value in vars(loaded).items() if name != "_modules"})
+        return missed
+
+    def load_into(self, model: torch.nn.Module, message: bytes) -> list[str]:
+        """Relied on: layerwise reload runs each layer's own processing again and copies the results into the storage
+        that CUDA graphs use."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
         from vllm.model_executor.model_loader.reload import layerwise
 
-        model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config), torch.inference_mode():
             expected = {name for name, _ in model.named_parameters()}
             layerwise.initialize_layerwise_reload(model)
@@ -135,6 +160,34 @@ class WeightReceiver:
         )
         manager.add_adapter(adapter)  # this merges q, k and v
         return sorted(adapter.loras.keys() - manager.modules.keys())
+
+
+def second_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of all layers and tensors; everything else is shared. Relied on: vLLM's processing of a layer changes only
+    this layer's attributes, and needs only its `restore_metadata`, tensors without data that it changes, too."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    copies: dict[Any, Any] = {None: None}  # by original: a tied head and its embedding share their tensor
+
+    def copied(tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+        for t in tensors.values():
+            if t not in copies:
+                copies[t] = t.detach().clone()
+                copies[t].__class__, copies[t].__dict__ = type(t), dict(vars(t))
+        return {name: copies[t] for name, t in tensors.items()}
+
+    def layer_copy(layer: torch.nn.Module | None) -> torch.nn.Module | None:
+        if layer not in copies:
+            new = copies[layer] = copy.copy(layer)
+            new._parameters, new._buffers = copied(layer._parameters), copied(layer._buffers)
+            new._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
+            new._modules = {name: layer_copy(child) for name, child in layer._modules.items()}
+            known, info = get_layerwise_info(layer), get_layerwise_info(new)
+            info.restore_metadata = tuple(copied(tensors) for tensors in known.restore_metadata)
+            info.restore_device = known.restore_device
+        return copies[layer]
+
+    return layer_copy(model)
 
 
 def open_shared(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
@@ -336,6 +389,10 @@ async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, flo
     """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped."""
     global loads
     async with swapping, shared(weights) as message:
+        if engine.vllm_config.device_config.device_type == "cpu":
+            await engine.collective_rpc("begin_loading", args=(message,))
+            while not (await engine.collective_rpc("has_loaded"))[0]:
+                await asyncio.sleep(0.05)
         began = time.time()
         await engine.pause_generation(mode="keep", clear_cache=False)
         loads, serving[""] = loads + 1, Version(None)

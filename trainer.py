@@ -292,18 +292,19 @@ def save(state: State, folder: Path) -> None:
         config.dtype = torch.bfloat16  # of the weights in the file; the trainer may compute in another dtype
         config.save_pretrained(folder)
     state.tokenizer.save_pretrained(folder)
-    torch.save({"state": state.kept, "step": state.step, "baselines": state.baselines}, folder / "trainer.pt")
+    rest = {"step": state.step, "baselines": state.baselines, "probed": state.probed}
+    torch.save({"state": state.kept} | rest, folder / "trainer.pt")
 
 
-def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, float]]:
-    """Load a checkpoint (None: the starting weights) into the masters, Adam and the policy. Returns its step and
-    baselines. Until `commit`, `restore` undoes this.
+def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, float], dict[str, float]]:
+    """Load a checkpoint (None: the starting weights) into the masters, Adam and the policy. Returns its step, baselines
+    and results on the probe. Until `commit`, `restore` undoes this.
 
     UsageError if its file is damaged."""
     if folder is None:
         # Adam's state begins at 0; these zeros take no memory.
         zeros = [torch.zeros((), device=t.device).expand_as(t) for t in mutable(state)[len(state.initial_masters) :]]
-        saved = {"state": [*state.initial_masters, *zeros], "step": 0, "baselines": {}}
+        saved = {"state": [*state.initial_masters, *zeros], "step": 0, "baselines": {}, "probed": state.probe.first}
     else:
         try:
             saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
@@ -311,7 +312,8 @@ def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, f
             raise UsageError(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}") from e
     copy_tensors(saved["state"], mutable(state))
     sync_bf16(state.masters, state.policy)
-    return saved["step"], saved["baselines"]
+    # A checkpoint of an earlier version has no results on the probe.
+    return saved["step"], saved["baselines"], saved.get("probed") or state.probe.measure(state.policy)[0]
 
 
 def commit(state: State, step: int, baselines: dict[str, float], probed: dict[str, float]) -> None:
@@ -378,6 +380,5 @@ def move_grad(master: Tensor, p: Tensor) -> None:
 
 def begin(state: State, folder: Path | None) -> State:
     """Load the checkpoint in `folder` (None: the starting weights), and take the first snapshot."""
-    step, baselines = load_checkpoint(state, folder)
-    commit(state, step, baselines, state.probe.measure(state.policy)[0] if folder else state.probe.first)
+    commit(state, *load_checkpoint(state, folder))
     return state

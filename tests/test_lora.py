@@ -95,7 +95,7 @@ def test_a_checkpoint_can_be_loaded_by_peft_and_training_continues_from_it(tiny_
 
     again = load(tiny_model, saved)
     assert (again.step, again.baselines) == (7, {"alice": 0.5}) and torch.equal(logps(again), logps(state))
-    step, baselines = trainer.load_checkpoint(again, None)
+    step, baselines, _ = trainer.load_checkpoint(again, None)
     assert (step, baselines) == (0, {}) and torch.equal(logps(again), probe.token_logps(again.start, IDS))
     trainer.restore(again)
     assert torch.equal(logps(again), logps(state)), "a rollback that failed"

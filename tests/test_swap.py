@@ -79,6 +79,17 @@ async def test_a_push_that_lacks_a_tensor_is_refused(served):
     assert (got - old).abs().mean() < BOUND
 
 
+async def test_on_a_cpu_weights_that_lack_a_tensor_are_never_served(served):
+    """They are loaded into a copy of the model."""
+    old = probe.token_logps(served.model, served.ids)
+    changed = {name: w + 1 for name, w in weights(served.model).items() if "mlp.down_proj" not in name}
+    with pytest.raises(swap.PushError, match="layers.1.mlp.down_proj"):
+        await swap.load_all(served.engine, changed, 9)
+    got = await swap.prompt_logps(served.engine, served.ids, "never-served")
+    assert (got - old).abs().mean() < BOUND
+    await swap.restore_weights(served.engine, weights(served.model), 9)
+
+
 async def test_a_push_that_disagrees_is_refused_and_the_old_weights_stay(served):
     before, old = weights(served.model), probe.token_logps(served.model, served.ids)
     other = AutoModelForCausalLM.from_config(served.model.config).to(torch.bfloat16)

@@ -48,7 +48,7 @@ def test_training_resumes_exactly_from_a_checkpoint(tmp_path, tied):
     state = load(folder)
     for seed in range(3):
         train_a_step(state, seed)
-    state.baselines = {"alice": -0.25}
+    state.baselines, state.probed = {"alice": -0.25}, {"nll": 2.5}
     trainer.snapshot(state)
     save(state, tmp_path)
     saved = checkpoint.folder_of(tmp_path, "", 3)
@@ -58,7 +58,7 @@ def test_training_resumes_exactly_from_a_checkpoint(tmp_path, tied):
     saved.rename(tmp_path / "gone")  # it may be removed while a program that started from it runs
     save(again, tmp_path)
     assert AutoTokenizer.from_pretrained(saved).chat_template
-    assert (again.step, again.baselines) == (3, {"alice": -0.25})
+    assert (again.step, again.baselines, again.probed) == (3, {"alice": -0.25}, {"nll": 2.5})
     for s in (state, again):
         train_a_step(s, 9)  # Adam's moments are restored, too
     for a, b in zip(state.masters, again.masters, strict=True):

@@ -33,7 +33,7 @@ async def roll_back(p: Program, user: str, step: int) -> str:
         state, out = await p.state_of(owner, step), Path(p.config.out)
         folder = checkpoint.folder_of(out, owner, step)
         try:
-            _, baselines = await p.on_trainer(trainer.load_checkpoint, state, folder)
+            _, baselines, _ = await p.on_trainer(trainer.load_checkpoint, state, folder)
             probed, logps = await p.on_trainer(state.probe.measure, state.policy)
             weights = await p.on_trainer(trainer.served_weights, state.policy)
             _, p.pause = await swap.push(p.engine, weights, step, (state.probe.ids, logps), owner)
