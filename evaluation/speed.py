@@ -288,9 +288,10 @@ PAGE = """# Speed
 
     .venv/bin/{command}
 
-wrote this page from its measurements in `speed.json`: our program and the obvious alternatives. The two sides of
-a row were measured alternately in one run; different parts (`--only`) may be of different runs. CPU seconds are of one core. "With the KL": the defaults of run.py; TRL has no KL by default. Peak memory
-leaves out our snapshot and starting weights. TRL is 1.16.0's AsyncGRPOTrainer, which shares prefixes as well.
+wrote this page from its measurements in `speed.json`: our program and the obvious alternatives. The two sides of a row
+were measured alternately in one run; different parts (`--only`) may be of different runs. CPU seconds are of one core.
+"With the KL": the defaults of run.py; TRL has no KL by default. Peak memory leaves out our snapshot and starting
+weights. TRL is 1.16.0's AsyncGRPOTrainer, which shares prefixes as well.
 
 """
 
