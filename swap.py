@@ -92,14 +92,19 @@ class WeightReceiver:
     """Methods that vLLM mixes into its worker class (`worker_extension_cls`); `self` is the worker."""
 
     def begin_loading(self, message: bytes) -> None:
-        """On a CPU: load the tensors that `load_all` sent into a copy of the model, in a thread, while the model itself
+        """On a CPU: load the tensors that `load_all` sent into a second copy of the model, in a thread, while the first
         answers. This takes about a second, since the CPU backend packs every matrix again."""
         model, cores = self.model_runner.get_model(), os.sched_getaffinity(os.getppid())
+        # One copy for all pushes. With a new one for each, the layers and vLLM's records of them form reference cycles,
+        # which the garbage collector seldom looks for in a process with so many objects: 0.8 GB more after each push.
+        second = vars(self).pop("second", None) or second_copy(model)
 
-        def load() -> tuple[torch.nn.Module, list[str]]:
+        def load() -> list[str]:
             os.sched_setaffinity(0, cores)  # the trainer waits for us meanwhile, so its cores are free
-            second = second_copy(model)
-            return second, self.load_into(second, message)
+            missed = self.load_into(second, message)
+            ctypes.CDLL(None).malloc_trim(0)  # otherwise malloc keeps 0.4 GB that it needed for the load
+            self.second = second  # not after an error: vLLM can't begin another load on it
+            return missed
 
         self.loading = ThreadPoolExecutor(1).submit(load)
 
@@ -112,10 +117,12 @@ class WeightReceiver:
         model = self.model_runner.get_model()
         if self.device.type != "cpu":
             return self.load_into(model, message)
-        (second, missed), self.loading = self.loading.result(), None
+        missed = self.loading.result()
         if not missed:
-            for layer, loaded in zip(model.modules(), second.modules(), strict=True):
-                vars(layer).update({name: value for name, value in vars(loaded).items() if name != "_modules"})
+            for layer, loaded in zip(model.modules(), self.second.modules(), strict=True):
+                old, new = dict(vars(layer)), dict(vars(loaded))
+                vars(layer).update(new | {"_modules": old["_modules"]})
+                vars(loaded).update(old | {"_modules": new["_modules"]})
         return missed
 
     def load_into(self, model: torch.nn.Module, message: bytes) -> list[str]:

@@ -5,6 +5,7 @@ import resource
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -110,6 +111,19 @@ async def test_a_push_too_large_for_shared_memory_is_refused(served):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     got = await swap.prompt_logps(served.engine, served.ids, "after-no-room")
     assert (got - old).abs().mean() < BOUND
+
+
+async def test_the_worker_does_not_grow_with_each_push(served):
+    def used():  # bytes of the engine's processes; those of the other engine have ended
+        return sum(process.memory_info().rss for process in psutil.Process().children(recursive=True))
+
+    pushed, sizes = weights(served.model), []
+    for _ in range(3):
+        for _ in range(20):
+            await swap.load(served.engine, pushed, 9)
+        sizes.append(used() / 2**20)
+    print(f"MiB after 20, 40, 60 pushes: {sizes}")
+    assert sizes[2] - sizes[1] < 10  # a copy of the model that stayed would be 2.5 MiB
 
 
 async def test_a_running_answer_continues_across_a_swap(served):
