@@ -71,17 +71,15 @@ def text_logps(model: PreTrainedModel, ids: list[int]) -> Tensor:
 @torch.no_grad()
 def sample_answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     """A sampled answer to each prompt, at most ANSWER_TOKENS with its stop token. Deterministic for given weights."""
-    longest, training = max(map(len, prompts)), model.training
+    longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)  # (B, P), padded left
     seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     stop = model.generation_config.eos_token_id
     stops = set(stop) if isinstance(stop, list) else {stop}
     options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-    model.eval()  # in training, with gradient checkpointing on, there would be no KV cache
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
         out = model.generate(ids, attention_mask=seen, max_new_tokens=ANSWER_TOKENS, pad_token_id=0, **options)
-    model.train(training)
     rows = out[:, longest:].tolist()
     ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]

@@ -249,7 +249,7 @@ class Recorder:
         if kwargs.get("lora_request"):
             dropped = "answered by the starting weights"
         for earlier in continued:
-            if await self._p.admit(earlier):
+            if await self._p.admit(earlier, request.user.name):
                 self._p.to_judge.put_nowait(earlier)
         # The id that the client gets. (/v1/responses appends the number of its call to the engine.)
         request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id

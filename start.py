@@ -52,20 +52,20 @@ async def setup(config: Config) -> Program:
     print(config.url, file=lock, flush=True)  # for the commands of durable/admin.py
     engine_args = swap.engine_args(config, folder, plan)
     print(f"model     {folder}\n{plan.report}\n{summary(config, plan, engine_args, keys)}", flush=True)
-    # While the engine starts, two threads load the trainer and fit a small model's judge, on other CPU cores. They wait
-    # until the engine's core process is forked: a lock that a thread holds at a fork would stay locked in the child.
-    # `stopping` ends the fitting early: a process can't exit while its threads run.
-    stopping, forked = threading.Event(), threading.Event()
-    os.register_at_fork(after_in_parent=forked.set)
-    if plan.device == "cuda":  # its processes are spawned, not forked
-        forked.set()
+    # Two threads load the trainer and fit a small model's judge. On a CPU they do so while the engine starts, on other
+    # cores, but not until its core process is forked: a lock that a thread holds at a fork would stay locked in the
+    # child. On a GPU nothing is forked, and they begin after the engine's start: vLLM would subtract the memory that
+    # they take from its KV cache. `stopping` ends the fitting early: a process can't exit while its threads run.
+    stopping, may_load = threading.Event(), threading.Event()
+    os.register_at_fork(after_in_parent=may_load.set)
     threads = [ThreadPoolExecutor(1, name, bind_thread, (plan.trainer_cores,)) for name in ("train", "judge")]
-    threads[0].submit(forked.wait)
+    threads[0].submit(may_load.wait)
     loading = threads[0].submit(trainer.load_state, config, saved, start, plan.device, plan.dtype)
     fitting = threads[1].submit(fit_judge, loading, start, stopping) if plan.judge_style == "head" else None
     engine = None
     try:
         engine = swap.start_engine(engine_args, [lock.fileno(), listener.fileno()])
+        may_load.set()
         state = await asyncio.wrap_future(loading)
         state.stopping = stopping
         await swap.begin_with(engine, 0 if config.lora_rank else state.step)
@@ -73,7 +73,7 @@ async def setup(config: Config) -> Program:
             await swap.load(engine, trainer.served_weights(state.policy), state.step)
     except BaseException:
         stopping.set()
-        forked.set()
+        may_load.set()
         if engine:
             swap.stop_engine(engine)
         raise

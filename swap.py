@@ -95,52 +95,58 @@ class WeightReceiver:
         """On a CPU: load the tensors that `load_all` sent into a second copy of the model, in a thread, while the first
         answers. This takes about a second, since the CPU backend packs every matrix again."""
         model, cores = self.model_runner.get_model(), os.sched_getaffinity(os.getppid())
-        # One copy for all pushes. With a new one for each, the layers and vLLM's records of them form reference cycles,
-        # which the garbage collector seldom looks for in a process with so many objects: 0.8 GB more after each push.
-        second = vars(self).pop("second", None) or second_copy(model)
+        second = vars(self).pop("second", None) or second_copy(model)  # one for all pushes: see `forget_copy`
 
         def load() -> list[str]:
             os.sched_setaffinity(0, cores)  # the trainer waits for us meanwhile, so its cores are free
-            missed = self.load_into(second, message)
+            try:
+                missed = self.load_into(second, message)
+            except BaseException:  # vLLM can't begin another load on this copy
+                forget_copy(second)
+                raise
             ctypes.CDLL(None).malloc_trim(0)  # otherwise malloc keeps 0.4 GB that it needed for the load
-            self.second = second  # not after an error: vLLM can't begin another load on it
+            self.second = second
             return missed
 
         self.loading = ThreadPoolExecutor(1).submit(load)
 
-    def has_loaded(self) -> bool:
-        return self.loading.done()
+    def missed_weights(self) -> list[str] | None:
+        """The names of the engine's parameters that `begin_loading` did NOT load; None while it is loading."""
+        return self.loading.result() if self.loading.done() else None
+
+    def exchange_copies(self) -> None:
+        """On a CPU: answer with the second copy's tensors. The first copy's are overwritten by the next load."""
+        for layer, loaded in zip(self.model_runner.get_model().modules(), self.second.modules(), strict=True):
+            old, new = dict(vars(layer)), dict(vars(loaded))
+            vars(layer).update(new | {"_modules": old["_modules"]})
+            vars(loaded).update(old | {"_modules": new["_modules"]})
 
     def receive_weights(self, message: bytes) -> list[str]:
-        """Answer with the weights that `load_all` sent. Returns the names of the engine's parameters that were NOT
+        """On a GPU: load the tensors that `load_all` sent. Returns the names of the engine's parameters that were NOT
         loaded."""
-        model = self.model_runner.get_model()
-        if self.device.type != "cpu":
-            return self.load_into(model, message)
-        missed = self.loading.result()
-        if not missed:
-            for layer, loaded in zip(model.modules(), self.second.modules(), strict=True):
-                old, new = dict(vars(layer)), dict(vars(loaded))
-                vars(layer).update(new | {"_modules": old["_modules"]})
-                vars(loaded).update(old | {"_modules": new["_modules"]})
-        return missed
+        return self.load_into(self.model_runner.get_model(), message)
 
     def load_into(self, model: torch.nn.Module, message: bytes) -> list[str]:
         """Relied on: layerwise reload runs each layer's own processing again and copies the results into the storage
         that CUDA graphs use."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import layerwise
 
         with set_current_vllm_config(self.vllm_config), torch.inference_mode():
-            expected = {name for name, _ in model.named_parameters()}
+            tensors = list(open_shared(message))  # if this fails, the model is still whole
+            expected = {name for name, _ in model.named_parameters()}  # a tied head isn't among them
             layerwise.initialize_layerwise_reload(model)
-            loaded = model.load_weights(open_shared(message))
+            loaded = model.load_weights(tensors)
             layerwise.finalize_layerwise_reload(model, self.vllm_config.model_config)
-            if self.device.type == "cpu" and self.vllm_config.model_config.hf_config.tie_word_embeddings:
+            for name, layer in model.named_modules():
                 # The reload takes a tied head's matrix for the embedding's and doesn't update the head's own packed
-                # copy: mean |dlogp| 4.2, against 0.03 in a fresh engine in bf16.
-                dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
+                # copy: mean |dlogp| 4.2, against 0.03 in a fresh engine in bf16. (The config's tie_word_embeddings
+                # won't do: vLLM sets it to False if the model's files have a copy of the head.)
+                tied = isinstance(layer, ParallelLMHead) and f"{name}.weight" not in expected
+                if tied and self.device.type == "cpu":
+                    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
         return sorted(expected - loaded)
 
     def receive_adapter(self, message: bytes, adapter_id: int) -> list[str]:
@@ -195,6 +201,15 @@ def second_copy(model: torch.nn.Module) -> torch.nn.Module:
         return copies[layer]
 
     return layer_copy(model)
+
+
+def forget_copy(model: torch.nn.Module) -> None:
+    """Let the memory of a `second_copy` be freed: vLLM's records of its layers refer to the layers themselves. (They
+    are in a WeakKeyDictionary.)"""
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    for layer in model.modules():
+        LAYERWISE_INFO.pop(layer, None)
 
 
 def open_shared(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
@@ -305,11 +320,15 @@ def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.ENGINE_CONTEXT)
     except ValidationError as e:
         raise UsageError("; ".join(error["msg"] for error in e.errors())) from e
-    if config.device_config.device_type == "cpu":
+    if on_cpu(config):
         # `create_engine_config` chooses "spawn", with which each process imports everything once more.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         os.register_at_fork(after_in_child=lambda: begin_process(not_its))
     return AsyncLLM.from_vllm_config(config)
+
+
+def on_cpu(vllm_config: Any) -> bool:
+    return vllm_config.device_config.device_type == "cpu"
 
 
 def stop_engine(engine: Any) -> None:
@@ -393,18 +412,25 @@ async def send(engine: Any, weights: Weights, step: int) -> tuple[Version, tuple
 
 
 async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, float]:
-    """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped."""
+    """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped. PushError
+    if a tensor was not loaded; on a CPU these weights are never served then."""
     global loads
+    cpu, missed = on_cpu(engine.vllm_config), None
     async with swapping, shared(weights) as message:
-        if engine.vllm_config.device_config.device_type == "cpu":
+        if cpu:
             await engine.collective_rpc("begin_loading", args=(message,))
-            while not (await engine.collective_rpc("has_loaded"))[0]:
+            while (missed := (await engine.collective_rpc("missed_weights"))[0]) is None:
                 await asyncio.sleep(0.05)
+            if missed:
+                raise PushError(f"the engine did not load {missed}")
         began = time.time()
         await engine.pause_generation(mode="keep", clear_cache=False)
         loads, serving[""] = loads + 1, Version(None)
         try:
-            missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
+            if cpu:
+                await engine.collective_rpc("exchange_copies")
+            else:
+                missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
             await engine.update_weight_version(str(step))
         finally:
             await engine.resume_generation()
@@ -523,7 +549,7 @@ def salted(prompt: dict, user: str) -> dict:
 def usable_seed(engine: Any, seed: int | None) -> int | None:
     """A request's seed, or None on a CPU: there, vLLM 0.32.0's engine dies if it prefills a seeded request in more than
     one chunk ("CPU Generator does not use offset"). OpenAI's API promises best effort only."""
-    return None if engine.vllm_config.device_config.device_type == "cpu" else seed
+    return None if on_cpu(engine.vllm_config) else seed
 
 
 # ---- verification ----

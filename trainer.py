@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import distill
 import grpo
@@ -39,7 +40,7 @@ class State:
     """Everything that training changes, and the frozen starting weights that it is compared with."""
 
     tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
-    policy: PreTrainedModel  # in training; whatever its dtype, its values are the served bf16 ones
+    policy: PreTrainedModel  # that is trained; whatever its dtype, its values are the served bf16 ones
     start: PreTrainedModel  # the frozen starting weights: for the KL, the teacher, and a small model's judge
     initial_masters: list[Tensor]  # the masters before the first step, for a return to step 0
     masters: list[Tensor]  # fp32, in the order of `trained`
@@ -88,19 +89,14 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     for row in grpo.collate(answers, *row_limits(config, state), state.policy.device):
         if state.stopping.is_set():
             raise Stopped
-        # A long row recomputes its activations in the backward pass: less memory, a third more time.
-        long = row["ids"].numel() > config.row_tokens
-        if long and not state.policy.is_gradient_checkpointing:
-            state.policy.gradient_checkpointing_enable({"use_reentrant": False})
-        elif not long and state.policy.is_gradient_checkpointing:
-            state.policy.gradient_checkpointing_disable()
-            state.policy.disable_input_require_grads()  # `enable` adds a hook, which `disable` doesn't always remove
+        recompute_activations(state.policy, row["ids"].numel() > config.row_tokens)
         loss, found = row_loss(config, state, row, lessons)
         # The mean over answers of each answer's mean over tokens: a mean over all tokens would favour long answers. The
         # factor T: a gradient through logits / T is 1 / T times as large, so turns with a low T would dominate.
         (loss * per_token[row["sample"]] * row["temperature"]).sum().backward()  # to the masters, see `optimizer`
         dlogp_max = max(dlogp_max, found.pop("dlogp_max"))
         sums.update(found)
+    recompute_activations(state.policy, False)
     norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
     n_sampled = max(1, sum(len(t.response_ids) for t in turns if not t.no_rl))
     dlogp = sums["dlogp"] / n_sampled
@@ -118,6 +114,18 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         "teacher_gap": sums["gap"] / max(1, sums["n_hinted"]),
         "repeated": sum(grpo.repetition(t.response_ids) for t in turns) / len(turns),
     }
+
+
+def recompute_activations(policy: PreTrainedModel, on: bool) -> None:
+    """For a long row, compute the activations again in the backward pass: less memory, a third more time. Generating
+    must have it off, since it uses no KV cache."""
+    if on and not policy.is_gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in policy.modules():  # it needs training mode, in which the modules below would apply dropout
+            module.training = isinstance(module, GradientCheckpointingLayer)
+    elif not on and policy.is_gradient_checkpointing:
+        policy.eval().gradient_checkpointing_disable()
+        policy.disable_input_require_grads()  # `enable` adds a hook, which `disable` doesn't always remove
 
 
 def row_limits(config: Config, state: State) -> tuple[int, int]:
@@ -265,6 +273,7 @@ def snapshot(state: State) -> None:
 def restore(state: State) -> None:
     """Return to the last snapshot."""
     copy_tensors(state.kept, mutable(state))
+    recompute_activations(state.policy, False)
     state.policy.zero_grad()  # a row that ran out of memory may have left gradients
     state.adam.zero_grad()
     sync_bf16(state.masters, state.policy)
@@ -307,7 +316,7 @@ def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, f
         saved = {"state": [*state.initial_masters, *zeros], "step": 0, "baselines": {}, "probed": state.probe.first}
     else:
         try:
-            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
             raise UsageError(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}") from e
     copy_tensors(saved["state"], mutable(state))
@@ -340,7 +349,7 @@ def load_state(
     except guard.Refused as e:
         raise UsageError(f"--model={start}: {e}") from e
     packs = check_arithmetic(first, probe.ids)
-    policy = (lora.with_adapter(first, config.lora_rank, config.seed) if config.lora_rank else load()).train()
+    policy = lora.with_adapter(first, config.lora_rank, config.seed) if config.lora_rank else load()
     masters, adam = optimizer(config, policy)
     initial_masters = [m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters())
     return begin(
@@ -350,7 +359,7 @@ def load_state(
 
 def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> State:
     """The state of a user's own adapter on the shared base: from their checkpoint in `folder`, or new."""
-    policy = lora.with_adapter(shared.start, config.lora_rank, config.seed).train()
+    policy = lora.with_adapter(shared.start, config.lora_rank, config.seed)
     masters, adam = optimizer(config, policy)
     return begin(replace(shared, policy=policy, masters=masters, adam=adam, kept=[], owner=owner), folder)
 

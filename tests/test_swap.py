@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import probe
@@ -21,12 +22,17 @@ from tests.conftest import make_tiny_model
 BOUND = 0.05
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])  # the engine in fp32 and in bf16
+@pytest.fixture(scope="module", params=["tied", "tied, the head is in the file", "untied"])
 async def served(request, tmp_path_factory):
-    """An engine, and the trainer's copy of its weights."""
-    folder = make_tiny_model(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
+    """An engine, in bf16 if untied, and the trainer's copy of its weights."""
+    tied = request.param != "untied"
+    folder = make_tiny_model(tmp_path_factory.mktemp("model"), tied)
+    if "file" in request.param:
+        saved = load_file(folder / "model.safetensors")
+        saved["lm_head.weight"] = saved["model.embed_tokens.weight"].clone()
+        save_file(saved, folder / "model.safetensors", {"format": "pt"})
     config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1)
-    dtype = torch.float32 if request.param == "tied" else torch.bfloat16
+    dtype = torch.float32 if tied else torch.bfloat16
     plan = replace(make_plan(config, folder), dtype=dtype)
     engine = swap.start_engine(swap.engine_args(config, folder, plan))
     await engine.update_weight_version("0")

@@ -1,12 +1,16 @@
 """The trainer: bf16 values in any dtype, fp32 masters, and checkpoints that other programs can load."""
 
+import json
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import probe
 import trainer
 from config import Config
 from durable import checkpoint
@@ -326,8 +330,23 @@ def test_each_answer_has_the_same_weight_whatever_its_length(tiny_model, monkeyp
 
 def test_recomputing_long_rows_leaves_nothing_behind(tiny_model):
     """transformers adds a hook to the embedding each time that gradient checkpointing is switched on."""
-    state, lesson = load(tiny_model), trainer.Lesson(turn("t", no_rl=True), 1.0, [])
+    state, lesson, passes = load(tiny_model), trainer.Lesson(turn("t", no_rl=True), 1.0, []), Counter()
+    state.policy.model.layers[0].register_forward_pre_hook(lambda *_: passes.update([row_tokens]))
     for row_tokens in (1, 256, 1, 256):
         trainer.update(Config(row_tokens=row_tokens), state, [lesson])
-        assert state.policy.is_gradient_checkpointing == (row_tokens == 1)
+        assert not state.policy.is_gradient_checkpointing, "the probe generates next"
+    assert passes == {1: 4, 256: 2}, "long rows are computed twice"
     assert not state.policy.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("row_tokens", [1, 256])
+def test_the_models_dropout_is_off(tmp_path, row_tokens):
+    """The engine samples without dropout, so training must compute the same log-probs."""
+    folder = make_tiny_model(tmp_path)
+    settings = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (folder / "config.json").write_text(json.dumps(settings))
+    state, t = load(folder), turn("t")
+    assert state.policy.config.attention_dropout == 0.5
+    sampled = probe.token_logps(state.start, t.prompt_ids + t.response_ids)[len(t.prompt_ids) - 1 :].tolist()
+    lesson = trainer.Lesson(replace(t, logprobs=sampled, temperature=1.0), 1.0, [])
+    assert trainer.update(Config(row_tokens=row_tokens), state, [lesson])["dlogp"] < 1e-4

@@ -39,10 +39,11 @@ async def roll_back(p: Program, user: str, step: int) -> str:
             _, p.pause = await swap.push(p.engine, weights, step, (state.probe.ids, logps), owner)
             undone = await p.write(upkeep.rollback, owner, step)
         except Exception:
-            await p.undo(state)
             if was_away:  # their current weights are still those on the disk
                 del p.states[owner]
                 await swap.evict(p.engine, owner)
+            else:
+                await p.undo(state)
             raise
         await p.on_trainer(trainer.commit, state, step, baselines, probed)
         checkpoint.remove_others(out, journal.listed(p.db))

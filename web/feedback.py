@@ -62,7 +62,7 @@ def routes(p: Program) -> list[Route]:
             late = {"score": score, "text": text, "time": time.time()}
             await p.write(journal.keep_late_feedback, turn.id, late)
             return openai_error(409, f"too late to train on, but kept: {e}")
-        if state == "queued" and await p.admit(turn.id):
+        if state == "queued" and await p.admit(turn.id, turn.user):
             p.wake.set()
         return JSONResponse({"completion_id": turn.id, "score": score})
 
