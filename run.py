@@ -170,19 +170,18 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
 
 def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[str, float]) -> None:
     """One line on the screen and one row in metrics.jsonl for a step."""
-    turns, rewards = [s.turn for s in batch], [s.verdict.score for s in batch]
     row = {
         "step": state.step,
-        **({"owner": state.owner} if state.owner else {}),
-        "reward": sum(rewards) / len(rewards),
-        "length": metrics["tokens"] / len(turns),
+        "reward": sum(s.verdict.score for s in batch) / len(batch),
+        "length": metrics["tokens"] / len(batch),
         **metrics,
         "pause_s": p.pause[1] - p.pause[0],
-        "stale": sum(state.step - 1 - max(v for v, _, _ in t.versions) for t in turns) / len(turns),
+        "stale": sum(state.step - 1 - max(v for v, _, _ in s.turn.versions) for s in batch) / len(batch),
         "waiting": journal.counts(p.db).get("queued", 0),
         "time": time.time(),
     }
-    p.last_step = {name: value for name, value in row.items() if name != "owner"}
+    p.last_step = row
+    row = {"owner": state.owner} | row if state.owner else row
     with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
     terminal.print_step(row)
