@@ -148,11 +148,9 @@ class Capture:
                 kind = Headers(raw=message["headers"]).get("content-type", "")
                 reader = AnswerReader(streamed=kind.startswith("text/event-stream"))
             elif reader and request.turn_id:
-                answers = reader.feed(message.get("body", b""), message.get("more_body", False))
-                for index, answer in answers.items():
-                    digest = answer_digest(answer)
+                for index, answer in reader.feed(message.get("body", b""), message.get("more_body", False)).items():
+                    turn_id, digest = choice_id(request.turn_id, index), answer_digest(answer)
                     if digest != request.answers.get(index, digest):
-                        turn_id = choice_id(request.turn_id, index)
                         await journal.patiently(journal.record_answer, self.db, turn_id, digest)
             await send(message)
 
