@@ -105,12 +105,11 @@ class Capture:
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
             if fields and (not chat or isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
                 named = named_session(headers)
-                template = {k: fields[k] for k in TEMPLATE_FIELDS if k in fields}
                 request = Asked(
                     user=user,
                     path=scope["path"],
                     messages=messages if chat else [],
-                    template=template if chat else {},
+                    template={k: fields[k] for k in TEMPLATE_FIELDS if chat and k in fields},
                     session=f"{user.name}/{named}" if named else None,
                     side=headers.get("x-turn-type", "").lower() == "side",
                     done=headers.get("x-session-done", "").lower() in ("1", "true"),
