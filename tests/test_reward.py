@@ -109,14 +109,18 @@ def test_content_may_be_parts_or_missing() -> None:
     assert "User reply: No, / wrong" in reward.evidence("r", "a", strings, 200)
 
 
+def asked_for_a_vote(said: str) -> list[dict]:
+    return chat_judge.few_shot(chat_judge.RULES, chat_judge.EXAMPLES, "r", "a", [{"role": "user", "content": said}])
+
+
 def test_a_message_full_of_spaces_takes_little_time() -> None:
     start = time.perf_counter()
-    chat_judge.judge_messages("r", "a", [{"role": "user", "content": "x" + " " * 400_000 + "y"}])
+    asked_for_a_vote("x" + " " * 400_000 + "y")
     assert time.perf_counter() - start < 5
 
 
 def test_prompts_have_a_shared_prefix_without_labelled_replies() -> None:
-    one, two = (chat_judge.judge_messages("r", "a", [{"role": "user", "content": c}]) for c in ("first", "second"))
+    one, two = map(asked_for_a_vote, ("first", "second"))
     same = [a for a, b in zip(one, two, strict=True) if a == b]
     assert len(same) >= 2 and json.dumps(one).replace("first", "second") == json.dumps(two)
     prefix = json.dumps(same, ensure_ascii=False)
