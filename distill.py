@@ -75,7 +75,7 @@ def hint_effect(hinted: Tensor, plain: Tensor) -> Tensor:
 
 @torch.no_grad()
 def teacher_logps(
-    head: Tensor, row: dict[str, Tensor], ids: Tensor, hinted: dict[int, list[Tensor]], plain: Tensor
+    head: Tensor, row: grpo.Row, ids: Tensor, hinted: dict[int, list[Tensor]], plain: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The teacher's log-probs (N, K) of `ids` (N, K) at a row's N positions, and the hint mask (N,): 1.0 in the answers
     of `hinted`, 0.0 elsewhere.

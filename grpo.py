@@ -68,15 +68,14 @@ class Answer(NamedTuple):
     temperature: float = 1.0
 
 
-def collate(
-    answers: Sequence[Answer], limit: int, tree: int = 0, device: str | torch.device = "cpu"
-) -> Iterator[dict[str, Tensor]]:
-    """Packed rows of B samples, without padding. A shared prefix is in the row once. A token's position is its depth in
-    its tree: it drops back at the start of a branch, and to 0 at the start of a tree.
+# A packed row: ids, positions (1, L); at (N,), the index in the row that predicts each response token; and per response
+# token target, old_logp, adv, temperature, sample (N,).
+Row = dict[str, Tensor]
 
-    Yields dicts: ids, positions (1, L); at (N,), the index in the row that predicts each response token; and per
-    response token target, old_logp, adv, temperature, sample (N,).
-    """
+
+def collate(answers: Sequence[Answer], limit: int, tree: int = 0, device: str | torch.device = "cpu") -> Iterator[Row]:
+    """Packed rows of B samples, without padding. A shared prefix is in the row once. A token's position is its depth in
+    its tree: it drops back at the start of a branch, and to 0 at the start of a tree."""
     samples = [[*answer.prompt, *answer.response] for answer in answers]
     trees = grow_trees(samples, limit, tree)
     for row in pack_rows([length for length, _ in trees], limit):
@@ -104,7 +103,7 @@ def collate(
         }
 
 
-def single_row(prompt: Sequence[int], response: Sequence[int], device: str | torch.device) -> dict[str, Tensor]:
+def single_row(prompt: Sequence[int], response: Sequence[int], device: str | torch.device) -> Row:
     """A row of one sample at temperature 1, for reading log-probs only."""
     return next(collate([Answer(prompt, response)], 1, device=device))
 
@@ -112,7 +111,7 @@ def single_row(prompt: Sequence[int], response: Sequence[int], device: str | tor
 # ---- token log-probs ----
 
 
-def response_hidden(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
+def response_hidden(model: torch.nn.Module, row: Row) -> Tensor:
     """The last hidden states that predict a row's response tokens, (N, D), divided by the tokens' temperatures. So all
     logits made of them are at these temperatures. Dividing the logits instead, (N, V), would cost 5 % of a step."""
     mask = tree_mask(row["positions"][0], model.dtype)
@@ -170,7 +169,7 @@ def token_logps(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
     return in_chunks(logps, hidden, ids)
 
 
-def response_logps(model: torch.nn.Module, row: dict[str, Tensor]) -> Tensor:
+def response_logps(model: torch.nn.Module, row: Row) -> Tensor:
     """Log-probs of a row's response tokens at their temperatures. (N,) float32"""
     hidden, head = response_hidden(model, row), model.get_output_embeddings().weight
     return token_logps(hidden, head, row["target"][:, None]).squeeze(-1)

@@ -139,9 +139,7 @@ def row_limits(config: Config, state: State) -> tuple[int, int]:
     return min(config.row_tokens, tree), tree
 
 
-def row_loss(
-    config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
-) -> tuple[Tensor, dict[str, float]]:
+def row_loss(config: Config, state: State, row: grpo.Row, lessons: Sequence[Lesson]) -> tuple[Tensor, dict[str, float]]:
     """L = w_rl L_rl + w_opd L_opd + kl L_kl per response token (N,), and metrics of the row: sums, and dlogp_max."""
     hinted = any(lessons[i].hinted for i in row["sample"].unique().tolist())
     clip = (config.clip_low, config.clip_high)
@@ -186,7 +184,7 @@ def row_loss(
 
 
 def read_start(
-    config: Config, state: State, row: dict[str, Tensor], lessons: Sequence[Lesson]
+    config: Config, state: State, row: grpo.Row, lessons: Sequence[Lesson]
 ) -> tuple[Tensor, dict[int, list[Tensor]]]:
     """The forward pass of the starting weights, without a gradient: the row's hidden states (N, D), and for each sample
     with hints the hidden states of its answer after each hinted prompt (T, D). A turn and its hinted prompts share a
