@@ -248,10 +248,8 @@ def compare_with_start(
     """
 
     def compare(hidden: Tensor, start: Tensor, ids: Tensor) -> Tensor:  # of C positions
-        logps, start_logps = (
-            F.linear(h, w).float().log_softmax(-1)  # (C, V)
-            for h, w in ((hidden, head), (start, start_head))
-        )
+        logps = F.linear(hidden, head).float().log_softmax(-1)  # (C, V)
+        start_logps = F.linear(start, start_head).float().log_softmax(-1)  # (C, V)
         kl = (logps.exp() * (logps - start_logps)).sum(-1, keepdim=True)  # (C, 1)
         return torch.cat([logps.gather(-1, ids), start_logps.gather(-1, ids), kl], 1)
 
