@@ -26,8 +26,7 @@ def with_adapter(base: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel
     policy = copy.deepcopy(base, shared)  # new modules: other threads use `base` without an adapter
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = list(adapted_layers(base))
-        policy.add_adapter(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=layers))
+        policy.add_adapter(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=list(adapted_layers(base))))
     return policy
 
 
