@@ -50,17 +50,13 @@ PROGRAM = "NANO_OPENCLAW_RL_PID"  # the process that started the engine
 ENGINE_CORES = "VLLM_CPU_OMP_THREADS_BIND"  # the cores that the worker computes on, e.g. "0,1"
 
 
-def end_with_parent() -> None:
-    """Have this process killed when its parent dies. Otherwise `VLLM::EngineCore` and `VLLM::Worker` live on as orphans
-    after a kill -9."""
+def begin_process(not_its: Sequence[int] = ()) -> None:
+    """Called in each new process of the engine. `not_its`: file descriptors that the core process must close."""
+    # It is killed when its parent dies. Otherwise `VLLM::EngineCore` and `VLLM::Worker` live on as orphans after a
+    # kill -9.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not os.path.exists(f"/proc/{os.environ[PROGRAM]}/exe"):  # the program died before that; a zombie has no exe
         os._exit(1)
-
-
-def begin_process(not_its: Sequence[int] = ()) -> None:
-    """Called in each new process of the engine. `not_its`: file descriptors that the core process must close."""
-    end_with_parent()
     if os.getppid() == int(os.environ[PROGRAM]):  # the engine's core
         os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
         for descriptor in not_its:
