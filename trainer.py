@@ -329,9 +329,7 @@ def commit(state: State, step: int, baselines: dict[str, float], probed: dict[st
     state.step, state.baselines, state.probed = step, baselines, probed
 
 
-def load_state(
-    config: Config, folder: Path | None, start: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> State:
+def load_state(config: Config, folder: Path | None, start: Path, device: str, dtype: torch.dtype) -> State:
     """The trainer's state, from the checkpoint in `folder` if any. `start`: the folder of the starting weights.
 
     `dtype`: of the arithmetic. UsageError if a file is damaged.
@@ -350,9 +348,8 @@ def load_state(
     policy = lora.with_adapter(first, config.lora_rank, config.seed) if config.lora_rank else load()
     masters, adam = optimizer(config, policy)
     initial_masters = [m.detach().clone() for m in masters] if config.lora_rank else list(first.parameters())
-    return begin(
-        State(tokenizer, policy, first, initial_masters, masters, adam, probe, packs, config.lora_rank), folder
-    )
+    state = State(tokenizer, policy, first, initial_masters, masters, adam, probe, packs, config.lora_rank)
+    return begin(state, folder)
 
 
 def of_user(config: Config, shared: State, owner: str, folder: Path | None) -> State:

@@ -150,7 +150,8 @@ def test_of_several_hints_the_one_that_changes_the_teacher_most_is_used(model, k
 @pytest.mark.parametrize("no_rl", ["", "sampled with top_p"])
 def test_the_first_step_sees_no_difference_to_the_start_and_to_a_teacher_without_a_hint(tiny_model, no_rl):
     """All three are the same model then, at the turn's temperature."""
-    state, prompt, response = trainer.load_state(Config(), None, tiny_model), [5, 6, 7], [8, 9]
+    state = trainer.load_state(Config(), None, tiny_model, "cpu", torch.float32)
+    prompt, response = [5, 6, 7], [8, 9]
     logprobs = slow_logps(state.policy, prompt, response, 0.5).gather(-1, torch.tensor(response)[:, None]).flatten()
     turn = SimpleNamespace(prompt_ids=prompt, response_ids=response, temperature=0.5, no_rl=no_rl)
     turn.logprobs = logprobs.tolist()
@@ -199,7 +200,7 @@ def test_a_hint_that_names_a_word_makes_it_likelier_in_a_prompt_without_the_hint
     (wanted,), (sampled,) = (tokenizer(w)["input_ids"] for w in (" Luna", " Max"))
     at = answer.index(sampled)
     config = Config(lr=1e-5, opd_k=k, w_rl=0.0, kl=0.0)
-    state = trainer.load_state(config, None, folder)
+    state = trainer.load_state(config, None, folder, "cpu", torch.float32)
 
     @torch.no_grad()
     def probabilities():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 import trainer
@@ -17,7 +18,7 @@ def setting(device="cuda", lora_rank=0, tokens=16384, width=2):
 
 
 def test_parameter_counts_match_the_model_and_its_adapter(tiny_model):
-    state = trainer.load_state(Config(lora_rank=4), None, tiny_model)
+    state = trainer.load_state(Config(lora_rank=4), None, tiny_model, "cpu", torch.float32)
     counted = memory.parameters(AutoConfig.from_pretrained(tiny_model), 4)
     assert counted == (sum(p.numel() for p in state.start.parameters()), sum(m.numel() for m in state.masters))
     assert memory.parameters(shape("4B"), 0) == (4_022_468_096, 0)  # Qwen3-4B
