@@ -11,10 +11,10 @@ import asyncio
 import hashlib
 import json
 import re
-import threading
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -146,9 +146,7 @@ def labelled(name: str) -> list[dict]:
     return [json.loads(line) for line in (REPLIES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def make_head(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Path, stopping: threading.Event | None = None
-) -> Head:
+def make_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Path, stopping: Event) -> Head:
     """The head for a model. The features of the labelled replies take minutes on one core, so they are cached in a file
     named after `cache`, which must identify the model, and a hash of the replies and the prompt. InterruptedError if
     `stopping` is set meanwhile."""
@@ -163,7 +161,7 @@ def make_head(
         order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # so that little is padded
         read: dict[int, Tensor] = {}
         for at in range(0, len(rows), READ_AT_ONCE):
-            if stopping and stopping.is_set():
+            if stopping.is_set():
                 raise InterruptedError("the program is stopping")
             batch = order[at : at + READ_AT_ONCE]
             read |= dict(zip(batch, features(model, [prompts[i] for i in batch]), strict=True))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from threading import Event
 from typing import Literal
 
 import tyro
@@ -70,7 +71,7 @@ def main(options: Options) -> None:
         gflops = measure_gflops(folder, sorted(os.sched_getaffinity(0)), 256)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=max(gflops, key=gflops.get)).eval()  # as in run.py
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        head = make_head(model, tokenizer, CACHE / "judge" / fingerprint(folder)[:16])
+        head = make_head(model, tokenizer, CACHE / "judge" / fingerprint(folder)[:16], Event())
         began = time.perf_counter()
         scores = [head_verdict(head, model, tokenizer, r["request"], r["next"])[0] for r in rows]
     report(rows, scores, time.perf_counter() - began)

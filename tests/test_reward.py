@@ -497,9 +497,9 @@ def test_features_depend_on_the_next_message_and_are_cached(tiny_model, tmp_path
     assert one.shape == (4 * 128,) and not torch.equal(one, two)
     rows = reward.labelled("fit")[:20]
     monkeypatch.setattr(reward, "labelled", lambda name: rows)
-    first = reward.make_head(model, tokenizer, tmp_path / "cache" / "m")
+    first = reward.make_head(model, tokenizer, tmp_path / "cache" / "m", threading.Event())
     monkeypatch.setattr(reward, "features", None)  # not called again
-    again = reward.make_head(model, tokenizer, tmp_path / "cache" / "m")
+    again = reward.make_head(model, tokenizer, tmp_path / "cache" / "m", threading.Event())
     assert torch.equal(first.weight, again.weight)
 
 
@@ -520,7 +520,7 @@ async def test_a_judge_that_could_not_be_prepared_gives_no_verdict(tiny_model, t
     monkeypatch.setattr(reward, "labelled", lambda name: rows)
     (tmp_path / "cache").write_text("a file where the folder should be")
     with ThreadPoolExecutor(1) as threads:
-        fitting = threads.submit(reward.make_head, model, tokenizer, tmp_path / "cache" / "m")
+        fitting = threads.submit(reward.make_head, model, tokenizer, tmp_path / "cache" / "m", threading.Event())
         judge = reward.HeadJudge(fitting, model, tokenizer, threads)
         for _ in range(2):
             with pytest.raises(JudgeError, match="could not be fitted.*cache") as caught:
@@ -537,7 +537,7 @@ def test_the_real_head_is_accurate_on_unseen_replies(tmp_path, monkeypatch) -> N
     tokenizer = AutoTokenizer.from_pretrained(folder)
     fit, rows = reward.labelled("fit")[::3], reward.labelled("unseen")[::2]
     monkeypatch.setattr(reward, "labelled", lambda name: fit)
-    head = reward.make_head(model, tokenizer, tmp_path / "m")
+    head = reward.make_head(model, tokenizer, tmp_path / "m", threading.Event())
     scores = [reward.head_verdict(head, model, tokenizer, r["request"], r["next"])[0] for r in rows]
     assert sum(s == reward.VOTES[r["label"]] for s, r in zip(scores, rows, strict=True)) > 0.75 * len(rows)
     wish = complaint("Please put the result in the first line.")
