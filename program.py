@@ -74,11 +74,8 @@ class Program:
         self.states[owner] = self.states.pop(owner)  # the last trained is last
         return self.states[owner]
 
-    def step_of(self, owner: str) -> int:
-        return self.states[owner].step if owner in self.states else journal.saved_step(self.db, owner)
-
     def steps(self) -> dict[str, int]:
-        """Owner -> the step of their weights."""
+        """Owner -> the step of their weights. An owner missing here has the starting weights, step 0."""
         if self.config.adapters == "shared":
             return {"": self.state.step}
         return journal.owners(self.db) | {owner: state.step for owner, state in self.states.items() if owner}
@@ -178,7 +175,7 @@ class Program:
             again = f"next try in {seconds:.0f} s"
         self.paused[owner] = why = f"stopped: {error} ({again})"
         whose = f"of {owner} " if owner else ""
-        step = self.step_of(owner)
+        step = self.steps().get(owner, 0)
         print(f"training {whose}stopped, serving continues with step {step}: {error} ({again})", file=sys.stderr)
         if seconds is not None:
             asyncio.get_running_loop().call_later(seconds, self.end_pause, why)

@@ -19,7 +19,7 @@ from program import Program
 
 def training_of(p: Program, user: str | None) -> dict[str, Any]:
     """The training state of the weights that answer this user; None: of everybody's."""
-    steps = {p.owner_of(user): p.step_of(p.owner_of(user))} if user else p.steps()
+    steps = {p.owner_of(user): p.steps().get(p.owner_of(user), 0)} if user else p.steps()
     paused = {owner: why for owner, why in p.paused.items() if owner}
     return {
         "step": sum(steps.values()),
