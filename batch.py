@@ -74,14 +74,12 @@ async def prepare_lessons(
 
 async def hinted_prompts(p: Program, sample: Sample) -> list[list[int]]:
     """A prompt for each candidate hint that fits. [] if none can be used; the reason goes into the turn's row."""
-    turn, longest = sample.turn, p.config.max_train_tokens - len(sample.turn.response_ids)
+    longest = p.config.max_train_tokens - len(sample.turn.response_ids)
     try:
-        prompts = await distill.hinted_prompts(
-            p.own_client, turn.messages, turn.template, turn.prompt_ids, sample.verdict.hints
-        )
+        prompts = await distill.hinted_prompts(p.own_client, sample.turn, sample.verdict.hints)
         if not (fitting := [prompt for prompt in prompts if len(prompt) <= longest]):
             raise distill.NoHintedPrompt(f"longer than {p.config.max_train_tokens} tokens with it")
     except distill.NoHintedPrompt as e:
-        await p.write(journal.note, turn.id, f"hint not used: {e}")
+        await p.write(journal.note, sample.turn.id, f"hint not used: {e}")
         return []
     return fitting

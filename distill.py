@@ -5,8 +5,6 @@ token of the recorded answer, and the policy without the hint is moved towards t
 section on on-policy distillation; notation: README.)
 """
 
-from collections.abc import Sequence
-
 import openai
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from torch import Tensor
 
 import grpo
 from clients.sessions import last_request
+from durable.journal import Turn
 
 HINT = "\n\n[user's hint / instruction]\n"
 
@@ -34,13 +33,11 @@ def with_hint(messages: list[dict], hint: str) -> list[dict]:
     return [*messages[:last], {**messages[last], "content": added}, *messages[last + 1 :]]
 
 
-async def hinted_prompts(
-    client: openai.AsyncOpenAI, messages: list[dict], template: dict, prompt_ids: Sequence[int], hints: list[str]
-) -> list[list[int]]:
-    """The token ids of a prompt for each hint, made by the server's own chat template (vLLM's /tokenize).
+async def hinted_prompts(client: openai.AsyncOpenAI, turn: Turn, hints: list[str]) -> list[list[int]]:
+    """The token ids of a turn's prompt with each hint, made by the server's own chat template (vLLM's /tokenize).
 
-    `template`: the other fields that went into the prompt, such as tools. The prompt is first rendered without a hint.
-    NoHintedPrompt if that doesn't give `prompt_ids`, since then the hint would not be the only change.
+    The prompt is first rendered without a hint. NoHintedPrompt if that doesn't give the recorded ids, since then the
+    hint would not be the only change.
     """
     root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
 
@@ -48,13 +45,14 @@ async def hinted_prompts(
         # vLLM's chat endpoint takes thinking under both names, its /tokenize only as `reasoning`.
         messages = [{"reasoning" if k == "reasoning_content" else k: v for k, v in m.items()} for m in messages]
         try:
-            return (await root.post("/tokenize", cast_to=object, body={**template, "messages": messages}))["tokens"]
+            body = {**turn.template, "messages": messages}  # `template`: other fields of the prompt, such as tools
+            return (await root.post("/tokenize", cast_to=object, body=body))["tokens"]
         except (openai.APIError, ValueError) as e:  # a lone surrogate or 1e999: valid JSON that the client can't send
             raise NoHintedPrompt(f"{type(e).__name__}: {e}") from e
 
-    if await render(messages) != list(prompt_ids):
+    if await render(turn.messages) != turn.prompt_ids:
         raise NoHintedPrompt("the prompt is not the same when it is rendered again")
-    return [await render(with_hint(messages, hint)) for hint in hints]
+    return [await render(with_hint(turn.messages, hint)) for hint in hints]
 
 
 # ---- the teacher ----

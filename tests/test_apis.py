@@ -16,6 +16,7 @@ from clients import paste
 from durable.model import tool_parser_of
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import TEMPLATE, make_tool_model
+from tests.records import turn
 from tests.talking import ALICE, BOB, client, rated, rows, until, user
 
 PATH = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"]}
@@ -114,8 +115,8 @@ async def test_options_that_reach_the_template_are_recorded(program, tiny_model,
     row = rows(program)[-1]
     prompt = np.frombuffer(row["prompt_ids"], np.int32).tolist()
     assert shown in AutoTokenizer.from_pretrained(tiny_model).decode(prompt)
-    arguments = json.loads(row["messages"]), json.loads(row["template"]), prompt
-    assert await distill.hinted_prompts(client(program), *arguments, ["Be brief, please."])
+    recorded = turn(messages=json.loads(row["messages"]), template=json.loads(row["template"]), prompt_ids=prompt)
+    assert await distill.hinted_prompts(client(program), recorded, ["Be brief, please."])
 
 
 def session_of(program, text):
@@ -136,8 +137,10 @@ async def check(program, tiny_model, found, after):
             "\ufffd"
         )
         # Raises unless the messages, rendered again, give the recorded prompt.
-        arguments = json.loads(row["messages"]), json.loads(row["template"]), ids["prompt_ids"]
-        assert await distill.hinted_prompts(client(program), *arguments, ["Be brief, please."])
+        recorded = turn(
+            messages=json.loads(row["messages"]), template=json.loads(row["template"]), prompt_ids=ids["prompt_ids"]
+        )
+        assert await distill.hinted_prompts(client(program), recorded, ["Be brief, please."])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -229,8 +232,8 @@ async def test_tool_calls_and_their_results_are_recorded(program, tiny_model, ap
     first, second = [r for r in rows(program) if question in r["messages"]]
     assert "structured_outputs" in first["no_rl"] and second["state"] == "waiting"
     ids = np.frombuffer(second["prompt_ids"], np.int32).tolist()
-    arguments = json.loads(second["messages"]), json.loads(second["template"]), ids
-    assert await distill.hinted_prompts(client(program), *arguments, ["Be brief, please."])
+    recorded = turn(messages=json.loads(second["messages"]), template=json.loads(second["template"]), prompt_ids=ids)
+    assert await distill.hinted_prompts(client(program), recorded, ["Be brief, please."])
     result = json.loads(second["messages"])[-1]
     assert (result["role"], result["tool_call_id"], result["content"]) == ("tool", call_id, "text of it")
 
@@ -302,8 +305,8 @@ async def test_thinking_is_sent_separately_and_recorded_with_the_answer(thinking
     (row,) = rows(thinking, "messages LIKE '%reasoning_content%'")
     prompt = np.frombuffer(row["prompt_ids"], np.int32).tolist()
     assert thought in AutoTokenizer.from_pretrained(thinking.model).decode(prompt)
-    arguments = json.loads(row["messages"]), json.loads(row["template"]), prompt
-    assert await distill.hinted_prompts(c, *arguments, ["Be brief, please."])
+    recorded = turn(messages=json.loads(row["messages"]), template=json.loads(row["template"]), prompt_ids=prompt)
+    assert await distill.hinted_prompts(c, recorded, ["Be brief, please."])
 
 
 async def test_an_agents_long_prompt_is_trained_on(thinking):

@@ -27,6 +27,7 @@ from durable import journal
 from durable.errors import UsageError
 from durable.model import model_folder
 from tests.conftest import ROOT, alive, descendants
+from tests.records import turn
 from tests.talking import ALICE, BOB, ask, client, glance, rated, rows, until, user
 
 # ---- capture ----
@@ -212,20 +213,21 @@ async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_mode
     reply = await ask(client(program), talk := [user("first"), {"role": "assistant", "content": "a"}, user("then")])
     (row,) = rows(program, "id = ?", reply.id)
     prompt_ids = np.frombuffer(row["prompt_ids"], np.int32).tolist()
-    arguments = (client(program), talk, json.loads(row["template"]))
-    plain, hinted = prompt_ids, await distill.hinted_prompts(*arguments, prompt_ids, ["Be brief.", "Be kind."])
+    c, asked = client(program), turn(messages=talk, template=json.loads(row["template"]), prompt_ids=prompt_ids)
+    plain, hinted = prompt_ids, await distill.hinted_prompts(c, asked, ["Be brief.", "Be kind."])
     for hint, ids in zip(["Be brief.", "Be kind."], hinted, strict=True):
         seen = f"then\n\n[user's hint / instruction]\n{hint}<|im_end|>"
         assert tokenizer.decode(ids) == tokenizer.decode(plain).replace("then<|im_end|>", seen)
     with pytest.raises(distill.NoHintedPrompt, match="the same"):
-        await distill.hinted_prompts(*arguments, prompt_ids[1:], ["Be brief."])
+        await distill.hinted_prompts(c, dataclasses.replace(asked, prompt_ids=prompt_ids[1:]), ["Be brief."])
     with pytest.raises(distill.NoHintedPrompt, match="Unicode"):
-        await distill.hinted_prompts(*arguments, prompt_ids, ["This is wrong \ud83d"])
+        await distill.hinted_prompts(c, asked, ["This is wrong \ud83d"])
     with pytest.raises(distill.NoHintedPrompt, match="JSON compliant"):  # vLLM accepts 1e999 in a tool's schema
         endless = {"chat_template_kwargs": {"x": float("inf")}}
-        await distill.hinted_prompts(client(program), talk, endless, prompt_ids, ["Be brief."])
+        await distill.hinted_prompts(c, dataclasses.replace(asked, template=endless), ["Be brief."])
     with pytest.raises(distill.NoHintedPrompt, match="BadRequest"):
-        await distill.hinted_prompts(client(program), [user("x")], {"tools": 1}, prompt_ids, ["Be brief."])
+        other = dataclasses.replace(asked, messages=[user("x")], template={"tools": 1})
+        await distill.hinted_prompts(c, other, ["Be brief."])
 
 
 async def test_hints_written_by_the_judge_match_the_pattern(program):
