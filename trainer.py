@@ -65,9 +65,12 @@ class Lesson:
     hinted: list[list[int]]  # the prompt with each candidate hint
 
     @property
-    def temperature(self) -> float:
-        """1.0 for a turn that is trained on its hint only: it may have been sampled in any way."""
-        return 1.0 if self.turn.no_rl else self.turn.temperature
+    def answer(self) -> grpo.Answer:
+        """A turn that is trained on its hint only may have been sampled in any way: it has no log-probs of the sampler
+        that can be used, and is trained at temperature 1."""
+        t = self.turn
+        old_logps, temperature = (None, 1.0) if t.no_rl else (t.logprobs, t.temperature)
+        return grpo.Answer(t.prompt_ids, t.response_ids, old_logps, self.adv, temperature)
 
 
 # ---- one step ----
@@ -82,10 +85,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     n, sums, dlogp_max = sum(len(t.response_ids) for t in turns), Counter[str](), 0.0
     size = max(len(turns), config.batch_size)  # a batch that is not full weighs less
     per_token = torch.tensor([1 / size / len(t.response_ids) for t in turns], device=state.policy.device)  # (B,)
-    answers = []
-    for lesson, t in zip(lessons, turns, strict=True):
-        old_logps = None if t.no_rl else t.logprobs
-        answers.append(grpo.Answer(t.prompt_ids, t.response_ids, old_logps, lesson.adv, lesson.temperature))
+    answers = [lesson.answer for lesson in lessons]
     for row in grpo.collate(answers, *row_limits(config, state), state.policy.device):
         if state.stopping.is_set():
             raise Stopped
@@ -190,9 +190,8 @@ def read_start(
     with hints the hidden states of its answer after each hinted prompt (T, D). A turn and its hinted prompts share a
     prefix up to the hint, so they can be one tree."""
     members = row["sample"].unique_consecutive().tolist()
-    prompts = [(lessons[i], lessons[i].turn.prompt_ids) for i in members]
-    prompts += [(lessons[i], prompt) for i in members for prompt in lessons[i].hinted]
-    answers = [grpo.Answer(p, lesson.turn.response_ids, temperature=lesson.temperature) for lesson, p in prompts]
+    answers = [lessons[i].answer for i in members]
+    answers += [lessons[i].answer._replace(prompt=prompt) for i in members for prompt in lessons[i].hinted]
     found = iter(grpo.hidden_states(state.start, answers, *row_limits(config, state)))
     plain = torch.cat([next(found) for _ in members])
     return plain, {i: [next(found) for _ in lessons[i].hinted] for i in members if lessons[i].hinted}
