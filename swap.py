@@ -457,18 +457,17 @@ async def add_adapter(engine: Any, weights: Weights, step: int) -> Version:
 
 async def make_newest(engine: Any, owner: str, version: Version) -> None:
     """Serve this version to new requests of this owner. The previous one is removed when no request uses it."""
-    before, serving[owner] = serving.get(owner), version
-    if before:
-        await remove_unused(engine, before)
+    before, serving[owner] = serving.get(owner, Version(0)), version
+    await remove_unused(engine, before)
 
 
 async def evict(engine: Any, owner: str) -> None:
     """Remove an owner's adapter from the engine. It stays on disk."""
-    if before := serving.pop(owner, None):
-        await remove_unused(engine, before)
+    await remove_unused(engine, serving.pop(owner, Version(0)))
 
 
 async def remove_unused(engine: Any, version: Version) -> None:
+    """Remove an adapter that nobody uses. Without `request`, as in Version(0), the version is no adapter."""
     if version.request and version not in serving.values() and not version.running:
         await engine.remove_lora(version.request.lora_int_id)
 
@@ -573,15 +572,14 @@ async def push(
     served only after the check. Without LoRA the new weights are served before it: `restore_weights` must follow an
     error, and a few tokens may come from bad weights. Their turns record that version.
     """
-    (ids, expected), version = probe, None
+    (ids, expected), version = probe, Version(None)
     try:
         version, pause = await send(engine, weights, step)
         gap = (await prompt_logps(engine, ids, f"probe-{step}", version.request) - expected).abs().mean().item()
         if not gap <= MAX_GAP:  # also for NaN
             raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {MAX_GAP}")
     except Exception as e:
-        if version:
-            await remove_unused(engine, version)
+        await remove_unused(engine, version)
         if isinstance(e, PushError):
             raise
         raise PushError(f"{type(e).__name__}: {e}") from e
