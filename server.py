@@ -235,8 +235,7 @@ class Recorder:
         sampling_params.seed = swap.usable_seed(self._p.engine, sampling_params.seed)
         # Not captured, or `note_rendered` saw no messages.
         if request is None or request.path != CHAT and not request.messages:
-            await self._p.load_adapter(caller.get())
-            async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
+            async with await self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
                     yield output
             return
@@ -284,9 +283,8 @@ class Recorder:
             await self._p.write(journal.record_turn, turn, why_not)
             written.add(index)
 
-        await self._p.load_adapter(caller.get())
         try:
-            async with self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
+            async with await self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
                     prompt_ids = output.prompt_token_ids or prompt_ids
                     for choice in output.outputs:  # only what is new
@@ -305,9 +303,10 @@ class Recorder:
                 if index not in written:
                     await write(index, None, [(-1, 0, len(ids))], None)
 
-    def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
+    async def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
         """The engine's outputs with the caller's weights. The prompt is salted here, because the salt must match them.
         aclosing: if the client hangs up, the engine must stop at once, not when the generator is garbage-collected."""
+        await self._p.load_adapter(caller.get())
         owner, prompt = self._p.owner_of(caller.get()), swap.salted(prompt, caller.get())
         return aclosing(swap.generate(self._p.engine, owner, prompt, *args, **kwargs))
 
