@@ -255,7 +255,6 @@ class Recorder:
         shared = {"session": session, "user": request.user.name, "messages": request.messages}
         shared |= {"template": request.template, **keys_of(request.messages)}
         seen: dict[int, tuple[list[int], list[float], list[str]]] = {}  # by choice index, for n > 1
-        prompt_ids: list[int] = []
         written: set[int] = set()
 
         async def write(index: int, finish_reason: str | None, spans: list, why_not: str | None) -> None:
@@ -273,7 +272,7 @@ class Recorder:
                 **shared,
                 text=text,
                 finish_reason=finish_reason,
-                prompt_ids=prompt_ids,
+                prompt_ids=prompt["prompt_token_ids"],
                 response_ids=ids,
                 logprobs=logprobs,
                 versions=spans,
@@ -286,7 +285,6 @@ class Recorder:
         try:
             async with await self.start(prompt, sampling_params, request_id, *args, **kwargs) as outputs:
                 async for output in outputs:
-                    prompt_ids = output.prompt_token_ids or prompt_ids
                     for choice in output.outputs:  # only what is new
                         ids, logprobs, texts = seen.setdefault(choice.index, ([], [], []))
                         ids += choice.token_ids
