@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from durable.errors import UsageError
 
-PREFIX = "base_model.model."  # of the names in peft's files
 SCALE = 2  # of the product B A, alpha / rank in peft's terms
 
 
@@ -43,7 +42,8 @@ def write(weights: dict[str, Tensor], rank: int, folder: Path, base: str) -> Non
         r=rank, lora_alpha=SCALE * rank, target_modules=layers, base_model_name_or_path=base, inference_mode=True
     )
     config.save_pretrained(folder)
-    save_file({peft_name(name): w.contiguous() for name, w in weights.items()}, folder / "adapter_model.safetensors")
+    named = {f"base_model.model.{name.replace('.default.', '.')}": w.contiguous() for name, w in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors")
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -52,8 +52,3 @@ def read(folder: Path) -> dict[str, Tensor]:
         return load_file(folder / "adapter_model.safetensors")
     except SafetensorError as e:
         raise UsageError(f"{folder} is damaged: {e}; the admin can roll back to an earlier checkpoint") from e
-
-
-def peft_name(name: str) -> str:
-    """The name of an adapter's tensor in peft's files, given that name or the tensor's name in the model."""
-    return f"{PREFIX}{name.removeprefix(PREFIX).replace('.default.', '.')}"

@@ -155,7 +155,8 @@ class WeightReceiver:
         from vllm.lora.peft_helper import PEFTHelper
 
         manager = self.model_runner.lora_manager._adapter_manager
-        tensors = {lora.peft_name(name): w.clone() for name, w in open_shared(message)}
+        # vLLM knows the names in the model, except for the adapter's own name in them, and those in peft's files.
+        tensors = {name.replace(".default.", "."): w.clone() for name, w in open_shared(message)}
         rank = next(len(w) for name, w in tensors.items() if ".lora_A." in name)
         peft = PEFTHelper(r=rank, lora_alpha=lora.SCALE * rank, target_modules=[])
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
