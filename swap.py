@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from prometheus_client import generate_latest
 from pydantic import ValidationError
 from transformers import AutoConfig
 
@@ -348,13 +347,6 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
                 if not future.done():
                     future.set_exception(EngineDied("a process of the engine has died"))
         await asyncio.sleep(1)
-
-
-def figures() -> bytes:
-    """vLLM's own Prometheus figures, as at its /metrics. (It makes a new registry each time.)"""
-    from vllm.v1.metrics.prometheus import get_prometheus_registry
-
-    return generate_latest(get_prometheus_registry())
 
 
 # ---- new weights: running requests pause while all of them are replaced ----

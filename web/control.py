@@ -119,7 +119,8 @@ def routes(p: Program) -> list[Route]:
         return JSONResponse({"done": said})
 
     async def metrics(request: Request) -> Response:
-        return Response(swap.figures() + generate_latest(Metrics(p)), media_type=CONTENT_TYPE_LATEST)
+        # vLLM's own are in the default registry of our process.
+        return Response(generate_latest() + generate_latest(Metrics(p)), media_type=CONTENT_TYPE_LATEST)
 
     return [Route("/admin/{command}", answer, methods=["POST"]), Route("/metrics", metrics, methods=["GET"])]
 
