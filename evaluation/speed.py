@@ -286,7 +286,7 @@ def table(found: dict[str, Any]) -> str:
 
 PAGE = """# Speed
 
-    .venv/bin/{command}
+    .venv/bin/python -m evaluation.speed
 
 wrote this page from its measurements in `speed.json`: our program and the obvious alternatives. The two sides of a row
 were measured alternately in one run; different parts (`--only`) may be of different runs. CPU seconds are of one core.
@@ -311,7 +311,7 @@ def main(o: Options) -> None:
         elif part:
             sys.exit(f"--only={o.only}: {part!r} is not one of step, serve, train")
         kept.write_text(json.dumps(found, indent=1) + "\n")
-    (out / "speed.md").write_text(PAGE.format(command=f"python -m evaluation.speed --only={o.only}") + table(found))
+    (out / "speed.md").write_text(PAGE + table(found))
     print(table(found))
 
 
