@@ -90,6 +90,8 @@ class WeightReceiver:
         """On a CPU: load the tensors that `load_all` sent into a second copy of the model, in a thread, while the first
         answers. This takes about a second, since the CPU backend packs every matrix again."""
         model, cores = self.model_runner.get_model(), os.sched_getaffinity(os.getppid())
+        if any(getattr(getattr(layer, "quant_method", None), "moe_kernel", None) for layer in model.modules()):
+            raise NotImplementedError("vLLM's CPU backend can't load a mixture of experts again: use --lora_rank")
         second = vars(self).pop("second", None) or second_copy(model)  # one for all pushes: see `forget_copy`
 
         def load() -> list[str]:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import probe
 import server
@@ -22,24 +22,29 @@ from tests.conftest import make_tiny_model
 BOUND = 0.05
 
 
+async def start(folder, dtype):
+    """An engine for the model in `folder`, and the trainer's copy of its weights."""
+    config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1)
+    plan = replace(make_plan(config, folder), dtype=dtype)
+    engine = swap.start_engine(swap.engine_args(config, folder, plan))
+    await engine.update_weight_version("0")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    return SimpleNamespace(engine=engine, model=model, ids=ids)
+
+
 @pytest.fixture(scope="module", params=["tied", "tied, the head is in the file", "untied"])
 async def served(request, tmp_path_factory):
-    """An engine, in bf16 if untied, and the trainer's copy of its weights."""
+    """In bf16 if untied."""
     tied = request.param != "untied"
     folder = make_tiny_model(tmp_path_factory.mktemp("model"), tied)
     if "file" in request.param:
         saved = load_file(folder / "model.safetensors")
         saved["lm_head.weight"] = saved["model.embed_tokens.weight"].clone()
         save_file(saved, folder / "model.safetensors", {"format": "pt"})
-    config = Config(max_model_len=512, tool_parser="", max_seqs=8, engine_memory=0.2, engine_cores=1)
-    dtype = torch.float32 if tied else torch.bfloat16
-    plan = replace(make_plan(config, folder), dtype=dtype)
-    engine = swap.start_engine(swap.engine_args(config, folder, plan))
-    await engine.update_weight_version("0")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
-    yield SimpleNamespace(engine=engine, model=model, ids=ids)
-    swap.stop_engine(engine)
+    served = await start(folder, torch.float32 if tied else torch.bfloat16)
+    yield served
+    swap.stop_engine(served.engine)
 
 
 async def push(served, new, old, logps, version=9):
@@ -187,3 +192,18 @@ async def test_a_new_answer_never_reads_the_old_weights_cache(served, tmp_path):
     assert not running.done(), "the engine was not busy: the test shows nothing"
     assert sum(abs(at.logprob - expected[i].item()) for i, at in got.items()) / len(got) < BOUND
     await running
+
+
+async def test_experts_are_not_loaded_again_on_a_cpu(tmp_path):
+    """vLLM's CPU backend packs them only once: afterwards they would be garbage."""
+    settings = AutoConfig.from_pretrained(make_tiny_model(tmp_path)).to_dict()
+    del settings["model_type"], settings["architectures"]
+    config = AutoConfig.for_model("qwen3_moe", **settings, num_experts=4, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    served = await start(tmp_path, torch.float32)
+    expected = await swap.prompt_logps(served.engine, served.ids, "before")
+    with pytest.raises(swap.PushError, match="mixture of experts again: use --lora_rank"):
+        await push(served, weights(served.model), weights(served.model), expected)
+    got = await swap.prompt_logps(served.engine, served.ids, "after")
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    swap.stop_engine(served.engine)
