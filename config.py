@@ -20,7 +20,7 @@ class Service:
     ssl_certfile: str = ""  # TLS: the server's certificate chain; empty: plain HTTP
     ssl_keyfile: str = ""  # TLS: its private key
     origins: str = ""  # web pages that may call from a browser, comma-separated, such as http://localhost:3000
-    max_waiting: int = 10000  # most turns for the same weights that may wait for judge or trainer; more are dropped
+    max_waiting: int = 10000  # most turns that may wait; with --adapters=user, of each user; more are dropped
     keep_days: float = 0.0  # days after which texts and tokens of finished turns are removed; 0: never
     expire: float = 3600.0  # seconds after which an answer without a next message is dropped
 

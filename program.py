@@ -126,7 +126,7 @@ class Program:
         if state.owner in swap.serving and swap.served_step(state.owner) != state.step:
             weights = await self.on_trainer(trainer.served_weights, state.policy)
             await swap.restore_weights(self.engine, weights, state.step, state.owner)
-        await self.write(journal.drop_newer, state.owner, state.step)
+            await self.write(journal.drop_newer, state.owner, state.step)
 
     async def save(self, state: trainer.State) -> None:
         """Write a checkpoint if there is something new. If that fails, the next step tries again."""
@@ -191,8 +191,8 @@ class Program:
         return openai.AsyncOpenAI(base_url=self.config.url, api_key=self.keys.own, http_client=http)
 
     async def admit(self, turn_id: str, user: str) -> bool:
-        """Whether a user's turn may wait for the judge and the trainer. If the turns for the same weights are more than
-        --max_waiting, it is dropped."""
+        """Whether a user's turn may wait for the judge and the trainer. If more than --max_waiting turns for the same
+        weights wait, it is dropped."""
         turns, most = journal.counts(self.db, self.owner_of(user) or None), self.config.max_waiting
         if full := turns.get("judging", 0) + turns.get("queued", 0) > most:
             why_not = f"more than {most} turns wait for the judge or the trainer"

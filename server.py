@@ -302,7 +302,8 @@ class Recorder:
                     await write(index, None, [(-1, 0, len(ids))], None)
 
     async def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
-        """The engine's outputs with the caller's weights. The prompt is salted here, because the salt must match them.
+        """Load the caller's adapter, and return the engine's outputs with the caller's weights. Iterate at once: until
+        then nothing keeps the adapter in the engine. The prompt is salted here, because the salt must match them.
         aclosing: if the client hangs up, the engine must stop at once, not when the generator is garbage-collected."""
         await self._p.load_adapter(caller.get())
         owner, prompt = self._p.owner_of(caller.get()), swap.salted(prompt, caller.get())

@@ -73,6 +73,7 @@ async def setup(config: Config) -> Program:
             await swap.load(engine, trainer.served_weights(state.policy), state.step)
     except BaseException:
         stopping.set()
+        loading.cancel()  # if it has not begun: the program could not exit before it is done
         may_load.set()
         if engine:
             swap.stop_engine(engine)

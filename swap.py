@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 
 # vLLM reads these when it is imported, here and in its processes; values that the user has set stay. At WARNING it logs
 # "Failed to load weights" after every push, for a tied head and for the rotary embedding, which has no weights.
-# `receive_weights` checks for missing weights itself.
+# We check for missing weights ourselves, see `load_into`.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -73,7 +73,8 @@ if multiprocessing.current_process().name != "MainProcess" and PROGRAM in os.env
 
 
 class PushError(RuntimeError):
-    """The engine did not load the weights it was sent. It must be given the previous ones again (`restore_weights`)."""
+    """The engine did not load the weights it was sent, or disagrees with the trainer about them. If `served_step` has
+    changed, it must be given the previous ones again (`restore_weights`)."""
 
 
 class EngineDied(RuntimeError):
@@ -92,7 +93,7 @@ class WeightReceiver:
         model, cores = self.model_runner.get_model(), os.sched_getaffinity(os.getppid())
         if any(getattr(getattr(layer, "quant_method", None), "moe_kernel", None) for layer in model.modules()):
             raise NotImplementedError("vLLM's CPU backend can't load a mixture of experts again: use --lora_rank")
-        second = vars(self).pop("second", None) or second_copy(model)  # one for all pushes: see `forget_copy`
+        second = vars(self).pop("second", None) or second_copy(model)  # one for all pushes, see `forget_copy`
 
         def load() -> list[str]:
             os.sched_setaffinity(0, cores)  # the trainer waits for us meanwhile, so its cores are free
@@ -156,7 +157,7 @@ class WeightReceiver:
         from vllm.lora.peft_helper import PEFTHelper
 
         manager = self.model_runner.lora_manager._adapter_manager
-        # vLLM knows the names in the model, except for the adapter's own name in them, and those in peft's files.
+        # vLLM takes a tensor's name in the model or in peft's files. Only the adapter's own name, "default", must go.
         tensors = {name.replace(".default.", "."): w.clone() for name, w in open_shared(message)}
         rank = next(len(w) for name, w in tensors.items() if ".lora_A." in name)
         peft = PEFTHelper(r=rank, lora_alpha=lora.SCALE * rank, target_modules=[])
@@ -202,8 +203,8 @@ def second_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def forget_copy(model: torch.nn.Module) -> None:
-    """Let the memory of a `second_copy` be freed: vLLM's records of its layers refer to the layers themselves. (They
-    are in a WeakKeyDictionary.)"""
+    """Let the memory of a `second_copy` be freed. vLLM keeps a record of each layer in a WeakKeyDictionary. The record
+    refers to the layer, so both would stay there forever."""
     from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
     for layer in model.modules():
@@ -564,8 +565,9 @@ async def push(
 
     `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,) under the new weights. PushError if a
     tensor was not loaded, shared memory is full, or engine and trainer differ by more than MAX_GAP. An adapter is
-    served only after the check. Without LoRA the new weights are served before it: `restore_weights` must follow an
-    error, and a few tokens may come from bad weights. Their turns record that version.
+    served only after the check. Without LoRA the new weights are served before it, unless a CPU's engine could not load
+    them. After an error, `restore_weights` must follow if `served_step` has changed. Until then a few tokens may come
+    from bad weights; their turns record that version.
     """
     (ids, expected), version = probe, Version(None)
     try:
@@ -588,5 +590,5 @@ async def restore_weights(engine: Any, weights: Weights, step: int, owner: str =
     EngineDied if the engine does not load them: it is unknown then what it would serve."""
     try:
         await load(engine, weights, step, owner)
-    except Exception as e:  # a reload that failed inside the worker can't be started again there
+    except Exception as e:  # on a GPU, a load that failed in the worker can't be started again
         raise EngineDied(f"the engine can't be given the old weights again: {e}") from e

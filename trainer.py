@@ -66,8 +66,8 @@ class Lesson:
 
     @property
     def answer(self) -> grpo.Answer:
-        """A turn that is trained on its hint only may have been sampled in any way: it has no log-probs of the sampler
-        that can be used, and is trained at temperature 1."""
+        """The sample to train on. An answer that is trained on its hint only may have been sampled in any way. So its
+        recorded log-probs are not used, and its temperature is 1."""
         t = self.turn
         old_logps, temperature = (None, 1.0) if t.no_rl else (t.logprobs, t.temperature)
         return grpo.Answer(t.prompt_ids, t.response_ids, old_logps, self.adv, temperature)
@@ -117,11 +117,13 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
 
 
 def recompute_activations(policy: PreTrainedModel, on: bool) -> None:
-    """For a long row, compute the activations again in the backward pass: less memory, a third more time. Generating
-    must have it off, since it uses no KV cache."""
+    """Switch this on for a long row: the backward pass then computes the activations again, which takes less memory and
+    a third more time. Switch it off before the model generates: with it on, there is no KV cache."""
     if on and not policy.is_gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in policy.modules():  # it needs training mode, in which the modules below would apply dropout
+        # Only these layers must be in training mode; in the others it would switch dropout on. (The layers of OPT and
+        # XGLM apply dropout themselves, so their long rows still get it.)
+        for module in policy.modules():
             module.training = isinstance(module, GradientCheckpointingLayer)
     elif not on and policy.is_gradient_checkpointing:
         policy.eval().gradient_checkpointing_disable()
@@ -313,7 +315,7 @@ def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, f
         saved = {"state": [*state.initial_masters, *zeros], "step": 0, "baselines": {}, "probed": state.probe.first}
     else:
         try:
-            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
             raise UsageError(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}") from e
     copy_tensors(saved["state"], mutable(state))

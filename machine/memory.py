@@ -70,8 +70,8 @@ def parameters(shape: PretrainedConfig, lora_rank: int) -> tuple[int, int]:
 
 def row_numbers(shape: PretrainedConfig, setting: Setting) -> int:
     """Numbers kept for the backward pass of the largest row. A long sample keeps only each layer's input and recomputes
-    the rest; a packed row keeps all (see `trainer.update`). Both have a mask (see `grpo.tree_mask`). The factors are
-    fitted to Llama models."""
+    the rest; a packed row keeps all (see `trainer.recompute_activations`). Both have a mask (see `grpo.tree_mask`). The
+    factors are fitted to Llama models."""
     c = shape.get_text_config()
     per_token = 4 * c.hidden_size * c.num_hidden_layers + layer_numbers(shape)  # with malloc's gaps
     long = setting.tokens * (per_token + setting.tokens)

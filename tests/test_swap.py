@@ -125,7 +125,7 @@ async def test_a_push_too_large_for_shared_memory_is_refused(served):
 
 
 async def test_the_worker_does_not_grow_with_each_push(served):
-    def used():  # bytes of the engine's processes; those of the other engine have ended
+    def used():  # bytes of the engine's processes; those of earlier engines have ended
         return sum(process.memory_info().rss for process in psutil.Process().children(recursive=True))
 
     pushed, sizes = weights(served.model), []
