@@ -9,5 +9,5 @@ from program import Program
 
 def program(db, **config):
     needed = [f.name for f in fields(Program) if f.default is MISSING and f.default_factory is MISSING]
-    state = SimpleNamespace(step=0, baselines={})
+    state = SimpleNamespace(step=0, baselines={}, owner="")
     return Program(**dict.fromkeys(needed) | {"config": Config(**config), "db": db, "states": {"": state}})

@@ -7,6 +7,7 @@ import time
 import pytest
 
 import run
+import swap
 from batch import DROPS_AT_ONCE, next_batch
 from durable import guard, journal, upkeep
 from program import Program
@@ -186,6 +187,20 @@ async def test_refused_and_failed_steps_are_counted_separately(start, monkeypatc
     await asyncio.sleep(0.05)
     assert p.training == "on" and journal.counts(p.db) == {"training": 1, "queued": 1, "dropped": 1}
     loop.cancel()
+
+
+async def test_an_undo_keeps_answers_by_later_steps_if_the_engine_got_no_new_weights(start, monkeypatch):
+    """After a kill -9, these are answers by the steps that are being repeated."""
+
+    async def on_trainer(*args):
+        pass
+
+    monkeypatch.setattr(Program, "on_trainer", on_trainer)
+    p = start()
+    monkeypatch.setattr(swap, "serving", {"": swap.Version(p.state.step)})
+    add_judged(p, "t1", versions=[(p.state.step + 7, 0, 3)])
+    await p.undo(p.state)
+    assert journal.in_state(p.db, "queued") == ["t1"]
 
 
 @pytest.mark.parametrize(("dies", "most"), [(False, 10), (True, 16)])
