@@ -189,6 +189,15 @@ async def test_refused_and_failed_steps_are_counted_separately(start, monkeypatc
     loop.cancel()
 
 
+@pytest.mark.parametrize(("config", "admitted"), [(OWN, True), ({}, False)], ids=["own weights", "shared weights"])
+async def test_more_than_max_waiting_turns_for_the_same_weights_are_dropped(start, config, admitted):
+    p = start(max_waiting=2, **config)
+    add_judged(p, "a1", "a2", "a3", user="ann")
+    add_judged(p, "b1", user="bob")
+    assert await p.admit("b1", "bob") is admitted
+    assert not await p.admit("a1", "ann") and "a1" not in journal.in_state(p.db, "queued")
+
+
 async def test_an_undo_keeps_answers_by_later_steps_if_the_engine_got_no_new_weights(start, monkeypatch):
     """After a kill -9, these are answers by the steps that are being repeated."""
 
