@@ -117,7 +117,9 @@ class Config(Service, Engine, Judge, Turns, Step, Losses):
         limit(lambda value: value <= 1, "a fraction from 0 to 1", "user_share", "truncated_share")
         least = 1 / self.batch_size
         limit(lambda value: least <= value <= 1, f"a fraction from {least:g} to 1", "session_share")
-        limit(lambda value: value > 0, "more than 0", "expire", "grad_clip")
+        for name in ("expire", "grad_clip"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name}=0: expected more than 0")
         if self.adapters == "user" and not self.lora_rank:
             raise UsageError("--adapters=user needs --lora_rank")
         if not self.w_rl and not self.w_opd:

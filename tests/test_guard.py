@@ -124,7 +124,7 @@ def test_weights_with_nan_or_inf_are_refused(tiny_model):
 
 def test_probe_answers_are_sampled_after_their_own_prompts(tiny_model):
     """Left padding and batching change nothing: each token is likely after its own prompt."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(200)  # sampling is now nearly deterministic
     prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4]]
@@ -134,3 +134,4 @@ def test_probe_answers_are_sampled_after_their_own_prompts(tiny_model):
             assert model(torch.tensor([so_far])).logits[0, -1].softmax(-1)[token] > 0.01
             so_far.append(token)
         assert len(answer) == probe.ANSWER_TOKENS or answer[-1] == model.generation_config.eos_token_id
+    assert model.training

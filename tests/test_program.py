@@ -640,7 +640,7 @@ async def test_no_answer_is_started_on_a_full_disk(monkeypatch, tmp_path):
         (["--keep=0"], "--keep=0: expected at least 1"),
         (["--votes=0"], "--votes=0: expected at least 1"),
         (["--batch_size=0"], "--batch_size=0: expected at least 1"),
-        (["--expire=0"], "--expire=0.0: expected more than 0"),
+        (["--expire=0"], "--expire=0: expected more than 0"),
         (["--user_share=2"], "a fraction from 0 to 1"),
         (["--batch_size=2", "--session_share=0.05"], "a fraction from 0.5 to 1"),
         (["--baseline=median"], "--baseline"),
