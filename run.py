@@ -76,7 +76,7 @@ async def judge_turns(p: Program, judge: Judge) -> None:
             p.wake.set()
         elif state and not score:
             # A neutral turn is not trained on, but it moves the baseline towards 0: most people say nothing about a
-            # good answer. (A user's own state that is not in memory misses this.)
+            # good answer. (With --adapters=user, this is skipped while the user's training state is not in memory.)
             if trained := p.states.get(p.owner_of(turn.user)):
                 key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
                 grpo.move_baseline(trained.baselines, key, 0.0)
@@ -278,7 +278,7 @@ async def stop(p: Program, web: WebServer, tasks: list[asyncio.Task], watch: asy
     abandoned at its next row."""
     print("stopping", flush=True)
     async with swap.swapping:
-        p.state.stopping.set()
+        p.state.stopping.set()  # the users' states share this event
         web.should_exit = True
         for task in tasks[1:]:  # the server ends by itself
             task.cancel()

@@ -86,7 +86,7 @@ class Capture:
         body = await read_body(receive)
         if not isinstance(body, bytes):
             return await body(scope, receive, send) if body else None
-        # vLLM makes its request id, which is also our row's, from this header. A client's own might not be unique.
+        # vLLM makes its request id, which is also the turn's id, from this header. A client's own might not be unique.
         MutableHeaders(scope=scope)["x-request-id"] = uuid.uuid4().hex
         asked.set(None)
         if user is not OURS and scope["path"] in CAPTURED:
@@ -164,9 +164,9 @@ def note_rendered(renderer: Any) -> None:
     """Note the chat messages that vLLM makes of requests to /v1/messages and /v1/responses, and for every request the
     other arguments of the chat template (reasoning_effort, thinking). Also hide max_tokens from vLLM's check.
 
-    Relied on in vLLM 0.32.0: the requests of all three APIs go through OnlineRenderer.preprocess_chat, except with
-    gpt-oss, where only chat completions are recorded. vLLM may render a request an extra time first, as a probe.
-    `build_chat_params` makes the template's arguments from a request's fields.
+    Relied on in vLLM 0.32.0: the requests of all three APIs go through OnlineRenderer.preprocess_chat. (A gpt-oss
+    model's do not, so of its answers only chat completions are recorded.) vLLM may render a request an extra time
+    first, as a probe. `build_chat_params` makes the template's arguments from a request's fields.
     """
     render = renderer.preprocess_chat
 
@@ -242,7 +242,7 @@ class Recorder:
 
         # vLLM calls this only with a valid prompt, so only now does the request count as a next message.
         session, dropped, continued = await self._p.write(self.link, request)
-        if kwargs.get("lora_request"):
+        if kwargs.get("lora_request"):  # vLLM sets it only if the client asks for the starting weights
             dropped = "answered by the starting weights"
         for earlier in continued:
             if await self._p.admit(earlier, request.user.name):
@@ -299,11 +299,11 @@ class Recorder:
             # Cut short: the client hung up, or the engine failed. Recorded for people to read, never trained on.
             for index, (ids, _, _) in seen.items():
                 if index not in written:
-                    await write(index, None, [(-1, 0, len(ids))], None)
+                    await write(index, None, [(-1, 0, len(ids))], None)  # -1: the version is unknown
 
     async def start(self, prompt: Any, *args: Any, **kwargs: Any) -> aclosing:
         """Load the caller's adapter, and return the engine's outputs with the caller's weights. Iterate at once: until
-        then nothing keeps the adapter in the engine. The prompt is salted here, because the salt must match them.
+        then nothing keeps the adapter in the engine. The prompt is salted here, since its salt must match the weights.
         aclosing: if the client hangs up, the engine must stop at once, not when the generator is garbage-collected."""
         await self._p.load_adapter(caller.get())
         owner, prompt = self._p.owner_of(caller.get()), swap.salted(prompt, caller.get())
