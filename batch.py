@@ -24,6 +24,7 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
         return []
     now, size, steps = asyncio.get_running_loop().time(), p.config.batch_size, p.steps()
     queued, batches, unfit, failed = journal.queued(p.db), defaultdict[str, list](list), [], []
+    # Turns judged before a restart, or rated by a person, are not in it yet: they count as judged now.
     p.judged_at = {turn["id"]: p.judged_at.get(turn["id"], now) for turn in queued}
     # Turns over their user's share come last: they fill a batch only if no other user's turns are waiting.
     for turn in sorted(queued, key=lambda turn: turn["newer"] >= max(1.0, p.config.user_share * size)):
@@ -43,7 +44,8 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
         p.wake.set()
         await asyncio.sleep(0)
         return []
-    wait, p.train_now = 0 if p.train_now else p.config.batch_wait or math.inf, False
+    wait = 0 if p.train_now else p.config.batch_wait or math.inf
+    p.train_now = False
     newest = {owner: max(p.judged_at[turn["id"]] for turn in batch) for owner, batch in batches.items() if batch}
     for owner in sorted(newest.keys() - p.states, key=newest.get) + list(p.states):  # least recently trained first
         if owner in newest and (len(batches[owner]) == size or newest[owner] + wait <= now):

@@ -90,6 +90,7 @@ def read_labels(choice: Any) -> dict[str, float] | None:
     if not content or not content[0].top_logprobs:
         return None
     tops = [(top.token.strip().lower(), top.logprob) for top in content[0].top_logprobs]
+    # A token may be only the beginning of its label.
     mass = {label: sum(math.exp(logp) for said, logp in tops if said and label.startswith(said)) for label in VOTES}
     if sum(mass.values()) < 0.5:
         return None

@@ -34,13 +34,14 @@ def pack_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def grow_trees(samples: Sequence[list[int]], limit: int, tree: int) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Which samples share a prefix tree: (its tokens, [(sample, length of the prefix it shares with the one before)]).
+    """Which samples share a prefix tree. For each tree: its number of tokens, and for each of its samples the index and
+    the length of the prefix that it shares with the sample before it in the tree (0 for the first).
 
     The samples are sorted by their ids, and each branches off the one before. A sample always joins if the whole tree
     so far is its prefix. Otherwise it joins if the tree then has at most `tree` tokens and either fits a packed row of
     `limit` tokens or costs no more attention than its samples alone. (A tree attends over all pairs of its tokens.)
     """
-    trees, squares, before = [], 0, []
+    trees, squares, before = [], 0, []  # squares: sum of the squared lengths of the last tree's samples
     for i in sorted(range(len(samples)), key=samples.__getitem__):
         shared, length = common(before, samples[i]), len(samples[i])
         grown, squares = (trees[-1][0] if trees else 0) + length - shared, squares + length**2
@@ -75,7 +76,9 @@ Row = dict[str, Tensor]
 
 def collate(answers: Sequence[Answer], limit: int, tree: int = 0, device: str | torch.device = "cpu") -> Iterator[Row]:
     """Packed rows of B samples, without padding. A shared prefix is in the row once. A token's position is its depth in
-    its tree: it drops back at the start of a branch, and to 0 at the start of a tree."""
+    its tree: it drops back at the start of a branch, and to 0 at the start of a tree.
+
+    ValueError if a sample has no prompt or no response, or not one old log-prob for each response token."""
     samples = [[*answer.prompt, *answer.response] for answer in answers]
     trees = grow_trees(samples, limit, tree)
     for row in pack_rows([length for length, _ in trees], limit):
@@ -112,8 +115,8 @@ def single_row(prompt: Sequence[int], response: Sequence[int], device: str | tor
 
 
 def response_hidden(model: torch.nn.Module, row: Row) -> Tensor:
-    """The last hidden states that predict a row's response tokens, (N, D), divided by the tokens' temperatures. So all
-    logits made of them are at these temperatures. Dividing the logits instead, (N, V), would cost 5 % of a step."""
+    """The last hidden states that predict a row's response tokens, (N, D), divided by the tokens' temperatures. So the
+    logits computed from them are at these temperatures. Dividing the logits, (N, V), would cost 5 % of a step."""
     mask = tree_mask(row["positions"][0], model.dtype)
     out = model.model(input_ids=row["ids"], position_ids=row["positions"], attention_mask=mask, use_cache=False)
     hidden = out.last_hidden_state[0, row["at"]]

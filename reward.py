@@ -103,7 +103,7 @@ class Head:
 
 
 def head_ids(tokenizer: PreTrainedTokenizerBase, request: str, next_messages: list[dict]) -> list[int]:
-    """The head's prompt."""
+    """The head's prompt, as token ids: the request and the next messages, without the answer."""
     text = f"{QUESTION}\n\nRequest: {cut(defuse(request), HEAD_CHARS // 3)}\n"
     return tokenizer(f"{text}{evidence('', '', next_messages, HEAD_CHARS, bare=True)}\nFeedback:")["input_ids"]
 
@@ -151,6 +151,7 @@ def make_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache:
     named after `cache`, which must identify the model, and a hash of the replies and the prompt. InterruptedError if
     `stopping` is set meanwhile."""
     rows = labelled("fit")
+    # The 1 is the version of the code of `head_ids` and `features`: raise it when that code changes.
     source = (REPLIES / "fit.jsonl").read_bytes() + f"{QUESTION} {HEAD_CHARS} 1".encode()
     cache = cache.with_name(f"{cache.name}-{hashlib.sha256(source).hexdigest()[:16]}.pt")
     if cache.exists():

@@ -95,9 +95,10 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         # factor T: a gradient through logits / T is 1 / T times as large, so turns with a low T would dominate.
         (loss * per_token[row["sample"]] * row["temperature"]).sum().backward()  # to the masters, see `optimizer`
         dlogp_max = max(dlogp_max, found.pop("dlogp_max"))
-        sums.update(found)
+        sums.update(found)  # a Counter adds
     recompute_activations(state.policy, False)
     norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
+    # The other turns' recorded log-probs are not used (see `Lesson.answer`), so their |dlogp| is 0.
     n_sampled = max(1, sum(len(t.response_ids) for t in turns if not t.no_rl))
     dlogp = sums["dlogp"] / n_sampled
     guard.check_batch(sums["loss"] / n, norm, dlogp)
@@ -286,6 +287,7 @@ def copy_tensors(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
 
 def snapshot_weights(state: State) -> dict[str, Tensor]:
     """The served bf16 values of the last snapshot, by name, on the CPU."""
+    # Not strict: after the masters, `kept` has Adam's state.
     return {name: dithered(t, k) for k, (name, t) in enumerate(zip(trained(state.policy), state.kept, strict=False))}
 
 
