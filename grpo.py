@@ -116,7 +116,7 @@ def single_row(prompt: Sequence[int], response: Sequence[int], device: str | tor
 
 def response_hidden(model: torch.nn.Module, row: Row) -> Tensor:
     """The last hidden states that predict a row's response tokens, (N, D), divided by the tokens' temperatures. So the
-    logits computed from them are at these temperatures. Dividing the logits, (N, V), would cost 5 % of a step."""
+    logits computed from them are at these temperatures. Dividing (N, V) logits instead would cost 5 % of a step."""
     mask = tree_mask(row["positions"][0], model.dtype)
     out = model.model(input_ids=row["ids"], position_ids=row["positions"], attention_mask=mask, use_cache=False)
     hidden = out.last_hidden_state[0, row["at"]]

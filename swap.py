@@ -125,8 +125,10 @@ class WeightReceiver:
         return self.load_into(self.model_runner.get_model(), message)
 
     def load_into(self, model: torch.nn.Module, message: bytes) -> list[str]:
-        """Relied on: layerwise reload runs each layer's own processing again and copies the results into the storage
-        that CUDA graphs use."""
+        """Load the tensors of a message into a model. Returns the names of its parameters that were NOT loaded.
+
+        Relied on: layerwise reload runs each layer's own processing again and copies the results into the storage that
+        CUDA graphs use."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -176,7 +178,8 @@ class WeightReceiver:
 
 def second_copy(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of all layers and tensors; everything else is shared. Relied on: vLLM's processing of a layer changes only
-    this layer's attributes, and needs only its `restore_metadata`, tensors without data that it changes, too."""
+    this layer's attributes and, in its record of the layer, the tensors of `restore_metadata` (without data). So these
+    are copied, too."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     copies: dict[Any, Any] = {None: None}  # by original: a tied head and its embedding share their tensor
@@ -421,7 +424,7 @@ async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, flo
                 raise PushError(f"the engine did not load {missed}")
         began = time.time()
         await engine.pause_generation(mode="keep", clear_cache=False)
-        loads, serving[""] = loads + 1, Version(None)
+        loads, serving[""] = loads + 1, Version(None)  # unknown until `push` has checked them
         try:
             if cpu:
                 await engine.collective_rpc("exchange_copies")
@@ -516,6 +519,7 @@ async def greedy(engine: Any, owner: str, ids: list[int], max_tokens: int, first
     """The greedy answer to a prompt, by the owner's newest weights, or by the starting weights (`first_weights`, only
     with LoRA)."""
     prompt, params = salted({"prompt_token_ids": ids}, ""), final_only(max_tokens=max_tokens, temperature=0.0)
+    # `generate` only asks whether there is a lora_request.
     outputs = generate(engine, owner, prompt, params, f"greedy-{uuid.uuid4().hex}", lora_request=first_weights)
     (output,) = [output async for output in outputs]
     return list(output.outputs[0].token_ids)
@@ -552,6 +556,7 @@ def usable_seed(engine: Any, seed: int | None) -> int | None:
 
 async def prompt_logps(engine: Any, ids: list[int], request_id: str, adapter: Any = None) -> torch.Tensor:
     """The engine's own log-probs of ids[1:], each given the ids before it. (L - 1,) `adapter`: a LoRARequest."""
+    # Without a salt: vLLM does not read its prefix cache for a request with prompt_logprobs.
     params = final_only(max_tokens=1, temperature=1.0, prompt_logprobs=0)
     outputs = engine.generate({"prompt_token_ids": ids}, params, request_id, lora_request=adapter)
     (output,) = [output async for output in outputs]
