@@ -245,7 +245,7 @@ def ask_program(out: Path, command: Changing) -> str | None:
         upkeep.lock_out_dir(out).close()
         return None
     except UsageError as e:
-        _, *url = (out / "lock").read_text().split()
+        _, *url = (out / "lock").read_text().split()  # process id, and the address once the program listens
         if not url:
             raise UsageError("the program is still starting, try again") from e
     body = {k: v for k, v in vars(command).items() if k != "out"}

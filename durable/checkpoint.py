@@ -45,7 +45,7 @@ def remove_others(out: Path, listed: list[tuple[str, int]]) -> None:
     for folder in set((out / "checkpoints").glob("**/step-*")) - kept:
         shutil.rmtree(folder)
         if folder.parent.name != "checkpoints" and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()  # it has a user's name
+            folder.parent.rmdir()  # its name may be a user's, which should not stay
 
 
 def trim_metrics(metrics: Path, steps: dict[str, int]) -> None:

@@ -59,7 +59,7 @@ def check_batch(loss: float, grad_norm: float, dlogp: float) -> None:
 
 
 def check_weights(found: dict[str, float], first: dict[str, float], before: dict[str, float]) -> None:
-    """After Adam's step: `probe.measure` of the new weights, of the first, and of those before the step.
+    """After Adam's step: `probe.measure` of the new weights, of the starting weights, and of those before the step.
 
     Refused if the new ones are broken; each condition is written so that NaN fails it."""
     for fine, why in (

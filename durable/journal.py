@@ -242,7 +242,8 @@ def candidates(db: sqlite3.Connection, user: str, answer: str, history: str) -> 
 def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict], confirmed: bool = False) -> bool:
     """The conversation continued from this turn: record the messages to judge it by, replacing any earlier ones.
 
-    False if it is too late: a person rated the turn, it is in training or trained, or dropped for good."""
+    False if it is too late: a person rated the turn, it is in training or trained, dropped for good, or pruned (then it
+    has no template)."""
     with transaction(db):
         done = db.execute(
             "UPDATE turns SET state = 'judging', reason = NULL, confirmed = ? WHERE id = ? AND "
@@ -296,7 +297,7 @@ def record_verdict(db: sqlite3.Connection, turn_id: str, verdict: Verdict, follo
 
     A person's feedback overrides the judge, whichever comes first; the judge's hints stay if a bad rating comes without
     words. `following`: the messages that the judge read; nothing is recorded if others have replaced them meanwhile.
-    ValueError if feedback comes too late: the turn is in training or trained, or dropped for good.
+    ValueError if feedback comes too late: the turn is in training or trained, dropped for good, or pruned.
     """
     with transaction(db):
         select = f"SELECT *, {NEXT} AS following, {UNSETTLED} AS unsettled FROM turns WHERE id = ?"

@@ -53,6 +53,7 @@ def check_folder(folder: Path, advice: str = "") -> None:
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, "pt") as tensors:
+                # Mistral's folders also have the weights under other names, in consolidated.safetensors.
                 stored |= set() if file.name.startswith("consolidated") else set(tensors.keys())
         except (SafetensorError, OSError) as e:
             raise UsageError(f"{file} is damaged: {e}{advice}") from e

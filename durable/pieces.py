@@ -48,8 +48,9 @@ def unpacked(data: bytes) -> bytes:
 
 
 def cut(numbers: np.ndarray, mean: int) -> list[np.ndarray]:
-    """Blocks of about `mean` numbers. The numbers themselves determine the cuts (content-defined chunking), so that an
-    insertion or deletion moves no later cut (agents put the time in the first message)."""
+    """Blocks of mean / 4 to 4 mean numbers (the last may be shorter). The numbers themselves determine the cuts
+    (content-defined chunking), so that an insertion or deletion moves no later cut (agents put the time in the first
+    message)."""
     mixed = numbers.astype(np.uint32) * np.uint32(2654435761)
     mixed[1:] ^= (mixed[:-1] * np.uint32(40503)) >> 7
     cuts = [0]

@@ -197,7 +197,7 @@ class SessionTexts:
 
     answers: set[str]
     said: set[str]  # whole messages of the person and the model, and the answers
-    openings: set[str]  # the first messages and answer, unless the client itself asked
+    openings: set[str]  # the first two messages and the first answer; empty if the client itself asked
     all: str  # what all its messages say, also the client's own requests
 
 
