@@ -23,8 +23,10 @@ class AnswerReader:
 
     def feed(self, body: bytes, more: bool) -> dict[int, dict]:
         """The answers that this chunk completes, by choice."""
-        lines = (self.rest + body).split(b"\n") if self.streamed else [self.rest + body] if not more else []
-        self.rest = lines.pop() if self.streamed and more else b"" if lines else self.rest + body
+        # A stream has an event in each line; otherwise the whole body is one JSON text.
+        unread = self.rest + body
+        lines = unread.split(b"\n") if self.streamed else [unread]
+        self.rest = lines.pop() if more else b""  # an incomplete line or body
         complete: list[int] = []
         for line in lines:
             data = line.removeprefix(b"data:").strip() if self.streamed else line
@@ -40,6 +42,7 @@ class AnswerReader:
         if "choices" in event:
             return [k for choice in event["choices"] if (k := self.read_choice(choice)) is not None]
         kind, block = event.get("type"), event.get("content_block") or {}
+        # /v1/messages: a whole body, or the events of a stream, in which a call's arguments come in parts.
         if kind == "message":
             for number, part in enumerate(event["content"]):
                 self.read_block(number, part)
@@ -53,6 +56,7 @@ class AnswerReader:
                 self.calls[0][event["index"]]["function"]["arguments"] += delta["partial_json"]
         elif kind == "message_delta":
             return [0]
+        # /v1/responses: a whole body, or the last event of a stream, which has the whole answer again.
         response = event if event.get("object") == "response" else event.get("response") or {}
         if kind in (None, "response.completed", "response.incomplete") and "output" in response:
             for number, item in enumerate(response["output"]):

@@ -39,11 +39,11 @@ def users_of(text: str) -> dict[str, User]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        entry, trained = re.subn(r"(?<=\S)\s+untrained\s*$", "", line.strip())
+        entry, untrained = re.subn(r"(?<=\S)\s+untrained\s*$", "", line.strip())
         name, _, key = entry.rpartition(":")
         if not re.fullmatch(r"[!-~]+", key) or key in users:
             raise UsageError(f"API key in line {number}: empty, given twice, or not printable ASCII without spaces")
-        users[key] = User(name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8], not trained)
+        users[key] = User(name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8], not untrained)
     return users
 
 

@@ -211,7 +211,7 @@ def find_turns(
         ways = [(begin, end), *[(k, k + 1) for k in reversed(range(max(begin, end - LATEST), end))]]
         for first, behind in ways:
             rows = journal.candidates(db, user, answer_digest(*talk[first:behind]), history[first])
-            if session:
+            if session:  # no slash: a session that no client named
                 rows = [r for r in rows if r["session"] == session or "/" not in r["session"]]
             if rows:
                 following = talk[end : next((b for b, _ in runs if b >= end), len(talk))] if behind == end else []

@@ -51,6 +51,7 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
         "masters": 4 * trained,  # fp32
         "gradients": 4 * trained + (2 * trained if width == 2 else 0),  # fp32, and at most a row's bf16
         "Adam": 8 * trained,
+        # The row also has 24 bytes for each logit of one chunk of positions (`grpo.CHUNK`).
         "row": width * row_numbers(shape, setting) + 24 * 256 * shape.get_text_config().vocab_size,
         # On a CPU the engine also packs its own copy of the weights.
         "engine": (2 if cpu else 1) * width * weights + width * in_engine * adapter + (0 if cpu else 2 * 2**30),
