@@ -24,12 +24,14 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
         return []
     now, size, steps = asyncio.get_running_loop().time(), p.config.batch_size, p.steps()
     queued, batches, unfit, failed = journal.queued(p.db), defaultdict[str, list](list), [], []
+    settling = False  # will a turn settle soon?
     # Turns judged before a restart, or rated by a person, are not in it yet: they count as judged now.
     p.judged_at = {turn["id"]: p.judged_at.get(turn["id"], now) for turn in queued}
     # Turns over their user's share come last: they fill a batch only if no other user's turns are waiting.
     for turn in sorted(queued, key=lambda turn: turn["newer"] >= max(1.0, p.config.user_share * size)):
         owner = p.owner_of(turn["user"])
         settled = turn["final"] or p.judged_at[turn["id"]] + SETTLE_S <= now
+        settling |= not settled
         if owner in p.paused or not settled or len(batches[owner]) == size or len(unfit) == DROPS_AT_ONCE:
             continue
         if why_not := guard.reject_reason(turn, batches[owner], steps.get(owner, 0), p.config):
@@ -45,7 +47,7 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
         await asyncio.sleep(0)
         return []
     wait = 0 if p.train_now else p.config.batch_wait or math.inf
-    p.train_now = False
+    p.train_now &= settling and not any(batches.values())
     newest = {owner: max(p.judged_at[turn["id"]] for turn in batch) for owner, batch in batches.items() if batch}
     for owner in sorted(newest.keys() - p.states, key=newest.get) + list(p.states):  # least recently trained first
         if owner in newest and (len(batches[owner]) == size or newest[owner] + wait <= now):

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import sqlite3
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from config import Config
 from durable import checkpoint, journal
 from machine import memory
 from machine.plan import Plan, bind_thread
+
+BY_ADMIN = "paused by the admin"  # in `Program.paused`
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Program:
     judge_health: Health = field(default_factory=Health)
     paused: dict[str, str] = field(default_factory=dict)  # owner -> why no more steps begin; "": for all of them
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
+    started: float = field(default_factory=time.time)
     died: asyncio.Event = field(default_factory=asyncio.Event)  # set when the engine has died
     last_step: dict[str, float] = field(default_factory=dict)  # metrics of the last step
     pause: tuple[float, float] = (0.0, 0.0)  # when the last swap's pause began and ended, time.time()
@@ -126,7 +130,7 @@ class Program:
         if state.owner in swap.serving and swap.served_step(state.owner) != state.step:
             weights = await self.on_trainer(trainer.served_weights, state.policy)
             await swap.restore_weights(self.engine, weights, state.step, state.owner)
-            await self.write(journal.drop_newer, state.owner, state.step)
+            await self.write(journal.drop_newer, state.owner, state.step, self.started)
 
     async def save(self, state: trainer.State) -> None:
         """Write a checkpoint if there is something new. If that fails, the next step tries again."""
@@ -173,10 +177,12 @@ class Program:
         again = f"resume it with python -m durable.admin resume --out={self.config.out}"
         if seconds is not None:
             again = f"next try in {seconds:.0f} s"
-        self.paused[owner] = why = f"stopped: {error} ({again})"
+        why = f"stopped: {error} ({again})"
+        if self.paused.get(owner) != BY_ADMIN:
+            self.paused[owner] = why
         whose = f"of {owner} " if owner else ""
-        step = self.steps().get(owner, 0)
-        print(f"training {whose}stopped, serving continues with step {step}: {error} ({again})", file=sys.stderr)
+        step = f" with step {self.steps().get(owner, 0)}" if owner or self.config.adapters == "shared" else ""
+        print(f"training {whose}stopped, serving continues{step}: {error} ({again})", file=sys.stderr)
         if seconds is not None:
             asyncio.get_running_loop().call_later(seconds, self.end_pause, why)
 

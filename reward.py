@@ -219,9 +219,11 @@ def own_words(request: str, next_messages: list[dict]) -> list[str]:
     if next_messages[-1].get("role") != "user":
         return []
     said = words_of(next_messages[-1]).strip()
+    if not MIN_HINT <= len(said) <= MAX_HINT:
+        return []
     wishes = lambda text, one, other: re.search(one, text, re.I) and not re.search(other, text, re.I)  # noqa: E731
     contrary = any(wishes(request, a, b) and wishes(said, b, a) for a, b in OPPOSITES)
-    if not MIN_HINT <= len(said) <= MAX_HINT or ORDERS.search(said) or contrary:
+    if ORDERS.search(said) or contrary:
         return []
     parts = [said, *re.split(r"(?<=[.!?;])\s+", said)]
     parts += [tail for part in parts[1:] for tail in re.split(r"[:,]\s+", part, maxsplit=1)[1:]]

@@ -44,7 +44,7 @@ LOCK_WAIT_S = 5.0  # how long a clean stop waits for another program's write loc
 
 async def judge_turns(p: Program, judge: Judge) -> None:
     """One of eight judging loops. If the judge fails, the turn keeps its state "judging" and is retried: an error is
-    never a score. It is dropped only if it fails several times while no other turn does."""
+    never a score. It is dropped only if it fails several times while other turns get verdicts."""
     while True:
         turn_id = await p.to_judge.get()
         await p.judge_health.wait()
@@ -62,7 +62,9 @@ async def judge_turns(p: Program, judge: Judge) -> None:
                 traceback.print_exception(error)
                 error = JudgeError(f"{type(error).__name__}: {error}", of_turn=True)
             if p.judge_health.failed(turn_id, error):
-                await p.write(journal.drop, [turn_id], f"the judge failed: {error}")
+                # Unless a person has rated it meanwhile.
+                why_not = f"the judge failed: {error}"
+                await p.write(journal.drop_where, why_not, "id = ? AND state = 'judging'", turn_id)
             else:
                 asyncio.get_running_loop().call_later(1, p.to_judge.put_nowait, turn_id)
             continue

@@ -18,7 +18,8 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,7 +34,8 @@ from durable.journal import Turn
 from program import Program
 
 CHAT = "/v1/chat/completions"
-CAPTURED = (CHAT, "/v1/messages", "/v1/responses")
+RESPONSES = "/v1/responses"
+CAPTURED = (CHAT, "/v1/messages", RESPONSES)
 OPEN_PATHS = ("/health", "/", "/web/page.js", "/web/page.css")  # they hold no data
 # Fields of a chat request, besides its messages, that change the prompt. vLLM's /tokenize has the same ones.
 TEMPLATE_FIELDS = ("tools", "chat_template", "add_generation_prompt", "continue_final_message")
@@ -98,10 +100,10 @@ class Capture:
             # A body that isn't an object, or has no list of messages, gets a 400 from vLLM's app. Beam search is not
             # recorded: it asks the engine for many answers of one token, and none is what the client gets.
             fields = body_json if isinstance(body_json, dict) and not body_json.get("use_beam_search") else {}
-            messages, chat = fields.get("messages", fields.get("input")), scope["path"] == CHAT
+            messages, chat = fields.get("input" if scope["path"] == RESPONSES else "messages"), scope["path"] == CHAT
             if why := too_much(fields, messages, len(body)):
                 return await openai_error(400, why)(scope, receive, send)
-            if scope["path"] == "/v1/responses" and fields:  # this API takes its id from the body
+            if scope["path"] == RESPONSES and fields:  # this API takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
             if fields and (not chat or isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
                 named = named_session(headers)
@@ -248,8 +250,8 @@ class Recorder:
             if await self._p.admit(earlier, request.user.name):
                 self._p.to_judge.put_nowait(earlier)
         # The id that the client gets. (/v1/responses appends the number of its call to the engine.)
-        request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == "/v1/responses" else request_id
-        if sampling_params.logprobs is None:
+        request.turn_id = turn_id = request_id.removesuffix("_0") if request.path == RESPONSES else request_id
+        if sampling_params.logprobs is None and not sampling_params.logprob_token_ids:
             sampling_params.logprobs = 0  # only the sampled token's; the client doesn't see it
         # What all choices' turns share
         shared = {"session": session, "user": request.user.name, "messages": request.messages}
@@ -260,7 +262,7 @@ class Recorder:
         async def write(index: int, finish_reason: str | None, spans: list, why_not: str | None) -> None:
             ids, logprobs, texts = seen[index]
             served = swap.served_step(self._p.owner_of(request.user.name))
-            if finish_reason not in ("stop", "length"):  # "abort": the engine is stopping
+            if finish_reason not in ("stop", "length", "repetition"):  # "abort": the engine is stopping
                 why_not = "cut short: the client hung up, or the engine stopped"
             elif served is not None and any(version > served for version, _, _ in spans):
                 why_not = journal.UNDONE
@@ -328,15 +330,31 @@ class Recorder:
 # ---- the app ----
 
 
+def kept_alive(content: AsyncIterator[str], **options: Any) -> StreamingResponse:
+    from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+
+    return StreamingResponse(with_sse_keep_alive(content, swap.KEEP_ALIVE_S), **options)
+
+
+def own_error(request: Request, error: Exception) -> JSONResponse:
+    """An error in one of our own routes. vLLM's app has handlers for its routes."""
+    return openai_error(500, f"{type(error).__name__}: {error}", "server_error")
+
+
 async def build_app(p: Program, more: Sequence[Route]) -> ASGIApp:
     """vLLM's OpenAI app and `more` routes, behind the capture.
 
     Relied on in vLLM 0.32.0: `build_app` and `init_app_state` are called as its own launcher does, and the app reaches
     the engine only through the object given to `init_app_state`.
     """
+    from vllm.entrypoints.anthropic import api_router as messages_router
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app as build_vllm_app
+    from vllm.entrypoints.openai.responses import api_router as responses_router
 
+    # vLLM sends comments in a silent stream only for chat completions.
+    for router in (messages_router, responses_router):
+        router.StreamingResponse = kept_alive
     tasks = await p.engine.get_supported_tasks()
     vllm_app = build_vllm_app(p.engine_args, tasks, p.engine.model_config)
     await init_app_state(Recorder(p), vllm_app.state, p.engine_args, tasks)
@@ -346,6 +364,7 @@ async def build_app(p: Program, more: Sequence[Route]) -> ASGIApp:
         vllm_app.state.openai_serving_models.lora_requests[first.lora_name] = first
     vllm_app.state.server = SimpleNamespace()  # vLLM tells this to exit when the engine dies; swap.watch does it here
 
-    capture = Capture(Starlette(routes=[*more, Mount("/", app=vllm_app)]), p)
+    app = Starlette(routes=[*more, Mount("/", app=vllm_app)], exception_handlers={Exception: own_error})
+    capture = Capture(app, p)
     # CORS is outermost: a preflight request has no key, and the browser must be able to read a 401.
     return CORSMiddleware(capture, allow_origins=p.origins, allow_methods=["*"], allow_headers=["*"])

@@ -45,6 +45,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 PR_SET_PDEATHSIG = 1
+KEEP_ALIVE_S = 10  # after that time, a silent stream gets a comment: no client times out during a swap or in the queue
 PROGRAM = "NANO_OPENCLAW_RL_PID"  # the process that started the engine
 ENGINE_CORES = "VLLM_CPU_OMP_THREADS_BIND"  # the cores that the worker computes on, e.g. "0,1"
 
@@ -282,7 +283,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
         "logprobs-mode": "processed_logprobs",
         "generation-config": "vllm",
         "worker-extension-cls": "swap.WeightReceiver",
-        "sse-keep-alive-interval": 10,  # seconds, so that no client times out during a swap or in the queue
+        "sse-keep-alive-interval": KEEP_ALIVE_S,
         "tool-call-parser": tool_parser or None,  # None: this flag is left out
         "reasoning-parser": config.reasoning_parser or None,
     }
@@ -317,6 +318,7 @@ def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     os.environ[PROGRAM] = str(os.getpid())
     try:
@@ -330,7 +332,12 @@ def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
         # The core waits for the worker in a busy loop, and takes half of the trainer's core. It does so for a second
         # after each recorded read; if none is recorded, it waits for a message instead.
         SpinCondition.record_read = lambda self: None
-    return AsyncLLM.from_vllm_config(config)
+    engine = AsyncLLM.from_vllm_config(config)
+    # This metric's labels are the names of the running adapters: a new series for each step and each mix of users.
+    for logger in engine.logger_manager.stat_loggers:
+        if isinstance(logger, PrometheusStatLogger):
+            logger.gauge_lora_info = None
+    return engine
 
 
 def on_cpu(vllm_config: Any) -> bool:
@@ -515,10 +522,10 @@ def first_weights_request(name: str) -> Any:
     return LoRARequest(name + FIRST_WEIGHTS, 1, "none")
 
 
-async def greedy(engine: Any, owner: str, ids: list[int], max_tokens: int, first_weights: bool = False) -> list[int]:
+async def greedy(engine: Any, owner: str, prompt: Any, max_tokens: int, first_weights: bool = False) -> list[int]:
     """The greedy answer to a prompt, by the owner's newest weights, or by the starting weights (`first_weights`, only
     with LoRA)."""
-    prompt, params = salted({"prompt_token_ids": ids}, ""), final_only(max_tokens=max_tokens, temperature=0.0)
+    params = final_only(max_tokens=max_tokens, temperature=0.0)
     # `generate` only asks whether there is a lora_request.
     outputs = generate(engine, owner, prompt, params, f"greedy-{uuid.uuid4().hex}", lora_request=first_weights)
     (output,) = [output async for output in outputs]

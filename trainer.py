@@ -317,7 +317,8 @@ def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, f
         saved = {"state": [*state.initial_masters, *zeros], "step": 0, "baselines": {}, "probed": state.probe.first}
     else:
         try:
-            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+            # mmap: otherwise the whole file would be in memory beside the last snapshot.
+            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
             raise UsageError(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}") from e
     copy_tensors(saved["state"], mutable(state))

@@ -32,7 +32,7 @@ class JudgeError(RuntimeError):
 @dataclass
 class Health:
     """While a judge gives no verdict at all, pauses grow and at most one line a minute is logged. A turn is given up
-    only if it fails several times and no other turn does."""
+    only if it fails several times while other turns get verdicts. Otherwise the judge itself is at fault."""
 
     until: float = 0.0  # end of the pause, time.monotonic()
     seconds: float = 1.0  # length of the last pause
@@ -41,35 +41,40 @@ class Health:
     failures: int = 0
     error: str = ""  # the last one
     failing: set[str] = field(default_factory=set)  # turns that failed since the last verdict, and still wait
+    outlasted: set[str] = field(default_factory=set)  # turns in `tries` that another turn's verdict came after
 
     async def wait(self) -> None:
         while (left := self.until - time.monotonic()) > 0:
             await asyncio.sleep(left)
 
     def failed(self, turn_id: str, error: JudgeError) -> bool:
-        """Note a failure. True if the turn should be given up: only if no other turn fails, since a judge that refuses
-        all turns is itself at fault."""
+        """Note a failure. True if the turn should be given up."""
         now = time.monotonic()
         self.failures, self.error = self.failures + 1, str(error)
         self.failing.add(turn_id)
         self.tries[turn_id] += error.of_turn
-        if now >= self.until and not (error.of_turn and len(self.failing) == 1):  # of parallel failures, one counts
+        alone, often = error.of_turn and self.failing == {turn_id}, self.tries[turn_id] >= TRIES
+        given_up = alone and often and turn_id in self.outlasted
+        blames_turn = given_up or (alone and not often)
+        if now >= self.until and not blames_turn:  # of parallel failures, one counts
             self.seconds = min(300.0, 2 * self.seconds)
             self.until = now + max(self.seconds, min(error.retry_after, 3600.0))
         if now - self.logged >= 60:
             self.logged = now
             print(f"judge: {error}; next try in {max(0.0, self.until - now):.0f} s", file=sys.stderr, flush=True)
-        if given_up := self.tries[turn_id] >= TRIES and self.failing == {turn_id}:
+        if given_up:
             self.settled(turn_id)
         return given_up
 
     def worked(self, turn_id: str) -> None:
         self.seconds = 1.0
         self.settled(turn_id)
+        self.outlasted |= self.tries.keys()
 
     def settled(self, turn_id: str) -> None:
         self.failing.clear()
         self.tries.pop(turn_id, None)
+        self.outlasted.discard(turn_id)
 
 
 def connect(url: str) -> openai.AsyncOpenAI:

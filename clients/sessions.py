@@ -210,7 +210,7 @@ def find_turns(
         # The whole run, or one message of it.
         ways = [(begin, end), *[(k, k + 1) for k in reversed(range(max(begin, end - LATEST), end))]]
         for first, behind in ways:
-            rows = journal.candidates(db, user, answer_digest(*talk[first:behind]), history[first])
+            rows = journal.candidates(db, user, answer_digest(*talk[first:behind]), history[first], session)
             if session:  # no slash: a session that no client named
                 rows = [r for r in rows if r["session"] == session or "/" not in r["session"]]
             if rows:
@@ -281,11 +281,12 @@ def decide(rows: list[sqlite3.Row], history: str, known: set[str], asked: str) -
 
 def is_news(turn: sqlite3.Row, following: list[dict], kept: bool) -> bool:
     """Does this change the turn's recorded next message? `kept`: the conversation has continued since, and the message
-    comes from the history, where it may have lost the text that a client put around it."""
+    comes from the history, where it may have lost the text that a client put around it, and tools' outputs."""
     if not turn["next_messages"]:
         return True
+    roles = ("user",) if kept else ("user", "tool")
     known, new = (
-        " ".join(re.findall(r"\w+", " ".join(words_of(m) for m in messages if m.get("role") == "user").casefold()))
+        " ".join(re.findall(r"\w+", " ".join(words_of(m) for m in messages if m.get("role") in roles).casefold()))
         for messages in (json.loads(turn["next_messages"]), following)
     )
     return not turn["confirmed"] and known != new and not (kept and f" {new} " in f" {known} ")

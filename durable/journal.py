@@ -227,16 +227,24 @@ def record_answer(db: sqlite3.Connection, turn_id: str, answer: str) -> None:
     db.execute("UPDATE turns SET answer = ? WHERE id = ?", (answer, turn_id))
 
 
-def candidates(db: sqlite3.Connection, user: str, answer: str, history: str) -> list[sqlite3.Row]:
-    """The newest turns of this user with this answer, newest first; only those with this history, if there are any.
+def candidates(
+    db: sqlite3.Connection, user: str, answer: str, history: str, session: str | None = None
+) -> list[sqlite3.Row]:
+    """The newest turns of this user with this answer, newest first; only those of this session, if there are any, or
+    else only those with this history, if there are any.
 
     Bounded: some answers ("OK.") occur thousands of times.
     """
-    found = f"id, session, history, asked, state, {NEXT} AS next_messages, confirmed"
-    select = f"SELECT {found} FROM turns WHERE user = ? AND answer = ?"
+    select = f"SELECT id, session, history, asked, state, {NEXT} AS next_messages, confirmed FROM turns WHERE"
     newest = "ORDER BY created DESC LIMIT"
-    same = db.execute(f"{select} AND history = ? {newest} 8", (user, answer, history)).fetchall()
-    return same or db.execute(f"{select} {newest} 64", (user, answer)).fetchall()
+    # The + keeps SQLite from reading all turns with this answer.
+    own = f"{select} session = ? AND +user = ? AND +answer = ? {newest} 64"
+    same = f"{select} user = ? AND answer = ? AND history = ? {newest} 8"
+    return (
+        (db.execute(own, (session, user, answer)).fetchall() if session else [])
+        or db.execute(same, (user, answer, history)).fetchall()
+        or db.execute(f"{select} user = ? AND answer = ? {newest} 64", (user, answer)).fetchall()
+    )
 
 
 def record_next(db: sqlite3.Connection, turn_id: str, next_messages: list[dict], confirmed: bool = False) -> bool:
@@ -374,10 +382,11 @@ def drop(db: sqlite3.Connection, turn_ids: list[str], reason: str) -> None:
     drop_where(db, reason, THESE, json.dumps(turn_ids))
 
 
-def drop_newer(db: sqlite3.Connection, owner: str, step: int) -> None:
-    """Drop the answers that an owner's weights of later steps gave: those weights were undone."""
-    newer = f"(? = '' OR user = ?) AND {UNSETTLED} AND {ANSWERED_BY} > ?"
-    drop_where(db, UNDONE, newer, owner, owner, step)
+def drop_newer(db: sqlite3.Connection, owner: str, step: int, since: float) -> None:
+    """Drop the answers that an owner's weights of later steps gave: those weights were undone. `since`: when the
+    program started. Earlier answers by later steps are kept: a kill, not an undo, lost those weights."""
+    newer = f"(? = '' OR user = ?) AND {UNSETTLED} AND created >= ? AND {ANSWERED_BY} > ?"
+    drop_where(db, UNDONE, newer, owner, owner, since, step)
 
 
 def leave_out(db: sqlite3.Connection, session: str, user: str | None) -> int:

@@ -266,6 +266,11 @@ def table(found: dict[str, Any]) -> str:
         speed = lambda what: [measured["trained tokens"] / s for s in measured[what]["seconds"]]  # noqa: E731,B023
         for what in ("ours", "ours with the KL"):
             row(f"{name}: trained tokens per CPU second, {what}, theirs is TRL's", speed(what), speed("TRL"), "{:.0f}")
+        row(
+            f"{name}: trained tokens per CPU second, theirs is TRL's GRPOTrainer",
+            *map(speed, ("ours", "TRL's GRPOTrainer")),
+            "{:.0f}",
+        )
         row(f"{name}: peak memory, GiB", measured["ours"]["peak"], measured["TRL"]["peak"])
     for streams, measured in found.get("serve", {}).items():
         for what in ("tokens/s", "first token, ms", "between tokens, ms"):
@@ -291,7 +296,7 @@ PAGE = """# Speed
 wrote this page from its measurements in `speed.json`: our program and the obvious alternatives. The two sides of a row
 were measured alternately in one run; different parts (`--only`) may be of different runs. CPU seconds are of one core.
 "With the KL": the defaults of run.py; TRL has no KL by default. Peak memory leaves out our snapshot and starting
-weights. TRL is 1.16.0's AsyncGRPOTrainer, which shares prefixes as well.
+weights. TRL is 1.16.0's AsyncGRPOTrainer, which shares prefixes as well; its GRPOTrainer pads rows and shares nothing.
 
 """
 

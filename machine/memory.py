@@ -36,14 +36,17 @@ class Setting:
 
 def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
     """Everything but the KV cache, on the device and on the host. On a CPU, all is on the device."""
-    weights, adapter = parameters(shape, setting.lora_rank)
+    tensors, adapter_tensors = parameters(shape, setting.lora_rank)
+    weights, adapter = sum(tensors), sum(adapter_tensors)
     trained, width = adapter or weights, setting.width
-    if setting.adapters == "user":  # the initial one, each user's, and one more until another is evicted
-        trained *= USERS + 2
+    states = USERS + 2 if setting.adapters == "user" else 1  # the initial, each user's, one more until one is evicted
+    trained *= states
     cpu = setting.device == "cpu"
     in_engine = in_a_batch(setting.adapters)
-    if cpu:  # the engine also keeps the adapters that are not in a batch
-        in_engine += 2 * USERS + 1 if setting.adapters == "user" else VERSIONS
+    idle = 2 * USERS + 1 if setting.adapters == "user" else VERSIONS  # adapters that the engine keeps on the host
+    in_engine += idle if cpu else 0
+    # torch rounds each tensor in pinned memory up to a power of 2.
+    pinned = 3 * states * sum(1 << (4 * n - 1).bit_length() for n in adapter_tensors or tensors)
     device = {
         "policy": weights * width,
         "starting weights": 0 if adapter else weights * width,  # with an adapter: the policy without it
@@ -56,17 +59,18 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
         # On a CPU the engine also packs its own copy of the weights.
         "engine": (2 if cpu else 1) * width * weights + width * in_engine * adapter + (0 if cpu else 2 * 2**30),
     }
-    host = {"snapshot": 12 * trained, "processes": 2 * 2**30}
-    host |= {"pushed copy": 2 * trained} if cpu else {"loading": 2 * weights}
+    host = {"snapshot": 12 * trained if cpu else pinned, "processes": 2 * 2**30}
+    host |= {"pushed copy": 2 * trained} if cpu else {"loading": 2 * weights, "idle adapters": width * idle * adapter}
     device, host = ({what: n / 2**30 for what, n in sizes.items() if n} for sizes in (device, host))
     return (device | host, {}) if cpu else (device, host)
 
 
-def parameters(shape: PretrainedConfig, lora_rank: int) -> tuple[int, int]:
-    """The parameter counts of the model, and of its adapter: rank * (in + out) for each linear layer but the head."""
+def parameters(shape: PretrainedConfig, lora_rank: int) -> tuple[list[int], list[int]]:
+    """The sizes of the model's tensors, and of its adapter's: two matrices for each linear layer but the head."""
     model = without_weights(shape)
-    total = sum(p.numel() for p in model.parameters())
-    return total, lora_rank * sum(m.in_features + m.out_features for m in lora.adapted_layers(model).values())
+    layers = lora.adapted_layers(model).values() if lora_rank else ()
+    adapter = [lora_rank * n for layer in layers for n in (layer.in_features, layer.out_features)]
+    return [p.numel() for p in model.parameters()], adapter
 
 
 def row_numbers(shape: PretrainedConfig, setting: Setting) -> int:

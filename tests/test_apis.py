@@ -9,10 +9,15 @@ import anthropic
 import httpx
 import numpy as np
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 
 import distill
+import server
 from clients import paste
+from durable.errors import UsageError
 from durable.model import tool_parser_of
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import TEMPLATE, make_tool_model
@@ -36,6 +41,7 @@ def program(tiny_model, tmp_path_factory):
 
 
 PAGE = "http://localhost:3000"
+HELLO_BODY = {"model": "policy", "messages": [user("hello there")], "max_tokens": 4, "ignore_eos": True}
 
 
 def test_environment_variables_open_no_extra_endpoints(program):
@@ -327,6 +333,33 @@ async def test_a_client_can_name_the_session_in_a_header(program):
         model="policy", messages=said, max_tokens=4, extra_headers=headers
     )
     assert rows(program, "id = ?", reply.id)[0]["session"] == "alice/main"
+
+
+def test_errors_of_our_own_routes_have_the_form_of_openai(program):
+    headers = {"Authorization": f"Bearer {ALICE}"}
+
+    def damaged(request):
+        raise UsageError("trainer.pt is damaged")
+
+    app = Starlette(routes=[Route("/x", damaged)], exception_handlers={Exception: server.own_error})
+    reply = TestClient(app, raise_server_exceptions=False).get("/x")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (500, "UsageError: trainer.pt is damaged")
+    reply = httpx.post(f"{program.url}/v1/chat/completions", headers=headers, json=HELLO_BODY, timeout=60).json()
+    long = {"completion_id": reply["id"], "score": -1, "text": "x" * 10_001}
+    reply = httpx.post(f"{program.url}/v1/feedback", headers=headers, json=long)
+    assert reply.status_code == 400 and "at most 10000 characters" in reply.json()["error"]["message"]
+
+
+def test_an_answer_with_chosen_logprobs_is_recorded(program):
+    """vLLM's own field: log-probs of certain tokens, besides the sampled one."""
+    headers, ids = {"Authorization": f"Bearer {ALICE}"}, [65, 66, 67]
+    body = HELLO_BODY | {"logprobs": True, "logprob_token_ids": ids, "return_token_ids": True}
+    reply = httpx.post(f"{program.url}/v1/chat/completions", headers=headers, json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    (row,) = rows(program, "id = ?", reply.json()["id"])
+    given = [at["logprob"] for at in reply.json()["choices"][0]["logprobs"]["content"]]
+    recorded = np.frombuffer(row["logprobs"], np.float32)
+    assert len(recorded) == 4 and np.allclose(recorded, given, atol=1e-4)
 
 
 async def test_odd_message_shapes_cause_no_server_error(program):

@@ -72,6 +72,16 @@ async def test_train_now_takes_a_partial_batch(start):
     assert await begin_step(p) == [], "train now applies to one batch only"
 
 
+async def test_train_now_waits_for_a_verdict_to_settle(start, monkeypatch):
+    p = start(batch_size=4)
+    monkeypatch.setattr("batch.SETTLE_S", 0.3)
+    add_judged(p, "t1", confirmed=False)
+    p.train_now = True
+    assert await begin_step(p) == [] and await begin_step(p, 3) == ["t1"]
+    add_judged(p, "t2")
+    assert await begin_step(p) == [], "it applies to one batch only"
+
+
 async def test_a_partial_batch_starts_after_batch_wait_without_new_turns(start):
     p = start(batch_size=3, batch_wait=0.5)
     add_judged(p, "t1", "t2")
@@ -105,6 +115,20 @@ async def test_a_paused_users_turns_are_trained_after_the_pause(start):
     assert await begin_step(p, 0.5) == []
     del p.paused["ann"]
     assert await begin_step(p) == ["a1"], "it has waited long enough"
+
+
+async def test_a_failed_step_does_not_end_the_admins_pause(start):
+    p = start(**OWN)
+    p.paused[""] = p.paused["ann"] = "paused by the admin"
+    p.stop_training("no memory", 0.1)
+    p.stop_training("no memory", owner="ann")
+    await asyncio.sleep(0.3)
+    assert p.paused == {"": "paused by the admin", "ann": "paused by the admin"}
+    del p.paused[""]
+    p.stop_training("no memory", 0.1)
+    assert p.training.startswith("stopped: no memory")
+    await asyncio.sleep(0.3)
+    assert "" not in p.paused
 
 
 async def test_a_turn_whose_next_message_may_change_waits_before_training(start, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -148,10 +149,13 @@ def test_answers_of_undone_weights_are_dropped(db):
     for name, version in (("old", 1), ("new", 2)):
         journal.record_turn(db, turn(name, versions=[(1, 0, 1), (version, 1, 3)]))
     journal.record_turn(db, turn("bobs", user="bob", versions=[(2, 0, 3)]))
-    journal.drop_newer(db, "bob", 1)
+    journal.record_turn(db, turn("before a kill", versions=[(2, 0, 3)], created=time.time() - 60))
+    started = time.time() - 30
+    journal.drop_newer(db, "bob", 1, started)
     assert state(db, "bobs")[:2] == ("dropped", journal.UNDONE) and state(db, "new")[0] == "waiting"
-    journal.drop_newer(db, "", 1)
+    journal.drop_newer(db, "", 1, started)
     assert state(db, "new")[:2] == ("dropped", journal.UNDONE) and state(db, "old")[0] == "waiting"
+    assert state(db, "before a kill")[0] == "waiting", "a kill lost those weights, and no undo"
 
 
 def test_rollback_drops_turns_that_later_steps_were_trained_on(db):

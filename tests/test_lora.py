@@ -198,6 +198,8 @@ async def test_an_adapter_is_trained_served_resumed_and_rolled_back(fresh):
     for i in range(2):
         await rated(program, f"q{i}", -1, "Answer in one short sentence, please.")
         await until(lambda i=i: program.status()["step"] == i + 1)
+    names = httpx.get(f"{program.url}/metrics").raise_for_status().text
+    assert "vllm:num_requests_running" in names and "running_lora_adapters=" not in names, "one series for each step"
     trained = logp("policy")
     assert trained != first and logp("policy@base") == first
     c = client(program, "none").chat.completions

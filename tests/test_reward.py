@@ -347,16 +347,50 @@ def test_pauses_grow_while_an_endpoint_fails(capsys: pytest.CaptureFixture, monk
     assert health.until == now[0] + 50
 
 
-def test_a_turn_is_given_up_only_if_no_other_turn_is_refused() -> None:
+def test_a_turn_is_given_up_only_if_other_turns_get_verdicts() -> None:
     health, refused = Health(), JudgeError("a word that it filters", of_turn=True)
     for turn_id in "ab":  # giving up a clears its failures: then b is the only failing turn
-        assert [health.failed(turn_id, refused) for _ in range(3)] == [False, False, True] and health.until == 0.0
-    assert not health.failing and not health.tries, "no turn waits for the judge"
+        assert not health.failed(turn_id, refused)
+        health.worked("another")
+        assert [health.failed(turn_id, refused) for _ in range(2)] == [False, True] and health.until == 0.0
+    assert not health.failing and not health.tries and not health.outlasted, "no turn waits for the judge"
     health = Health()
     assert not any(health.failed(turn_id, refused) for turn_id in "abc" * 5), "it refuses all: that is no turn's fault"
     assert health.until > 0
     health.worked("c")
     assert health.failed("a", refused)
+
+
+def test_a_turn_that_waits_alone_is_not_given_up() -> None:
+    """A judge that sends nonsense about the only turn may do so about all turns: it is asked again, after a pause."""
+    health, nonsense = Health(), JudgeError("excellent", of_turn=True)
+    assert not any(health.failed("a", nonsense) for _ in range(2)) and health.until == 0.0
+    assert not health.failed("a", nonsense) and health.until > time.monotonic()
+    health.worked("b")
+    assert health.failed("a", nonsense), "it judges other turns"
+
+
+async def test_a_rating_is_kept_if_the_judge_gives_up_on_the_turn_afterwards(tmp_path) -> None:
+    class Judge:
+        hinted_by = ""
+
+        async def score(self, *turn) -> reward.Scored:
+            journal.record_verdict(db, "t1", journal.Verdict(-1, [-1], 1.0, [], "", "alice", "feedback"))
+            raise JudgeError("a word that it filters", of_turn=True)
+
+    db = journal.open_journal(tmp_path / "journal.db")
+    journal.record_turn(db, turn())
+    journal.record_next(db, "t1", [{"role": "user", "content": "Thanks, great!"}])
+    p = program(db)
+    p.judge_health.tries["t1"], p.judge_health.outlasted = 2, {"t1"}
+    p.to_judge.put_nowait("t1")
+    judging = asyncio.create_task(run.judge_turns(p, Judge()))
+    await talking.until(lambda: p.judge_health.failures == 1, 5)
+    await asyncio.sleep(0.1)
+    judging.cancel()
+    assert not p.judge_health.tries, "it gave up"
+    assert (journal.in_state(db, "queued"), journal.load_sample(db, "t1").verdict.score) == (["t1"], -1)
+    db.close()
 
 
 def test_retry_after_is_read() -> None:

@@ -678,6 +678,46 @@ def test_the_session_tells_equal_conversations_apart(db):
     assert ask(db, [HELLO, HI, MORE], "x", session="ann/2").before == two.id
 
 
+def test_each_of_many_equal_sessions_is_continued(db):
+    """Parallel agents begin alike, and their first answers may be equal."""
+    first = [ask(db, [HELLO], HI["content"], session=f"ann/{k}") for k in range(80)]
+    later = [ask(db, [HELLO, HI, MORE], f"x{k}", session=f"ann/{k}") for k in range(80)]
+    assert [turn.before for turn in later] == [turn.id for turn in first] and all(turn.judged for turn in later)
+
+
+def test_a_named_session_is_found_quickly_in_a_large_journal(db):
+    turns = [records.turn(f"t{k}", user="ann", session=f"ann/{k}", **sessions.keys_of([HELLO])) for k in range(3000)]
+    journal.record_turn(db, turns[0])
+    row = dict(db.execute("SELECT * FROM turns").fetchone()) | {"answer": sessions.answer_digest(HI)}
+    columns = [c for c in row if c != "number"]
+    values = [tuple(row[c] for c in columns) for row in (row | {"id": t.id, "session": t.session} for t in turns[1:])]
+    db.execute("BEGIN")
+    db.executemany(f"INSERT INTO turns ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", values)
+    db.execute("COMMIT")
+    steps = 0
+
+    def count():
+        nonlocal steps
+        steps += 1
+
+    db.set_progress_handler(count, 100)
+    (found,) = journal.candidates(db, "ann", sessions.answer_digest(HI), "another history", "ann/7")
+    db.set_progress_handler(None, 0)
+    assert found["id"] == "t7" and steps < 10, "it doesn't read the other sessions' turns"
+
+
+def test_a_repeated_tool_run_replaces_the_first_output(db):
+    """The history doesn't: clients shorten old outputs."""
+    call = calling(("i", "read", "{}"))
+    failed, worked, short = (says("tool", output, tool_call_id="i") for output in ("timeout", "the file", "..."))
+    asked = ask(db, [HELLO], raw_call("read", "{}"))
+    ask(db, [HELLO, call, failed], "It failed.")
+    assert ask(db, [HELLO, call, worked], "Here it is.").judged and journal.load_turn(db, asked.id)[1] == [worked]
+    assert not ask(db, [HELLO, call, worked], "Here it is.").judged
+    ask(db, [HELLO, call, short, bot("Here it is."), MORE], "x")
+    assert journal.load_turn(db, asked.id)[1] == [worked]
+
+
 @pytest.mark.parametrize("other", [("write", '{"path": "a"}'), ("read", '{"path": "b"}'), ("read", '{"file": "a"}')])
 def test_a_different_tool_call_is_not_matched(db, other):
     ask(db, [HELLO], raw_call("read", '{"path": "a"}'))

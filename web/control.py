@@ -21,7 +21,7 @@ from clients.bodies import openai_error, parse
 from clients.keys import ANYBODY, OURS
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
-from program import Program
+from program import BY_ADMIN, Program
 
 
 async def roll_back(p: Program, user: str, step: int) -> str:
@@ -60,7 +60,7 @@ async def run_command(p: Program, command: str, body: dict[str, Any]) -> str:
     if command in ("pause", "resume") and user:
         upkeep.check_owner(p.db, user)
     if command == "pause":
-        p.paused[user] = "paused by the admin"
+        p.paused[user] = BY_ADMIN
         return "training pauses after the current step; serving and judging continue"
     if command == "resume":
         p.paused = {owner: why for owner, why in p.paused.items() if user and owner != user}

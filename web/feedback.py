@@ -16,6 +16,8 @@ from durable import journal
 from durable.journal import Verdict
 from program import Program
 
+MAX_TEXT = 10_000  # characters of a rating's text; it is on the page
+
 
 def training_of(p: Program, user: str | None) -> dict[str, Any]:
     """The training state of the weights that answer this user; None: of everybody's."""
@@ -45,8 +47,8 @@ def routes(p: Program) -> list[Route]:
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             which = '"completion_id": ... or "messages": [..., the rated answer]'
             return openai_error(400, f'expected {{{which}, "score": 1 or -1, "text": optional}}: {e!r}')
-        if type(score) is not int or score not in (1, -1) or not isinstance(text, str):
-            return openai_error(400, "score must be 1 or -1, and text a string")
+        if type(score) is not int or score not in (1, -1) or not isinstance(text, str) or len(text) > MAX_TEXT:
+            return openai_error(400, f"score must be 1 or -1, and text a string of at most {MAX_TEXT} characters")
         try:
             turn, _ = journal.load_turn(p.db, str(turn_id))
         except (KeyError, UnicodeEncodeError):  # SQLite can't take half a surrogate pair

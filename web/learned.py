@@ -44,7 +44,8 @@ async def ask_again(p: Program, turn: journal.Turn, complaint: str) -> dict[str,
 
     async def answer(first_weights: bool) -> str:
         owner = p.owner_of(turn.user)
-        ids = await swap.greedy(p.engine, owner, turn.prompt_ids, MAX_TOKENS, first_weights)
+        prompt = swap.salted({"prompt_token_ids": turn.prompt_ids}, turn.user)
+        ids = await swap.greedy(p.engine, owner, prompt, MAX_TOKENS, first_weights)
         return p.state.tokenizer.decode(ids, skip_special_tokens=True)
 
     def on_judge(f: Any, *args: Any) -> asyncio.Future:

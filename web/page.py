@@ -46,7 +46,7 @@ RECENT = 20  # newest turns that `why_nothing` looks at
 def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[str, Any]) -> dict[str, Any]:
     """What the page shows first; also the input of `why_nothing`. `training`: `training_of`, the journal's version,
     and whether the admin is asking."""
-    failing = p.judge_health.failing
+    failing, error = p.judge_health.failing, p.judge_health.error
     newest = look.rows(db, "state, reason, no_rl", look.newest(db, RECENT, user=user))
     now = {
         "model": p.config.name,
@@ -54,7 +54,8 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
         "user": user,
         "owner": p.owner_of(user or ""),
         "stepping": p.stepping.locked(),
-        "judge_error": p.judge_health.error if failing else "",
+        # After the first colon it may quote what the judge was sent, which can be another user's turn.
+        "judge_error": (error if training["admin"] else error.partition(": ")[0]) if failing else "",
         "disk_full": not journal.has_disk_space(db),
         "turns": journal.counts(db, user),
         "dropped": journal.drop_reasons(db, user),
