@@ -190,7 +190,8 @@ def keys_of(messages: list[dict]) -> dict[str, str]:
 def find_turns(
     db: sqlite3.Connection, user: str, messages: list[dict], session: str | None = None
 ) -> list[tuple[sqlite3.Row, list[dict]]]:
-    """The last two turns whose answers are in these messages, the later one first, each with the messages after it.
+    """The last two turns whose answers are in these messages, the later one first, each with the messages after it. Of
+    [q1, a1, q2, a2, q3] these are the turn that answered a2, with [q3], and the turn that answered a1, with [q2].
 
     [] for a new conversation. If several turns have the same answer, the history before it decides, then the session
     (`session`, if the client names it; it contains a slash), then the person's question. If none of them does, that

@@ -256,34 +256,35 @@ def ratios(ours: list[float], theirs: list[float]) -> str:
 
 def table(found: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| what | ours | theirs | ratio: median (smallest to largest) |", "|---|---|---|---|"]
+    lines = ["| what | run.py | next to | its number | ratio: median (smallest to largest) |", "|---|---|---|---|---|"]
 
-    def row(what: str, ours: list[float], theirs: list[float], form: str = "{:.1f}") -> None:
-        a, b = (form.format(statistics.median(values)) for values in (ours, theirs))
-        lines.append(f"| {what} | {a} | {b} | {ratios(ours, theirs)} |")
+    def row(what: str, other: str, ours: list[float], theirs: list[float], digits: int = 1) -> None:
+        a, b = (f"{statistics.median(values):.{digits}f}" for values in (ours, theirs))
+        lines.append(f"| {what} | {a} | {other} | {b} | {ratios(ours, theirs)} |")
 
     for name, measured in found.get("step", {"batches": {}})["batches"].items():
-        speed = lambda what: [measured["trained tokens"] / s for s in measured[what]["seconds"]]  # noqa: E731,B023
-        for what in ("ours", "ours with the KL"):
-            row(f"{name}: trained tokens per CPU second, {what}, theirs is TRL's", speed(what), speed("TRL"), "{:.0f}")
-        row(
-            f"{name}: trained tokens per CPU second, theirs is TRL's GRPOTrainer",
-            *map(speed, ("ours", "TRL's GRPOTrainer")),
-            "{:.0f}",
-        )
-        row(f"{name}: peak memory, GiB", measured["ours"]["peak"], measured["TRL"]["peak"])
+        speeds = {
+            who: [measured["trained tokens"] / s for s in measured[who]["seconds"]]
+            for who in ("ours", "ours with the KL", "TRL", "TRL's GRPOTrainer")
+        }
+        unit = "trained tokens per CPU second"
+        row(f"{name}: {unit}", "TRL's AsyncGRPOTrainer", speeds["ours"], speeds["TRL"], 0)
+        row(f"{name}, with the KL: {unit}", "TRL's AsyncGRPOTrainer", speeds["ours with the KL"], speeds["TRL"], 0)
+        row(f"{name}: {unit}", "TRL's GRPOTrainer", speeds["ours"], speeds["TRL's GRPOTrainer"], 0)
+        row(f"{name}: peak memory, GiB", "TRL's AsyncGRPOTrainer", measured["ours"]["peak"], measured["TRL"]["peak"])
     for streams, measured in found.get("serve", {}).items():
+        count = "1 stream" if streams == "1" else f"{streams} streams"
         for what in ("tokens/s", "first token, ms", "between tokens, ms"):
             ours, theirs = ([m[what] for m in measured[name]] for name in ("ours", "vLLM"))
-            row(f"{streams} streams: {what}, theirs is vLLM's server", ours, theirs)
+            row(f"{count}: {what}", "vLLM's server", ours, theirs)
     if train := found.get("train"):
         for what in ("tokens/s", "between tokens, p95, ms", "health, p99.9, ms"):
             ours, idle = ([m[what] for m in train[name]] for name in ("training", "idle"))
-            row(f"4 streams while training, theirs is the same without training: {what}", ours, idle)
+            row(f"4 streams while it trains: {what}", "without training", ours, idle)
         pause, copy = statistics.median(train["pauses"]), statistics.median(train["copies"])
         size = f"{train['bytes'] / 2**20:.0f} MiB"
         lines.append(
-            f"| pause of a swap, ms, theirs is a copy of {size} | {1e3 * pause:.0f} | {1e3 * copy:.0f} | "
+            f"| pause of a swap, ms | {1e3 * pause:.0f} | a copy of {size} | {1e3 * copy:.0f} | "
             f"{pause / copy:.1f} ({min(train['pauses']) / copy:.1f} to {max(train['pauses']) / copy:.1f}) |"
         )
     return "\n".join(lines) + "\n"
@@ -293,10 +294,10 @@ PAGE = """# Speed
 
     .venv/bin/python -m evaluation.speed
 
-wrote this page from its measurements in `speed.json`: our program and the obvious alternatives. The two sides of a row
-were measured alternately in one run; different parts (`--only`) may be of different runs. CPU seconds are of one core.
-"With the KL": the defaults of run.py; TRL has no KL by default. Peak memory leaves out our snapshot and starting
-weights. TRL is 1.16.0's AsyncGRPOTrainer, which shares prefixes as well; its GRPOTrainer pads rows and shares nothing.
+wrote this page from its measurements in `speed.json`: run.py and the obvious alternatives. The two sides of a row were
+measured alternately in one run; different parts (`--only`) may be of different runs. CPU seconds are of one core. "With
+the KL": the defaults of run.py; TRL has no KL by default. Peak memory leaves out our snapshot and starting weights.
+TRL 1.16.0's AsyncGRPOTrainer shares prefixes as well; its GRPOTrainer pads rows and shares nothing.
 
 """
 
