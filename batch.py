@@ -30,7 +30,8 @@ async def next_batch(p: Program) -> list[sqlite3.Row]:
     # Turns over their user's share come last: they fill a batch only if no other user's turns are waiting.
     for turn in sorted(queued, key=lambda turn: turn["newer"] >= max(1.0, p.config.user_share * size)):
         owner = p.owner_of(turn["user"])
-        settled = turn["final"] or p.judged_at[turn["id"]] + SETTLE_S <= now
+        judged_at = p.judged_at[turn["id"]]
+        settled = judged_at <= now and (turn["final"] or judged_at + SETTLE_S <= now)
         settling |= not settled
         if owner in p.paused or not settled or len(batches[owner]) == size or len(unfit) == DROPS_AT_ONCE:
             continue

@@ -14,7 +14,8 @@ from statistics import multimode
 from typing import Any
 
 from clients.endpoint import Endpoint
-from reward import MAX_HINT, MIN_HINT, VOTES, Scored, evidence
+from clients.sessions import without_thinking
+from reward import MAX_HINT, MIN_HINT, VOTES, Scored, evidence, width
 
 CHAT_CHARS = 2000  # characters of the next messages that the judge reads; a quarter each of request and answer
 CANDIDATES = 3  # the most hints that the trainer gets
@@ -174,7 +175,7 @@ class ChatJudge(Endpoint):
                 raise ValueError("the judge's reply has no choices")
             if any(choice.finish_reason == "length" or not choice.message.content for choice in reply.choices):
                 raise ValueError(f"the judge said nothing within {self.max_tokens} tokens")
-            said += [parse(choice.message.content) for choice in reply.choices]
+            said += [parse(without_thinking(choice.message.content)) for choice in reply.choices]
         return said[: self.votes]
 
 
@@ -184,7 +185,8 @@ class ChatJudge(Endpoint):
 def frequent_hints(written: list[str]) -> list[str]:
     """The distinct hints among the samples, most frequent first, at most CANDIDATES; [] if half or more have none."""
     texts = [text.strip() for text in written]
-    texts = [text for text in texts if re.fullmatch(rf"(?!\W*(?i:none)\b)[^\n]{{{MIN_HINT},{MAX_HINT + 1}}}", text)]
+    texts = [text for text in texts if re.fullmatch(rf"(?!\W*(?i:none)\b)[^\n]{{1,{MAX_HINT + 1}}}", text)]
+    texts = [text for text in texts if width(text) >= MIN_HINT]
     if 2 * len(texts) <= len(written):
         return []
     return [text for text, _ in Counter(texts).most_common(CANDIDATES)]

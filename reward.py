@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import re
+import unicodedata
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from durable.atomic import replacing
 
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 HEAD_CHARS = 400  # characters of the next messages that the head reads
-MIN_HINT, MAX_HINT = 11, 300  # characters in a hint
+MIN_HINT, MAX_HINT = 11, 300  # characters in a hint (at least: see `width`)
 MAX_PARTS = 5  # how many parts of a complaint are tried as hints
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
 READ_AT_ONCE = 16  # labelled replies that are read in one forward pass
@@ -67,7 +68,7 @@ def defuse(text: str) -> str:
     line loses its colon. "<" before a letter or a sign could start a special token.
     """
     text = " / ".join(filter(None, map(str.strip, text.splitlines())))  # a regex would be quadratic in spaces
-    text = re.sub(r"<(?=[A-Za-z/|!])|\[(?=/?INST|/?SYS)", "‹", text)
+    text = re.sub(r"<(?=[A-Za-z/|｜!])|\[(?=/?(INST|SYS|TOOL_|AVAILABLE_TOOLS))", "‹", text)  # ｜: DeepSeek's
     return re.sub(r"(?i)\b(request|answer|user reply|tool output|vote|feedback)\s*[:：]", r"\1 -", text)
 
 
@@ -209,6 +210,11 @@ class HeadJudge:
 # ---- hints ----
 
 
+def width(text: str) -> int:
+    """Its characters, of which a Chinese, Japanese or Korean one counts 2: it says as much."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
 def own_words(request: str, next_messages: list[dict]) -> list[str]:
     """Candidate hints if the judge is too small to write one: the user's whole complaint, and its parts.
 
@@ -219,12 +225,12 @@ def own_words(request: str, next_messages: list[dict]) -> list[str]:
     if next_messages[-1].get("role") != "user":
         return []
     said = words_of(next_messages[-1]).strip()
-    if not MIN_HINT <= len(said) <= MAX_HINT:
+    if width(said) < MIN_HINT or len(said) > MAX_HINT:
         return []
     wishes = lambda text, one, other: re.search(one, text, re.I) and not re.search(other, text, re.I)  # noqa: E731
     contrary = any(wishes(request, a, b) and wishes(said, b, a) for a, b in OPPOSITES)
     if ORDERS.search(said) or contrary:
         return []
-    parts = [said, *re.split(r"(?<=[.!?;])\s+", said)]
+    parts = [said, *re.split(r"(?<=[.!?;])\s+|(?<=[。！？；])\s*(?=.)", said)]
     parts += [tail for part in parts[1:] for tail in re.split(r"[:,]\s+", part, maxsplit=1)[1:]]
-    return [part for part in dict.fromkeys(parts) if len(part) >= MIN_HINT][:MAX_PARTS]
+    return [part for part in dict.fromkeys(parts) if width(part) >= MIN_HINT][:MAX_PARTS]

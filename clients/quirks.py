@@ -22,7 +22,8 @@ OWN_REQUESTS = {
         r"An async command (you ran|completion event)|\[System\] |Refresh this session.s progress card now|"
         r"\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\]|"
         # Claude Code
-        r"\[SUGGESTION MODE\b|Write the title in the language|CRITICAL: Respond with TEXT ONLY|"
+        r"\[SUGGESTION MODE\b|The user stepped away and is coming back\.|"
+        r"Write the title in the language|CRITICAL: Respond with TEXT ONLY|"
         r"Your task is to create a detailed summary of the conversation so far|"
         # Codex, Cline
         r"You are performing a CONTEXT CHECKPOINT COMPACTION|The current conversation is rapidly running out of|"
@@ -35,6 +36,14 @@ OWN_REQUESTS = {
         r"You are a title generator|Analyze if this message indicates a new conversation topic)"
     ),
 }
+# How a user message begins if it is a program's output, not a person's words.
+OUTPUT = re.compile(
+    # Cline, Aider
+    r"\s*+(\[\w{1,60}(?: for [^\n]{0,300})?\] Result:|\[ERROR\] You did not use a tool|I ran this command:\n|"
+    r"# Fix any errors below|# \d+ SEARCH/REPLACE block|"
+    # Claude Code
+    r"<task-notification>|\[SYSTEM NOTIFICATION - NOT USER INPUT\]|Stop hook feedback:)"
+)
 ENDS = 20_000  # characters at each end of a long text that are searched for the next two
 # A heartbeat's prompt can be configured, but it always asks for the same answer if all is well.
 HEARTBEAT = re.compile(r"(?<!you )\b(reply|respond|answer|say|return|output|send)\b[^\n]{0,60}\bHEARTBEAT_OK\b", re.I)
@@ -57,8 +66,8 @@ def is_automatic(text: str) -> bool:
 # What OpenClaw's history keeps of its own requests: lines before the person's next message, after the time.
 MARKS = re.compile(
     r"\A(\s*+(?:\[[^\]\n]{0,150}\d\d?:\d\d[^\]\n]{0,150}\]\s)?)"
-    r"(?:\[OpenClaw (?:heartbeat poll|exec completion|cron wake|session event)\]\n+"
-    r"(?:Disable automatic completion turns with [^\n]*\n+)?)+(?!Disable automatic|\s*\Z)"
+    r"(?:\[OpenClaw (?:heartbeat poll|exec completion|cron wake|session event)\]\n++"
+    r"(?:Disable automatic completion turns with [^\n]*+\n++)?+)++(?!Disable automatic|\s*+\Z)"
 )
 # Everything before this line is context (OpenClaw in a group chat).
 CURRENT = "[Current message - respond to this]\n"
@@ -68,6 +77,10 @@ ENVELOPE = re.compile(
     r"\A\s*+\[(?:(?:WhatsApp|Telegram|Signal|Discord|Slack|iMessage|SMS|Matrix|Teams|Mattermost|LINE|Zalo|WebChat|Email|"
     r"Google Chat|Nostr|Feishu|Queued user message)\b[^\]\n]{0,300}|[^\]\n]{0,150}\b\d\d?:\d\d[^\]\n]{0,150})\]\s?"
 )
+# Messages that came while OpenClaw's agent was busy, and the line before each of them.
+QUEUED = re.compile(r"\A\s*+\[Queued messages while agent was busy\]\s*+")
+NUMBERED = re.compile(r"^---\nQueued #\d+[^\n]{0,200}\n", re.MULTILINE)
+INTERRUPTED = re.compile(r"\A\s*+\[Request interrupted by user[^\]\n]{0,40}\]")  # Claude Code
 FOOTER = re.compile(r"Runtime: agent=|Current time: |\[message_id: ")  # how a last line of metadata begins
 # A line before a block of metadata, and the keys that distinguish metadata from JSON that a person pasted.
 LABEL = re.compile(r"\s*+[^\n{}<]{0,100}(?:\(untrusted[^()\n]{0,80}\):|⟦openclaw:ctx⟧)[ \t]*\n")
@@ -143,16 +156,28 @@ def without_marks(text: str) -> str:
     return MARKS.sub(r"\1", text)
 
 
+def is_output(text: str) -> bool:
+    """Is a user message a program's output? Cline appends what the person said about it in a tag."""
+    return bool(OUTPUT.match(text)) and "<feedback>" not in text
+
+
 PASSES = 8  # over a text at most, to bound the work
 
 
 def persons_words(text: str) -> str:
-    """The person's own words in a user message; "" if all of it is the client's.
+    """The person's own words in a user message; "" if all of it is the client's."""
+    queued = QUEUED.match(text)
+    parts = NUMBERED.split(text[queued.end() :], 100) if queued else [text]
+    return "\n".join(filter(None, map(unwrapped, parts)))
+
+
+def unwrapped(text: str) -> str:
+    """The person's own words in one message.
 
     Each pass removes something from the text's beginning or end. Tagged blocks that the person may have written stay.
     """
     text = without_marks(text.rpartition(CURRENT)[2])
-    words = PREAMBLE.sub("", text)
+    words = INTERRUPTED.sub("", PREAMBLE.sub("", text))
     for _ in range(PASSES):
         before = words
         words = ENVELOPE.sub("", without_last_line(without_metadata(words)))

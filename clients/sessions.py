@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from clients.quirks import CARRIER, OWN_REQUESTS, SILENT, SPEAKING_TOOLS, is_automatic, persons_words, without_marks
+from clients.quirks import (
+    CARRIER,
+    OWN_REQUESTS,
+    SILENT,
+    SPEAKING_TOOLS,
+    is_automatic,
+    is_output,
+    persons_words,
+    without_marks,
+)
 from durable import journal
 
 SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
@@ -61,7 +70,8 @@ def was_shown(own: list[dict]) -> bool:
 
 
 def conversation(messages: list[dict]) -> list[dict]:
-    """The messages that a client sends again unchanged: no system messages (agents put the time in them), no carrier.
+    """The messages that a client sends again unchanged: no system messages (agents put the time in them), no carrier,
+    no user messages without a person's words. A program's output in a user message becomes a tool's.
 
     The client's own requests are left out with their answers. If the person was shown one, SHOWN replaces it, since
     their next message may be about that answer.
@@ -69,10 +79,15 @@ def conversation(messages: list[dict]) -> list[dict]:
     kept: list[dict] = []
     own: list[dict] = []  # the client's own request that we are in, and the messages after it
     for m in messages:
-        if m.get("role") in ("system", "developer") or text_of(m.get("content")).startswith(CARRIER):
+        text = text_of(m.get("content"))
+        if m.get("role") in ("system", "developer") or text.startswith(CARRIER):
             continue
+        if m.get("role") == "user" and is_output(text):
+            m = m | {"role": "tool"}
         if m.get("role") == "user":
-            if (text := text_of(m.get("content"))) != (words := without_marks(text)):
+            if text and not words_of(m):  # all of it is the client's
+                continue
+            if text != (words := without_marks(text)):
                 m = m | {"content": words}
             if own and was_shown(own):
                 kept.append(SHOWN)
@@ -85,9 +100,16 @@ def conversation(messages: list[dict]) -> list[dict]:
 
 
 def last_request(messages: list[dict]) -> int | None:
-    """Index of the last user message, not counting OpenClaw's carrier. None if there is none."""
-    spoken = [m.get("role") == "user" and not text_of(m.get("content")).startswith(CARRIER) for m in messages]
-    return max((i for i, by_person in enumerate(spoken) if by_person), default=None)
+    """Index of the last user message with words of a person, or of the last one if none has any. OpenClaw's carrier and
+    programs' output don't count. None if there is none."""
+    last = None
+    for i in reversed(range(len(messages))):
+        text = text_of(messages[i].get("content")) if messages[i].get("role") == "user" else CARRIER
+        if not text.startswith(CARRIER) and not is_output(text):
+            if words_of(messages[i]):
+                return i
+            last = i if last is None else last
+    return last
 
 
 def request_of(messages: list[dict]) -> str:
@@ -100,7 +122,8 @@ def replied_to(messages: list[dict]) -> list[dict]:
     """The message that the answer to these messages replies to, in a list: a tool's output, or what the person said
     last; if there is neither, the last message. [] without messages."""
     last = last_request(messages)
-    at = len(messages) - 1 if last is None or messages[-1].get("role") == "tool" else last
+    output = messages and (messages[-1].get("role") == "tool" or is_output(text_of(messages[-1].get("content"))))
+    at = len(messages) - 1 if last is None or output else last
     return messages[at : at + 1]
 
 

@@ -12,6 +12,13 @@ from open_webui.utils.middleware import process_messages_with_output
 from open_webui.utils.misc import get_message_list
 from pydantic import BaseModel
 
+WISHES = {
+    "too_verbose": "Be less verbose.",
+    "not_factually_correct": "State only correct facts.",
+    "didnt_fully_follow_instructions": "Follow all instructions.",
+    "being_lazy": "Do the whole task.",
+}
+
 
 class Event:
     class Valves(BaseModel):
@@ -29,7 +36,8 @@ class Event:
         # The conversation up to the rated answer, as Open WebUI sends it to the model.
         talk = process_messages_with_output(get_message_list(tree, feedback.meta["message_id"]))
         talk = [{k: m[k] for k in ("role", "content", "tool_calls", "tool_call_id") if k in m} for m in talk]
-        text = feedback.data.get("comment") or (feedback.data.get("reason") or "").replace("_", " ")
+        # A reason that is picked from the list says what was wrong; the model learns from what it should do.
+        text = feedback.data.get("comment") or WISHES.get(feedback.data.get("reason"), "")
         body = {"messages": talk, "score": feedback.data["rating"], "text": text}
         async with httpx.AsyncClient(base_url=self.valves.url, timeout=60) as http:
             reply = await http.post("/feedback", json=body, headers={"Authorization": f"Bearer {self.valves.key}"})

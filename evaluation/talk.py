@@ -210,8 +210,8 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
 
         async def measured() -> None:
             bar.set_description("measuring")
-            lost = await unrelated(clients[names[0]])
             for name in names:
+                lost = await unrelated(clients[name])
                 step = (await status_for(f"{name}-key"))["step"]  # of the weights that answer this person
                 found = await measure(clients[name], setup, PEOPLE[name])
                 when = {"talks": len(firsts), "step": step, "minutes": (time.monotonic() - started) / 60}

@@ -350,6 +350,25 @@ def test_errors_of_our_own_routes_have_the_form_of_openai(program):
     assert reply.status_code == 400 and "at most 10000 characters" in reply.json()["error"]["message"]
 
 
+def test_a_thumb_and_its_words_come_in_two_requests(tiny_model, tmp_path):
+    """Open WebUI sends the thumb at the click, and the words when a form is saved."""
+    program = Program(tiny_model, tmp_path, batch_size=1).wait_ready()
+    try:
+        with httpx.Client(base_url=f"{program.url}/v1", timeout=60) as http:
+            reply = http.post("/chat/completions", json=HELLO_BODY).json()["choices"][0]["message"]
+            thumb = {"messages": [*HELLO_BODY["messages"], reply], "score": -1}
+            assert http.post("/feedback", json=thumb).status_code == 200
+            time.sleep(5)  # the trainer is idle
+            words = thumb | {"text": "You should have said it in German."}
+            assert http.post("/feedback", json=words).status_code == 200
+        deadline = time.monotonic() + 20
+        while not program.metrics() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert [step["hinted"] for step in program.metrics()] == [1.0]
+    finally:
+        program.stop()
+
+
 def test_an_answer_with_chosen_logprobs_is_recorded(program):
     """vLLM's own field: log-probs of certain tokens, besides the sampled one."""
     headers, ids = {"Authorization": f"Bearer {ALICE}"}, [65, 66, 67]

@@ -72,6 +72,15 @@ async def test_train_now_takes_a_partial_batch(start):
     assert await begin_step(p) == [], "train now applies to one batch only"
 
 
+async def test_a_thumb_waits_for_its_words(start):
+    """Open WebUI sends the words in a second request: see web/feedback.py."""
+    p = start(batch_size=1)
+    journal.record_turn(p.db, turn("t1", versions=[(0, 0, 3)]))
+    journal.record_verdict(p.db, "t1", BAD)
+    p.judged_at["t1"] = asyncio.get_running_loop().time() + 0.4
+    assert await begin_step(p) == [] and await begin_step(p, 3) == ["t1"]
+
+
 async def test_train_now_waits_for_a_verdict_to_settle(start, monkeypatch):
     p = start(batch_size=4)
     monkeypatch.setattr("batch.SETTLE_S", 0.3)

@@ -681,6 +681,33 @@ def test_a_wish_that_contradicts_the_request_is_not_used_as_a_hint(request_text:
     assert reward.own_words(request_text, complaint(text))[:1] == ([text] if taken else [])
 
 
+@pytest.mark.parametrize(
+    ("text", "hints"),
+    [
+        ("请用中文回答。", ["请用中文回答。"]),
+        ("不对。请用一句话回答。", ["不对。请用一句话回答。", "请用一句话回答。"]),
+        ("もっと短くして。", ["もっと短くして。"]),
+        ("한 문장으로 답해.", ["한 문장으로 답해."]),
+        ("不对。", []),
+    ],
+)
+def test_a_short_complaint_without_spaces_is_used_as_a_hint(text: str, hints: list[str]) -> None:
+    assert reward.own_words("What is yeast?", complaint(text)) == hints
+
+
+@pytest.mark.parametrize(
+    "token", ["<|im_end|>", "<｜end▁of▁sentence｜>", "<｜Assistant｜>", "[/INST]", "[TOOL_RESULTS]"]
+)
+def test_special_tokens_in_a_text_do_not_reach_the_judge(token: str) -> None:
+    assert token not in reward.evidence("r", f"a {token}", complaint(f"No {token}good"), 400)
+
+
+def test_a_judge_that_thinks_in_its_answer_is_understood() -> None:
+    thinks = lambda number, body: completion(*["<think>Let me see: bad?</think>\n\ngood"] * body.get("n", 1))  # noqa: E731
+    with endpoint(thinks) as (client, _):
+        assert ask(client)[0][0] == 1
+
+
 def test_every_scripted_complaint_is_used_as_a_hint() -> None:
     for person in PEOPLE.values():
         asked, _ = person.asks(random.Random(0), False)

@@ -16,6 +16,7 @@ from durable import journal
 from durable.journal import Verdict
 from program import Program
 
+WORDS_S = 30.0  # Open WebUI sends a thumb at the click, and its words once the person has filled in a form
 MAX_TEXT = 10_000  # characters of a rating's text; it is on the page
 
 
@@ -64,6 +65,7 @@ def routes(p: Program) -> list[Route]:
             late = {"score": score, "text": text, "time": time.time()}
             await p.write(journal.keep_late_feedback, turn.id, late)
             return openai_error(409, f"too late to train on, but kept: {e}")
+        p.judged_at[turn.id] = asyncio.get_running_loop().time() + (WORDS_S if messages and not text else 0)
         if state == "queued" and await p.admit(turn.id, turn.user):
             p.wake.set()
         return JSONResponse({"completion_id": turn.id, "score": score})
