@@ -14,7 +14,6 @@ import pickle
 import signal
 import tempfile
 import time
-import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -520,16 +519,6 @@ def first_weights_request(name: str) -> Any:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name + FIRST_WEIGHTS, 1, "none")
-
-
-async def greedy(engine: Any, owner: str, prompt: Any, max_tokens: int, first_weights: bool = False) -> list[int]:
-    """The greedy answer to a prompt, by the owner's newest weights, or by the starting weights (`first_weights`, only
-    with LoRA)."""
-    params = final_only(max_tokens=max_tokens, temperature=0.0)
-    # `generate` only asks whether there is a lora_request.
-    outputs = generate(engine, owner, prompt, params, f"greedy-{uuid.uuid4().hex}", lora_request=first_weights)
-    (output,) = [output async for output in outputs]
-    return list(output.outputs[0].token_ids)
 
 
 def final_only(**options: Any) -> Any:

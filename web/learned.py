@@ -7,6 +7,7 @@ for, the complaint becomes less likely.
 import asyncio
 import json
 import sqlite3
+import uuid
 from typing import Any
 
 import torch
@@ -43,10 +44,15 @@ async def ask_again(p: Program, turn: journal.Turn, complaint: str) -> dict[str,
     """Both answers, greedy, and how much likelier the complaint is after the current one, in nats; negative: less."""
 
     async def answer(first_weights: bool) -> str:
+        """By the user's newest weights, or by the starting weights (`first_weights`, only with LoRA)."""
         owner = p.owner_of(turn.user)
         prompt = swap.salted({"prompt_token_ids": turn.prompt_ids}, turn.user)
-        ids = await swap.greedy(p.engine, owner, prompt, MAX_TOKENS, first_weights)
-        return p.state.tokenizer.decode(ids, skip_special_tokens=True)
+        params = swap.final_only(max_tokens=MAX_TOKENS, temperature=0.0)
+        request_id = f"greedy-{uuid.uuid4().hex}"
+        # `swap.generate` only asks whether there is a lora_request.
+        outputs = swap.generate(p.engine, owner, prompt, params, request_id, lora_request=first_weights)
+        (output,) = [output async for output in outputs]
+        return p.state.tokenizer.decode(list(output.outputs[0].token_ids), skip_special_tokens=True)
 
     def on_judge(f: Any, *args: Any) -> asyncio.Future:
         return asyncio.get_running_loop().run_in_executor(p.judging, f, *args)
