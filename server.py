@@ -351,6 +351,7 @@ async def build_app(p: Program, more: Sequence[Route]) -> ASGIApp:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app as build_vllm_app
     from vllm.entrypoints.openai.responses import api_router as responses_router
+    from vllm.lora.request import LoRARequest
 
     # vLLM sends comments in a silent stream only for chat completions.
     for router in (messages_router, responses_router):
@@ -360,8 +361,9 @@ async def build_app(p: Program, more: Sequence[Route]) -> ASGIApp:
     await init_app_state(Recorder(p), vllm_app.state, p.engine_args, tasks)
     note_rendered(vllm_app.state.online_renderer)
     if p.config.lora_rank:
-        first = swap.first_weights_request(p.config.name)
-        vllm_app.state.openai_serving_models.lora_requests[first.lora_name] = first
+        # The entry in vLLM's list of adapters by which clients ask for the starting weights.
+        name = p.config.name + swap.FIRST_WEIGHTS
+        vllm_app.state.openai_serving_models.lora_requests[name] = LoRARequest(name, 1, "none")
     vllm_app.state.server = SimpleNamespace()  # vLLM tells this to exit when the engine dies; swap.watch does it here
 
     app = Starlette(routes=[*more, Mount("/", app=vllm_app)], exception_handlers={Exception: own_error})

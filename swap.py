@@ -514,13 +514,6 @@ async def adapted(engine: Any, version: Version, *args: Any, **kwargs: Any) -> A
 FIRST_WEIGHTS = "@base"  # appended to the model's name, it selects the starting weights
 
 
-def first_weights_request(name: str) -> Any:
-    """The entry in vLLM's list of adapters that lets clients ask for the starting weights by name."""
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(name + FIRST_WEIGHTS, 1, "none")
-
-
 def final_only(**options: Any) -> Any:
     """vLLM's SamplingParams for a request that yields one output."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams

@@ -128,6 +128,7 @@ async def loaded(served):
 
 async def test_an_answer_keeps_its_adapter_and_old_adapters_are_unloaded(served):
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     params = SamplingParams(max_tokens=200, ignore_eos=True, temperature=1.0, logprobs=0)
 
@@ -155,7 +156,7 @@ async def test_an_answer_keeps_its_adapter_and_old_adapters_are_unloaded(served)
         answers.append(asyncio.create_task(generate(f"run-{step}")))
         await asyncio.sleep(0.1)
     assert not any(a.done() for a in answers) and len(await loaded(served)) == 3, "they overlap"
-    first = await generate("first", lora_request=swap.first_weights_request("policy"))
+    first = await generate("first", lora_request=LoRARequest("policy" + swap.FIRST_WEIGHTS, 1, "none"))
     for step, (answer, policy) in enumerate(zip(await asyncio.gather(*answers), policies, strict=True), 1):
         assert [(s.version, s.start, s.end) for s in answer.weight_versions] == [(str(step), 0, 200)]
         assert agrees(answer, policy) and not agrees(answer, served.state.start)
