@@ -2,9 +2,7 @@
 
 import asyncio
 import os
-import socket
 import threading
-from argparse import Namespace
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +11,15 @@ import chat_judge
 import reward
 import swap
 import trainer
-from clients import connections, endpoint, paste
+from clients import connections, endpoint
 from clients.keys import LOOPBACK, Keys
 from config import Config
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from durable.model import CACHE, check_folder, check_rank, fingerprint, model_folder
-from machine.plan import Plan, bind_thread, make_plan
+from machine.plan import bind_thread, make_plan
 from program import Program
+from web import terminal
 
 
 async def setup(config: Config) -> Program:
@@ -51,7 +50,7 @@ async def setup(config: Config) -> Program:
     listener = connections.listen(config.host, config.port)  # before the engine starts, which takes a while
     print(config.url, file=lock, flush=True)  # for the commands of durable/admin.py
     engine_args = swap.engine_args(config, folder, plan)
-    print(f"model     {folder}\n{plan.report}\n{summary(config, plan, engine_args, keys)}", flush=True)
+    print(f"model     {folder}\n{plan.report}\n{terminal.summary(config, plan, engine_args, keys)}", flush=True)
     # Two threads load the trainer and fit a small model's judge. On a CPU they do so while the engine starts, on other
     # cores, but not until its core process is forked: a lock that a thread holds at a fork would stay locked in the
     # child. On a GPU nothing is forked, and they begin after the engine's start: vLLM would subtract the memory that
@@ -80,23 +79,6 @@ async def setup(config: Config) -> Program:
         raise
     return Program(
         config, lock, db, listener, keys, engine_args, engine, {"": state}, plan, *threads, fitting, paused=paused
-    )
-
-
-def summary(config: Config, plan: Plan, engine_args: Namespace, keys: Keys) -> str:
-    """What is printed at startup: judge, parsers, address, page, folder, and what to paste into OpenClaw."""
-    url = config.url
-    if config.host in ("0.0.0.0", "::"):
-        url = url.replace("127.0.0.1", socket.getfqdn())
-    key = "any" if keys.users() is None else f"one of those in {keys.file.resolve()}"
-    return (
-        f"judge     {config.judge_url or 'the model itself'}, {plan.judge_style} style\n"
-        f"parsers   tool calls {engine_args.tool_call_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
-        f"address   {url}  model {config.name!r}  key {key}\n"
-        f"page      {url.removesuffix('v1')}\n"
-        f"out       {Path(config.out).resolve()}\n"
-        f"OpenClaw  in ~/.openclaw/openclaw.json (others: python -m clients.paste --help):\n"
-        f"{paste.openclaw(url, config.name, key, config.max_model_len)}"
     )
 
 

@@ -1,13 +1,37 @@
-"""In the terminal: a line for each step, and below them a line that says what the next step waits for."""
+"""In the terminal: a summary at the start, a line for each step, and below them what the next step waits for."""
 
 import asyncio
+import socket
 import sys
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from clients import paste
+from clients.keys import Keys
+from config import Config
 from durable import journal
+from machine.plan import Plan
 from program import Program
+
+
+def summary(config: Config, plan: Plan, engine_args: Namespace, keys: Keys) -> str:
+    """What is printed at startup: judge, parsers, address, page, folder, and what to paste into OpenClaw."""
+    url = config.url
+    if config.host in ("0.0.0.0", "::"):
+        url = url.replace("127.0.0.1", socket.getfqdn())
+    key = "any" if keys.users() is None else f"one of those in {keys.file.resolve()}"
+    return (
+        f"judge     {config.judge_url or 'the model itself'}, {plan.judge_style} style\n"
+        f"parsers   tool calls {engine_args.tool_call_parser or 'none'}, thinking {config.reasoning_parser or 'none'}\n"
+        f"address   {url}  model {config.name!r}  key {key}\n"
+        f"page      {url.removesuffix('v1')}\n"
+        f"out       {Path(config.out).resolve()}\n"
+        f"OpenClaw  in ~/.openclaw/openclaw.json (others: python -m clients.paste --help):\n"
+        f"{paste.openclaw(url, config.name, key, config.max_model_len)}"
+    )
 
 
 def print_step(row: dict[str, Any]) -> None:
