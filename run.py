@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import signal
-import sqlite3
 import sys
 import time
 import traceback
@@ -209,8 +208,13 @@ async def serve(p: Program) -> bool:
     tasks = [asyncio.create_task(web.serve(sockets=[p.listener]), name="server")]
     while not web.started and not tasks[0].done():
         await asyncio.sleep(0.05)
-    background = {"train": train, "expire": expire_turns, "prune": prune_turns, "progress": terminal.show_progress}
-    background |= {f"judge {i}": lambda p: judge_turns(p, judge) for i in range(8)}
+    background = {
+        "train": train,
+        "expire": lambda p: upkeep.expire_turns(p.db, p.config.expire),
+        "prune": lambda p: upkeep.prune_turns(p.db, Path(p.config.out) / "journal.db", p.config.keep_days),
+        "progress": terminal.show_progress,
+        **{f"judge {i}": lambda p: judge_turns(p, judge) for i in range(8)},
+    }
     tasks += [asyncio.create_task(keep_running(p, name, work), name=name) for name, work in background.items()]
     tasks += [asyncio.create_task(event.wait(), name="end") for event in (died, stopped)]
     ready, pending = time.monotonic(), set(tasks)
@@ -299,26 +303,6 @@ async def stop(p: Program, web: WebServer, tasks: list[asyncio.Task], watch: asy
             await p.save(state)
     await shutdown
     watch.cancel()
-
-
-async def expire_turns(p: Program) -> None:
-    """Drop answers that got no next message. Sleeps first, so downtime doesn't count."""
-    await asyncio.sleep(p.config.expire)
-    while True:
-        if journal.has_disk_space(p.db):
-            await p.write(journal.expire, p.config.expire)
-        await asyncio.sleep(min(60.0, p.config.expire))
-
-
-async def prune_turns(p: Program) -> None:
-    """At the start and every hour, delete what is older than --keep_days. In a thread, since it may take long."""
-    while p.config.keep_days:
-        if journal.has_disk_space(p.db):
-            try:
-                await asyncio.to_thread(upkeep.prune, Path(p.config.out) / "journal.db", p.config.keep_days)
-            except sqlite3.Error as e:
-                print(f"pruning failed, next try in an hour: {e}", file=sys.stderr)
-        await asyncio.sleep(3600)
 
 
 async def main(config: Config) -> bool:

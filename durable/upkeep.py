@@ -3,11 +3,13 @@
 `prune` and `forget` may run beside the program, on a connection of their own: they hold the lock for short writes only.
 """
 
+import asyncio
 import fcntl
 import json
 import os
 import sqlite3
 import stat
+import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -180,6 +182,29 @@ def prune(path: Path, days: float) -> int:
         if found:
             sweep(db)
     return len(found)
+
+
+# ---- background tasks of the running program ----
+
+
+async def expire_turns(db: sqlite3.Connection, seconds: float) -> None:
+    """Drop answers that got no next message for this time. Sleeps first, so downtime doesn't count."""
+    await asyncio.sleep(seconds)
+    while True:
+        if journal.has_disk_space(db):
+            await journal.patiently(journal.expire, db, seconds)
+        await asyncio.sleep(min(60.0, seconds))
+
+
+async def prune_turns(db: sqlite3.Connection, path: Path, days: float) -> None:
+    """At the start and every hour, `prune`; if days is 0, never. In a thread, since it may take long."""
+    while days:
+        if journal.has_disk_space(db):
+            try:
+                await asyncio.to_thread(prune, path, days)
+            except sqlite3.Error as e:
+                print(f"pruning failed, next try in an hour: {e}", file=sys.stderr)
+        await asyncio.sleep(3600)
 
 
 # ---- forget ----
