@@ -27,6 +27,7 @@ from machine import memory
 from machine.plan import Plan, bind_thread
 
 BY_ADMIN = "paused by the admin"  # in `Program.paused`
+PAUSED = "NANO_OPENCLAW_RL_PAUSED"  # the admin's pauses, for the program that starts after the engine died
 
 
 @dataclass

@@ -168,8 +168,11 @@ def make_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache:
             batch = order[at : at + READ_AT_ONCE]
             read |= dict(zip(batch, features(model, [prompts[i] for i in batch]), strict=True))
         x = torch.stack([read[i] for i in range(len(rows))])  # (N, D)
-        with replacing(cache) as part:
-            torch.save(x, part)
+        try:
+            with replacing(cache) as part:
+                torch.save(x, part)
+        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+            print(f"judge     {cache} can't be written, so the next start reads them again: {e}", flush=True)
     return fit_head(x, torch.tensor([list(VOTES).index(r["label"]) for r in rows]))
 
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 import grpo
 import server
@@ -28,10 +29,10 @@ from clients import sessions
 from clients.connections import WebServer, web_server
 from clients.endpoint import JudgeError
 from config import Config, parse
-from durable import guard, journal, upkeep
+from durable import atomic, guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
-from program import Program
+from program import BY_ADMIN, PAUSED, Program
 from start import Judge, make_judge, setup
 from web import control, feedback, page, terminal
 
@@ -183,8 +184,7 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
     }
     p.last_step = row
     row = {"owner": state.owner} | row if state.owner else row
-    with open(Path(p.config.out) / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
+    atomic.append(Path(p.config.out) / "metrics.jsonl", json.dumps(row).encode() + b"\n")
     terminal.print_step(row)
 
 
@@ -230,6 +230,7 @@ async def serve(p: Program) -> bool:
             raise UsageError("the engine died soon after the start")
     finally:
         await stop(p, web, tasks, watch)
+    os.environ[PAUSED] = json.dumps([owner for owner, why in p.paused.items() if why == BY_ADMIN])
     return died.is_set() and not stopped.is_set()
 
 
@@ -269,13 +270,8 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under noh
 
 
 def on_signal(number: int, stopped: asyncio.Event) -> None:
-    """Ask for a clean stop. After SIGHUP the terminal is gone: output then goes to /dev/null, since a `print` that
-    fails would prevent the checkpoint."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            print(f"stopped by {signal.Signals(number).name}", file=stream, flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Ask for a clean stop."""
+    print(f"stopped by {signal.Signals(number).name}", flush=True)
     stopped.set()
 
 
@@ -320,9 +316,25 @@ async def main(config: Config) -> bool:
         p.lock.close()
 
 
+def unbreakable(stream: TextIO) -> None:
+    """Let no write to a stream fail: a full disk under the log, or a terminal or pipe that is gone, must not end the
+    program or prevent a checkpoint."""
+
+    def attempt(f: Callable) -> Callable:
+        def attempted(*args: Any) -> Any:
+            with suppress(OSError):
+                return f(*args)
+
+        return attempted
+
+    stream.write, stream.flush = attempt(stream.write), attempt(stream.flush)
+
+
 STARTED = time.monotonic()
 
 if __name__ == "__main__":
+    unbreakable(sys.stdout)
+    unbreakable(sys.stderr)
     try:
         start_again = asyncio.run(main(parse(sys.argv[1:])))
     except UsageError as e:

@@ -1,6 +1,7 @@
 """Startup: check the options, plan the machine, start the engine, load the trainer, prepare the judge."""
 
 import asyncio
+import json
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from durable.model import CACHE, check_folder, check_rank, fingerprint, model_folder
 from machine.plan import bind_thread, make_plan
-from program import Program
+from program import BY_ADMIN, PAUSED, Program
 from web import terminal
 
 
@@ -35,7 +36,7 @@ async def setup(config: Config) -> Program:
     await journal.patiently(upkeep.bind_model, db, start, fingerprint(start), config.adapters)
     await journal.patiently(journal.recover, db)
     checkpoint.remove_others(out, journal.listed(db))
-    paused = {}
+    paused = dict.fromkeys(json.loads(os.environ.pop(PAUSED, "[]")), BY_ADMIN)
     for owner, step in (steps := journal.owners(db)).items():
         if why_not := check_rank(checkpoint.folder_of(out, owner, step), config.lora_rank):
             if not owner:

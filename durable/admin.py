@@ -111,7 +111,9 @@ class Show(Reading):
         if self.session:
             rows = db.execute("SELECT * FROM readable WHERE session = ? ORDER BY created", (self.session,)).fetchall()
         else:
-            rows = db.execute("SELECT * FROM readable ORDER BY created DESC LIMIT 20").fetchall()[::-1]
+            ids = "SELECT id FROM turns WHERE number IN (SELECT value FROM json_each(?))"
+            newest = look.newest(db, 20)
+            rows = db.execute(f"SELECT * FROM readable WHERE id IN ({ids}) ORDER BY created", (newest,)).fetchall()
         if not rows:
             raise UsageError(f"--session={self.session}: no such session" if self.session else "the journal is empty")
         print(printable("\n\n".join(map(describe, rows))))

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, even after kill -9 or on a full disk."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,15 @@ def replacing(path: Path) -> Iterator[Path]:
         if part.is_dir():
             shutil.rmtree(part)
         part.unlink(missing_ok=True)
+
+
+def append(path: Path, line: bytes) -> None:
+    """Append a line, or nothing: OSError if it doesn't fit on the disk."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from durable.atomic import replacing
+from durable.atomic import replacing, sync
 
 
 class CheckpointError(RuntimeError):
@@ -41,6 +41,8 @@ def write(folder: Path, size: int, save: Callable[[Path], None]) -> None:
 
 def remove_others(out: Path, listed: list[tuple[str, int]]) -> None:
     """Remove all checkpoints but these, by owner and step: old, unfinished and reverted ones."""
+    if (log := out / "journal.db-wal").exists():
+        sync(log)  # on the disk before the folders that it no longer lists are gone
     kept = {folder_of(out, owner, step) for owner, step in listed}
     for folder in set((out / "checkpoints").glob("**/step-*")) - kept:
         shutil.rmtree(folder)

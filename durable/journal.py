@@ -60,7 +60,7 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE INDEX IF NOT EXISTS by_answer ON turns (user, answer, created);
 CREATE INDEX IF NOT EXISTS by_history ON turns (user, answer, history, created);
 CREATE INDEX IF NOT EXISTS by_state ON turns (state, created);
-CREATE INDEX IF NOT EXISTS by_session ON turns (session);
+CREATE INDEX IF NOT EXISTS by_session ON turns (session, answer);
 CREATE INDEX IF NOT EXISTS by_user ON turns (user, state, created);  -- for the page
 CREATE VIEW IF NOT EXISTS readable AS SELECT
   id, session, user, created, state, step, reason, answer, history, asked, confirmed,
@@ -162,7 +162,11 @@ def open_journal(path: Path) -> sqlite3.Connection:
         if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] and found != FORMAT:
             raise UsageError(f"{path} has format {found}, this version reads and writes {FORMAT}: use another --out")
         if found != FORMAT:
-            db.executescript(SCHEMA + f"PRAGMA user_version = {FORMAT};")
+            try:
+                db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+            except sqlite3.Error:
+                db.close()  # with its transaction
+                raise
     except (OSError, sqlite3.Error) as e:
         raise UsageError(f"{path}: {e}") from e
     return db
@@ -238,7 +242,7 @@ def candidates(
     select = f"SELECT id, session, history, asked, state, {NEXT} AS next_messages, confirmed FROM turns WHERE"
     newest = "ORDER BY created DESC LIMIT"
     # The + keeps SQLite from reading all turns with this answer.
-    own = f"{select} session = ? AND +user = ? AND +answer = ? {newest} 64"
+    own = f"{select} session = ? AND +user = ? AND answer = ? {newest} 64"
     same = f"{select} user = ? AND answer = ? AND history = ? {newest} 8"
     return (
         (db.execute(own, (session, user, answer)).fetchall() if session else [])

@@ -68,6 +68,8 @@ def lock_out_dir(out: Path) -> TextIO:
 def bind_model(db: sqlite3.Connection, folder: Path, fingerprint: str, adapters: str) -> None:
     """Bind the journal to one model. UsageError if it is bound to another model or other --adapters, or if it is new
     but there are checkpoints."""
+    if not journal.listed(db) and not db.execute("SELECT 1 FROM turns").fetchone():
+        db.execute("DELETE FROM model")  # of a start that was refused, for example since the model was too large
     begun = db.execute("SELECT * FROM model").fetchone()
     if begun is None:
         out = Path(db.execute("PRAGMA database_list").fetchone()["file"]).parent
@@ -223,7 +225,7 @@ class SessionTexts:
     answers: set[str]
     said: set[str]  # whole messages of the person and the model, and the answers
     openings: set[str]  # the first two messages and the first answer; empty if the client itself asked
-    all: str  # what all its messages say, also the client's own requests
+    all: list[str]  # all its messages, also the client's own requests; interned, since many sessions share them
 
 
 def texts_of(db: sqlite3.Connection, session: str) -> SessionTexts:
@@ -241,9 +243,9 @@ def texts_of(db: sqlite3.Connection, session: str) -> SessionTexts:
         "SELECT text FROM turns JOIN answers USING (number) WHERE session = ? ORDER BY created", (session,)
     )
     answers, talk = [letters(without_thinking(r["text"])) for r in texts], said_in(sent)
-    all_text = "\0".join(letters(text_of(m.get("content"))) for m in sent)
+    every = [sys.intern(letters(text_of(m.get("content")))) for m in sent]
     openings = set() if asked_by_the_client(sent) else {*talk[:2], *answers[:1]}
-    return SessionTexts(set(answers), {*talk, *answers}, openings, all_text)
+    return SessionTexts(set(answers), {*talk, *answers}, openings, every)
 
 
 def derived(db: sqlite3.Connection, session: str) -> dict[str, str]:
@@ -266,7 +268,7 @@ def why_derived(other: SessionTexts, texts: list[str]) -> str | None:
         if text in other.said:
             if len(text) >= LONG or text not in other.openings:
                 return f"it has a message of {len(text)} letters in common"
-        elif text[:HEAD] in other.all:
+        elif any(text[:HEAD] in said for said in other.all):
             return f"it quotes a text of {len(text)} letters"
     return None
 
@@ -302,6 +304,11 @@ def forget(path: Path, session: str = "", user: str = "") -> str:
             f"DELETE FROM turns WHERE {THESE}",
         )
         sweep(db)
+        try:  # moved rows leave copies in unused parts of pages, which `secure_delete` does not overwrite
+            db.execute("PRAGMA temp_store = FILE")  # the copy of what is kept may not fit into memory
+            db.execute("VACUUM")
+        except sqlite3.OperationalError as e:
+            lines.append(f"unused parts of the file may still have text, until `sqlite3 {path} VACUUM` succeeds: {e}")
         if not empty_log(db):
             lines.append(STILL_READ)
     return "\n".join([f"{len(turns)} turns are removed", *lines])

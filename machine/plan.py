@@ -34,6 +34,8 @@ def make_plan(config: Config, folder: Path) -> Plan:
 
     UsageError if there is too little memory; it names options that would fit."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device=cuda: torch finds no GPU")
     cores = sorted(os.sched_getaffinity(0))
     n = min(config.engine_cores or max(1, len(cores) // 2), len(cores))
     engine_cores, trainer_cores = cores[:n], cores[n:] or cores
@@ -87,6 +89,9 @@ def with_cache(
     return device | {"KV cache": cache}, host
 
 
+TOO_LARGE = "a smaller --model is needed"
+
+
 def what_fits(
     shape: PretrainedConfig, setting: memory.Setting, engine_memory: float, free: float, host_free: float
 ) -> str:
@@ -102,7 +107,9 @@ def what_fits(
                 given = setting.row_tokens > memory.free_row_tokens(shape, setting.tokens)  # by an option
                 options += [f"--row_tokens={row_tokens}"] if given else []
                 return f"{' '.join(options)} needs {sum(device.values()):.1f} GiB"
-    return "a smaller --model is needed"
+    if engine_memory and what_fits(shape, setting, 0.0, free, host_free) != TOO_LARGE:
+        return "a smaller --engine_memory is needed"
+    return TOO_LARGE
 
 
 def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dtype, float]:

@@ -2,13 +2,16 @@
 
 import json
 import os
+import resource
+import signal
 import stat
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from durable import checkpoint, journal, upkeep
+from durable import atomic, checkpoint, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Verdict
 from tests.records import BAD, GOOD, turn
@@ -183,9 +186,42 @@ def test_an_out_folder_is_locked_by_one_program(tmp_path):
 
 def test_a_journal_is_bound_to_one_model(db, tmp_path):
     upkeep.bind_model(db, tmp_path / "model", "abc", "shared")
+    journal.record_turn(db, turn("t1"))
     upkeep.bind_model(db, tmp_path / "moved", "abc", "shared")
     with pytest.raises(UsageError, match="belongs to the model in .*/model, not .*/another: use that model"):
         upkeep.bind_model(db, tmp_path / "another", "def", "shared")
+
+
+def test_a_refused_start_does_not_bind_the_journal(db, tmp_path):
+    """Its model may be too large: the advice is to use another one."""
+    upkeep.bind_model(db, tmp_path / "large", "abc", "user")
+    upkeep.bind_model(db, tmp_path / "small", "def", "shared")
+    assert db.execute("SELECT fingerprint, adapters FROM model").fetchall()[0][:] == ("def", "shared")
+
+
+def test_a_journal_whose_creation_failed_is_created_at_the_next_start(tmp_path, monkeypatch):
+    whole = journal.SCHEMA
+    monkeypatch.setattr(journal, "SCHEMA", f"{whole} CREATE TABLE turns (id);")
+    with pytest.raises(UsageError, match="already exists"):
+        journal.open_journal(tmp_path / "new.db")
+    monkeypatch.setattr(journal, "SCHEMA", whole)
+    with closing(journal.open_journal(tmp_path / "new.db")) as new:
+        journal.record_turn(new, turn("t1"))
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_not_written_at_all(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    atomic.append(file, b"first\n")
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        with pytest.raises(OSError, match="No space"):
+            atomic.append(file, b"second\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    atomic.append(file, b"third\n")
+    assert file.read_text() == "first\nthird\n"
 
 
 def test_a_new_journal_is_refused_beside_existing_checkpoints(db, tmp_path):

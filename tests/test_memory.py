@@ -58,6 +58,8 @@ def test_the_advice_names_options_that_fit():
     assert advice("4B", 31, lora_rank=16).startswith("--max_train_tokens=8192 needs ")
     assert advice("0.5B", 21, device="cpu").startswith("--lora_rank=32 needs ")
     assert advice("8B", 15) == "a smaller --model is needed"
+    large_cache = plan.what_fits(shape("0.5B"), setting("cpu", lora_rank=32), 100, 21, 64)
+    assert large_cache == "a smaller --engine_memory is needed"
 
 
 def test_a_model_that_does_not_fit_is_refused_with_a_list_of_its_needs(tmp_path):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 import chat_judge
 import config
 import distill
+import run
 import server
 from clients import keys
 from durable import journal
@@ -342,6 +344,16 @@ async def test_training_and_swaps_do_not_interrupt_a_clients_streams(program):
     spans = [json.loads(r["versions"]) for r in rows(program, "messages LIKE '%go on%'")]
     assert any(len(s) > 1 for s in spans), "at least one answer ran across a swap"
     assert max(v for s in spans for v, _, _ in s) >= steps[-2]["step"]
+
+
+def test_output_that_cannot_be_written_is_ignored():
+    """A full disk under the log, for example."""
+    with open("/dev/full", "w") as full:
+        with pytest.raises(OSError):
+            print("x", file=full, flush=True)
+        run.unbreakable(full)
+        print("x", file=full, flush=True)
+        traceback.print_exception(ValueError("y"), file=full)
 
 
 async def test_an_idle_engine_takes_no_cpu(program):

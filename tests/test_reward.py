@@ -537,6 +537,16 @@ def test_features_depend_on_the_next_message_and_are_cached(tiny_model, tmp_path
     assert torch.equal(first.weight, again.weight)
 
 
+def test_a_cache_that_cannot_be_written_does_not_stop_the_judge(tiny_model, tmp_path, monkeypatch, capsys) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    rows = reward.labelled("fit")[:20]
+    monkeypatch.setattr(reward, "labelled", lambda name: rows)
+    (tmp_path / "file").touch()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert reward.make_head(model, tokenizer, tmp_path / "file" / "m", threading.Event()).weight.isfinite().all()
+    assert "can't be written" in capsys.readouterr().out
+
+
 def test_a_stop_interrupts_the_preparation_of_the_head(tiny_model, tmp_path) -> None:
     """Otherwise the process could not end for minutes."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
@@ -548,16 +558,18 @@ def test_a_stop_interrupts_the_preparation_of_the_head(tiny_model, tmp_path) -> 
 
 
 async def test_a_judge_that_could_not_be_prepared_gives_no_verdict(tiny_model, tmp_path, monkeypatch) -> None:
-    """Its cache can't be written. No turn is at fault, so the turns wait."""
+    """Its cache is damaged. No turn is at fault, so the turns wait."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     tokenizer, rows = AutoTokenizer.from_pretrained(tiny_model), reward.labelled("fit")[:2]
     monkeypatch.setattr(reward, "labelled", lambda name: rows)
-    (tmp_path / "cache").write_text("a file where the folder should be")
+    reward.make_head(model, tokenizer, tmp_path / "cache" / "m", threading.Event())
+    (cache,) = (tmp_path / "cache").iterdir()
+    cache.write_bytes(b"damaged")
     with ThreadPoolExecutor(1) as threads:
         fitting = threads.submit(reward.make_head, model, tokenizer, tmp_path / "cache" / "m", threading.Event())
         judge = reward.HeadJudge(fitting, model, tokenizer, threads)
         for _ in range(2):
-            with pytest.raises(JudgeError, match="could not be fitted.*cache") as caught:
+            with pytest.raises(JudgeError, match="could not be fitted") as caught:
                 await judge.score("r", "a", NEXT)
             assert not caught.value.of_turn
 

@@ -754,8 +754,12 @@ def test_a_named_session_is_found_quickly_in_a_large_journal(db):
 
     db.set_progress_handler(count, 100)
     (found,) = journal.candidates(db, "ann", sessions.answer_digest(HI), "another history", "ann/7")
-    db.set_progress_handler(None, 0)
     assert found["id"] == "t7" and steps < 10, "it doesn't read the other sessions' turns"
+    db.execute("UPDATE turns SET session = 'ann/7', answer = answer || number")
+    steps = 0
+    (found,) = journal.candidates(db, "ann", sessions.answer_digest(HI) + "8", "another history", "ann/7")
+    db.set_progress_handler(None, 0)
+    assert found["id"] == "t7" and steps < 10, "nor all turns of a long session"
 
 
 def test_a_repeated_tool_run_replaces_the_first_output(db):

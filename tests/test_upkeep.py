@@ -1,6 +1,7 @@
 """Prune, forget, show and export: what is removed from the journal, and what is shown of it."""
 
 import json
+import random
 import sqlite3
 import subprocess
 import sys
@@ -92,6 +93,19 @@ def test_forget_keeps_other_conversations_that_share_only_common_texts(db, tmp_p
         say(db, name, [user("What is the weather like in Berlin?")], "I can't see the weather from here.")
     assert forget(tmp_path, session="s0")[1] == {"s0"}
     assert forget(tmp_path, session="weather")[1] == {"weather"}
+
+
+def test_forget_leaves_no_copies_in_unused_parts_of_pages(db, tmp_path):
+    """Rows that SQLite moves from page to page leave copies behind, which `secure_delete` does not overwrite."""
+    letters, words = random.Random(0), {}
+    for k in range(400):
+        user_name = ("ann", "bob")[k % 2]
+        words[k] = "".join(letters.choices("abcdefgh", k=letters.randrange(20, 400)))
+        say(db, f"{user_name} {k}", [user(f"{user_name}s question {k}")], f"{user_name}s {words[k]}", user=user_name)
+    forget(tmp_path, user="ann")
+    assert sessions_left(db) == {f"bob {k}" for k in range(1, 400, 2)}
+    assert not on_disk(tmp_path, "ann") and not any(on_disk(tmp_path, words[k][:16]) for k in range(0, 400, 2))
+    assert on_disk(tmp_path, "bob 1")
 
 
 def test_forget_reports_the_steps_and_checkpoints_that_remain(db, tmp_path):

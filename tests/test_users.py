@@ -79,6 +79,7 @@ def test_pruning_depends_on_each_users_own_checkpoints(db, tmp_path):
 
 
 def test_a_journal_made_with_another_adapters_option_is_refused(db, tmp_path):
+    journal.record_turn(db, turn("t1"))
     with pytest.raises(UsageError, match="--adapters=user"):
         upkeep.bind_model(db, tmp_path, "abc", "shared")
 

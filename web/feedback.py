@@ -1,6 +1,7 @@
 """`POST /v1/feedback`: a user rates an answer. `GET /status`: how many turns are in which state."""
 
 import asyncio
+import sqlite3
 import time
 from typing import Any
 
@@ -31,6 +32,14 @@ def training_of(p: Program, user: str | None) -> dict[str, Any]:
         "batch_size": p.config.batch_size,
         "pause": p.pause,
     }
+
+
+def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
+    """The largest number of queued turns that can be in one batch, which changes the weights of one owner."""
+    if user is not None or p.config.adapters == "shared":
+        return journal.counts(db, user).get("queued", 0)
+    queued = db.execute("SELECT user, n FROM counters WHERE state = 'queued'").fetchall()
+    return max((r["n"] for r in queued if r["user"] not in p.paused), default=0)
 
 
 def routes(p: Program) -> list[Route]:
@@ -74,7 +83,7 @@ def routes(p: Program) -> list[Route]:
         asking = request.state.user
         user = None if sees_all(asking) else asking.name
         turns = {"turns": journal.counts(p.db, user), "dropped": journal.drop_reasons(p.db, user)}
-        batch = {"batch": f"{turns['turns'].get('queued', 0)} of {p.config.batch_size}"}  # what a step waits for
+        batch = {"batch": f"{together(p.db, p, user)} of {p.config.batch_size}"}  # what a step waits for
         return JSONResponse(training_of(p, user) | batch | turns)
 
     return [Route("/v1/feedback", feedback, methods=["POST"]), Route("/status", status, methods=["GET"])]

@@ -83,7 +83,7 @@ function showGlance() {
   $("training").className = "badge " + (now.training === "on" ? "good" : "bad");
   $("swap").textContent = now.pause_s ? `the last swap paused streams for ${now.pause_s.toFixed(2)} s` : "";
   $("batch").max = size;
-  $("batch").value = Math.min(queued, size);
+  $("batch").value = Math.min(now.together, size);
   $("until").textContent = now.user === null || now.owner ? `${$("batch").value} of ${size} turns until the next step`
     : `${queued} turns of ${now.user} wait, and a step takes ${size}`;
   $("why").textContent = now.why;
@@ -237,6 +237,8 @@ async function showTokens(box, turn) {
   }
 }
 
+let paged = false; // has "Older" been pressed?
+
 const asked = () => new URLSearchParams(new FormData($("filters")));
 
 const isBusy = (old) => [...old.querySelectorAll("form, .tokens")].some((part) => !part.hidden);
@@ -263,17 +265,19 @@ function put(turns, append) {
 
 /** Put the newest turns into the list; those that are no longer among them, forgotten or in another state, leave it. */
 function showTurns(turns) {
+  if (!turns.some((turn) => cards.has(turn.number))) paged = false; // there is a gap before the older ones
   put(turns);
   const oldest = turns.length < AT_ONCE ? 0 : turns.at(-1).created;
   const found = new Set(turns.map((turn) => turn.number));
   for (const [number, old] of cards) {
-    if (found.has(number) || old.created < oldest || isBusy(old)) continue;
+    if (found.has(number) || isBusy(old) || (paged && old.created < oldest)) continue;
     old.remove();
     cards.delete(number);
   }
 }
 
 function refilter() {
+  paged = false;
   cards.clear();
   $("turns").replaceChildren();
   stream.abort(); // and `live` begins another one
@@ -289,6 +293,7 @@ $("older").onclick = async () => {
   const last = $("turns").lastElementChild;
   const query = asked();
   if (last) query.set("before", last.created);
+  paged = true;
   put(await read(`/web/turns?${query}`), true);
 };
 

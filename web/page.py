@@ -21,7 +21,7 @@ from clients.keys import sees_all
 from durable import journal, look
 from program import Program
 from web import learned, turns
-from web.feedback import training_of
+from web.feedback import together, training_of
 from web.why import why_nothing
 
 HERE = Path(__file__).parent
@@ -38,6 +38,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+NOT_KEPT = HEADERS | {"Cache-Control": "no-store"}  # conversations, which may be forgotten later
 EVERY = 1.0  # seconds between two looks for something new
 REDRAWN = 5.0  # seconds between two drawings of the curves
 RECENT = 20  # newest turns that `why_nothing` looks at
@@ -69,14 +70,6 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
     return now | {"why": why_nothing(now)}
 
 
-def together(db: sqlite3.Connection, p: Program, user: str | None) -> int:
-    """The largest number of queued turns that can be in one batch, which changes the weights of one owner."""
-    if user is not None or p.config.adapters == "shared":
-        return journal.counts(db, user).get("queued", 0)
-    queued = db.execute("SELECT user, n FROM counters WHERE state = 'queued'").fetchall()
-    return max((r["n"] for r in queued if r["user"] not in p.paused), default=0)
-
-
 def curves(db: sqlite3.Connection, p: Program, user: str | None, admin: bool) -> dict[str, Any]:
     """The curves of one user or of all users. With an adapter per user there are no step curves for all."""
     owner, steps = p.owner_of(user or ""), []
@@ -91,7 +84,7 @@ def file(media_type: str, *names: str) -> Response:
 
 def answer(found: Any) -> Response:
     """JSON in ASCII: a text that a client cut may end in half a surrogate pair, which UTF-8 can't encode."""
-    return Response(json.dumps(found), media_type="application/json", headers=HEADERS)
+    return Response(json.dumps(found), media_type="application/json", headers=NOT_KEPT)
 
 
 def is_admin(request: Request) -> bool:
@@ -151,7 +144,7 @@ def routes(p: Program) -> list[Route]:
                 last = now
                 await asyncio.sleep(EVERY)
 
-        return StreamingResponse(stream(), media_type="text/event-stream", headers=HEADERS)
+        return StreamingResponse(stream(), media_type="text/event-stream", headers=NOT_KEPT)
 
     async def listed(request: Request) -> Response:
         try:

@@ -56,6 +56,8 @@ async def test_the_program_restarts_after_an_engine_process_is_killed(fresh, whi
     await asyncio.sleep(1)
     (victim,) = [p for p in engine_processes(program) if Path(f"/proc/{p}/comm").read_text().strip() == which]
     others = [p for p in engine_processes(program) if p != victim]
+    admin = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
+    httpx.post(f"{program.url}/admin/pause", json={}, headers=admin).raise_for_status()
     killed = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     with pytest.raises(openai.APIError):  # an error within 30 s, not a hang
@@ -64,6 +66,7 @@ async def test_the_program_restarts_after_an_engine_process_is_killed(fresh, whi
     await until(lambda: not alive(others), 30)
     await wait_until_served(program)
     assert program.status()["step"] == 1 and {r["id"] for r in rows(program, "step = 1")} == set(trained)
+    assert program.status()["training"] == "paused by the admin"
     print(f"{which} killed: served again {time.monotonic() - killed:.0f} s later")
 
 
