@@ -47,9 +47,8 @@ class Program:
     judging: ThreadPoolExecutor  # one thread
     fitting: "Future[reward.Head] | None"  # the head of a small model's judge; None for a chat judge
     to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns with a next message
-    judged_at: dict[str, float] = field(
-        default_factory=dict
-    )  # id of a judged turn -> when, by the event loop's clock; in the future: not final before
+    # Id of a judged turn -> when, by the event loop's clock. In the future: its verdict may still change until then.
+    judged_at: dict[str, float] = field(default_factory=dict)
     train_now: bool = False  # the next step doesn't wait for a full batch
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # set when there may be a batch for the next step
     judge_health: Health = field(default_factory=Health)

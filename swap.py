@@ -313,7 +313,6 @@ def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
     `not_its`: file descriptors that these processes are not to keep.
 
     UsageError if vLLM rejects an option, such as a context longer than the model's."""
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -328,9 +327,6 @@ def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
         # `create_engine_config` chooses "spawn", with which each process imports everything once more.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         os.register_at_fork(after_in_child=lambda: begin_process(not_its))
-        # The core waits for the worker in a busy loop, and takes half of the trainer's core. It does so for a second
-        # after each recorded read; if none is recorded, it waits for a message instead.
-        SpinCondition.record_read = lambda self: None
     engine = AsyncLLM.from_vllm_config(config)
     # This metric's labels are the names of the running adapters: a new series for each step and each mix of users.
     for logger in engine.logger_manager.stat_loggers:

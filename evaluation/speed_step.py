@@ -80,11 +80,9 @@ def measure(scratch: Path, model: str, rounds: int) -> dict[str, Any]:
         rows = [sample(policy, *turn) for turn in make()]
         file = scratch / "samples.json"
         file.write_text(json.dumps(rows))
-        theirs = [peer / "bin/python", "evaluation/trl_step.py", file, model, dtype]
         own = [sys.executable, "-m", "evaluation.speed_step", file, model, dtype]
         commands = {
-            "TRL": [*theirs, "AsyncGRPOTrainer"],
-            "TRL's GRPOTrainer": [*theirs, "GRPOTrainer"],
+            "TRL": [peer / "bin/python", "evaluation/trl_step.py", file, model, dtype],
             "ours": [*own, "0"],
             "ours with the KL": [*own, "0.1"],
         }

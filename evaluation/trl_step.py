@@ -1,11 +1,10 @@
-"""One training step of TRL on given samples, timed. speed_step.py runs it in a venv with TRL.
+"""One training step of TRL's AsyncGRPOTrainer on given samples, timed. speed_step.py runs it in a venv with TRL.
 
-    PEER/bin/python evaluation/trl_step.py SAMPLES MODEL bf16|fp32 AsyncGRPOTrainer|GRPOTrainer
+    PEER/bin/python evaluation/trl_step.py SAMPLES MODEL bf16|fp32
 
-The AsyncGRPOTrainer of TRL 1.16.0 packs samples that share a prefix as a tree, as we do. Its attention for that is a
-CUDA kernel from the model hub, so torch's own attention is called for the same segments here. The sampler and the
-transfer of weights are replaced through TRL's own protocols: the samples are ready, and nothing serves. The GRPOTrainer
-pads its samples to a matrix; it gets them in place of those that it would generate. Prints one line of JSON.
+TRL 1.16.0 packs samples that share a prefix as a tree, as we do. Its attention for that is a CUDA kernel from the model
+hub, so torch's own attention is called for the same segments here. The sampler and the transfer of weights are replaced
+through TRL's own protocols: the samples are ready, and nothing serves. Prints one line of JSON.
 """
 
 import json
@@ -27,9 +26,7 @@ import trl.experimental.async_grpo.async_grpo_trainer as async_trainer
 import trl.experimental.async_grpo.packing as packing
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
@@ -92,22 +89,6 @@ class Nowhere:
         return lambda *_: None
 
 
-def generated(rows: list[dict]) -> dict[str, Tensor]:
-    """The samples as GRPOTrainer hands them to its loss: prompts padded on the left, answers on the right."""
-    prompts, answers, logps = ([torch.tensor(row[k]) for row in rows] for k in ("prompt_ids", "response_ids", "logps"))
-    masks = {
-        "prompt_mask": pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left"),
-        "completion_mask": pad_sequence([torch.ones_like(a) for a in answers], True),
-    }
-    return masks | {
-        "prompt_ids": pad_sequence(prompts, True, padding_side="left"),
-        "completion_ids": pad_sequence(answers, True),
-        "old_per_token_logps": pad_sequence(logps, True),
-        "advantages": torch.tensor([row["adv"] for row in rows]),
-        "num_items_in_batch": masks["completion_mask"].sum(),
-    }
-
-
 class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -119,37 +100,38 @@ class Clock(TrainerCallback):
         self.steps.append(time.process_time() - self.begun)
 
 
-def main(samples: str, model: str, dtype: str, kind: str) -> None:
+def main(samples: str, model: str, dtype: str) -> None:
     torch.set_num_threads(1)
     packing.tree_attention = tree_attention
     async_trainer.get_peak_flops_per_device = lambda *_: None  # it asks CUDA for the device's name
     rows, clock = json.load(open(samples)), Clock()
     with tempfile.TemporaryDirectory() as out:
-        options = {
-            "output_dir": out,
-            "use_cpu": True,
-            "max_steps": STEPS,
-            "per_device_train_batch_size": MICRO,
-            "gradient_accumulation_steps": max(1, len(rows) // MICRO),
-            "num_generations": 4,
-            "bf16": dtype == "bf16",
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "learning_rate": 1e-6,
-        }
-        dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": "x"}]}] * len(rows))
-        common = {"model": model, "reward_funcs": lambda **_: [0.0], "train_dataset": dataset, "callbacks": [clock]}
-        if kind == "GRPOTrainer":
-            config = GRPOConfig(**options, model_init_kwargs={"dtype": "float32"})
-            trainer = GRPOTrainer(args=config, **common)
-            trainer._generate_and_score_completions = lambda _: generated(rows)
-        else:
-            config = AsyncGRPOConfig(**options, token_budget=0, dtype="float32")
-            trainer = AsyncGRPOTrainer(args=config, rollout_worker=Ready(rows), weight_transfer=Nowhere(), **common)
-        trainer.train()
+        config = AsyncGRPOConfig(
+            output_dir=out,
+            use_cpu=True,
+            max_steps=STEPS,
+            per_device_train_batch_size=MICRO,
+            gradient_accumulation_steps=max(1, len(rows) // MICRO),
+            token_budget=0,
+            num_generations=4,
+            bf16=dtype == "bf16",
+            dtype="float32",
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            learning_rate=1e-6,
+        )
+        AsyncGRPOTrainer(
+            model=model,
+            reward_funcs=lambda **_: [0.0],
+            args=config,
+            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "x"}]}] * MICRO),
+            rollout_worker=Ready(rows),
+            weight_transfer=Nowhere(),
+            callbacks=[clock],
+        ).train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"seconds": min(clock.steps[1:]), "peak": peak}))
 
