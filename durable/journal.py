@@ -60,7 +60,7 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE INDEX IF NOT EXISTS by_answer ON turns (user, answer, created);
 CREATE INDEX IF NOT EXISTS by_history ON turns (user, answer, history, created);
 CREATE INDEX IF NOT EXISTS by_state ON turns (state, created);
-CREATE INDEX IF NOT EXISTS by_session ON turns (session, answer);
+CREATE INDEX IF NOT EXISTS by_session ON turns (session);
 CREATE INDEX IF NOT EXISTS by_user ON turns (user, state, created);  -- for the page
 CREATE VIEW IF NOT EXISTS readable AS SELECT
   id, session, user, created, state, step, reason, answer, history, asked, confirmed,
@@ -241,11 +241,11 @@ def candidates(
     """
     select = f"SELECT id, session, history, asked, state, {NEXT} AS next_messages, confirmed FROM turns WHERE"
     newest = "ORDER BY created DESC LIMIT"
-    # The + keeps SQLite from reading all turns with this answer.
-    own = f"{select} session = ? AND +user = ? AND answer = ? {newest} 64"
+    equal = f"SELECT number, session FROM turns WHERE user = ? AND answer = ? {newest} 256"
+    own = f"{select} number IN (SELECT number FROM ({equal}) WHERE session = ?) {newest} 64"
     same = f"{select} user = ? AND answer = ? AND history = ? {newest} 8"
     return (
-        (db.execute(own, (session, user, answer)).fetchall() if session else [])
+        (db.execute(own, (user, answer, session)).fetchall() if session else [])
         or db.execute(same, (user, answer, history)).fetchall()
         or db.execute(f"{select} user = ? AND answer = ? {newest} 64", (user, answer)).fetchall()
     )

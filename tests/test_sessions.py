@@ -738,11 +738,12 @@ def test_each_of_many_equal_sessions_is_continued(db):
 
 
 def test_a_named_session_is_found_quickly_in_a_large_journal(db):
-    turns = [records.turn(f"t{k}", user="ann", session=f"ann/{k}", **sessions.keys_of([HELLO])) for k in range(3000)]
-    journal.record_turn(db, turns[0])
+    """Among thousands with an equal answer, and in one with thousands of answers."""
+    journal.record_turn(db, records.turn("t", user="ann", **sessions.keys_of([HELLO])))
     row = dict(db.execute("SELECT * FROM turns").fetchone()) | {"answer": sessions.answer_digest(HI)}
     columns = [c for c in row if c != "number"]
-    values = [tuple(row[c] for c in columns) for row in (row | {"id": t.id, "session": t.session} for t in turns[1:])]
+    turns = (row | {"id": f"t{k}", "session": f"ann/{k}", "created": float(k)} for k in range(3000))
+    values = [tuple(turn[c] for c in columns) for turn in turns]
     db.execute("BEGIN")
     db.executemany(f"INSERT INTO turns ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", values)
     db.execute("COMMIT")
@@ -752,14 +753,18 @@ def test_a_named_session_is_found_quickly_in_a_large_journal(db):
         nonlocal steps
         steps += 1
 
-    db.set_progress_handler(count, 100)
-    (found,) = journal.candidates(db, "ann", sessions.answer_digest(HI), "another history", "ann/7")
-    assert found["id"] == "t7" and steps < 10, "it doesn't read the other sessions' turns"
-    db.execute("UPDATE turns SET session = 'ann/7', answer = answer || number")
-    steps = 0
-    (found,) = journal.candidates(db, "ann", sessions.answer_digest(HI) + "8", "another history", "ann/7")
-    db.set_progress_handler(None, 0)
-    assert found["id"] == "t7" and steps < 10, "nor all turns of a long session"
+    def find(answer):
+        nonlocal steps
+        steps = 0
+        db.set_progress_handler(count, 100)
+        found = journal.candidates(db, "ann", answer, "another history", "ann/2900")
+        db.set_progress_handler(None, 0)
+        return [turn["id"] for turn in found]
+
+    assert find(sessions.answer_digest(HI)) == ["t2900"] and steps < 100, "it doesn't read all equal answers"
+    db.execute("UPDATE turns SET session = 'ann/2900', answer = answer || number WHERE id != 't'")
+    (number,) = db.execute("SELECT number FROM turns WHERE id = 't7'").fetchone()
+    assert find(sessions.answer_digest(HI) + str(number)) == ["t7"] and steps < 10, "nor all turns of a long session"
 
 
 def test_a_repeated_tool_run_replaces_the_first_output(db):
