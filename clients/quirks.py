@@ -166,6 +166,8 @@ PASSES = 8  # over a text at most, to bound the work
 
 def persons_words(text: str) -> str:
     """The person's own words in a user message; "" if all of it is the client's."""
+    if text.isspace():
+        return ""
     queued = QUEUED.match(text)
     parts = NUMBERED.split(text[queued.end() :], 100) if queued else [text]
     return "\n".join(filter(None, map(unwrapped, parts)))

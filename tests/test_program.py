@@ -38,7 +38,7 @@ async def test_the_journal_records_what_the_client_received(program, tiny_model,
     c, question = client(program), [user(f"what is {stream}?")]
     if stream:
         options = {"stream": True, "extra_body": {"ignore_eos": True}}  # the random model may stop after a few tokens
-        parts = [p async for p in await ask(c, question, 30, **options)]
+        parts = [p async for p in await ask(c, question, 60, **options)]
         turn_id = parts[0].id
         text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
         assert len(parts) > 10, "a real stream has many parts"
