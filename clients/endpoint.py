@@ -54,8 +54,8 @@ class Health:
         self.failing.add(turn_id)
         self.tries[turn_id] += error.of_turn
         alone, often = error.of_turn and self.failing == {turn_id}, self.tries[turn_id] >= TRIES
-        given_up = alone and often and turn_id in self.outlasted
-        blames_turn = given_up or (alone and not often)
+        blames_turn = alone and (not often or turn_id in self.outlasted)
+        given_up = blames_turn and often
         if now >= self.until and not blames_turn:  # of parallel failures, one counts
             self.seconds = min(300.0, 2 * self.seconds)
             self.until = now + max(self.seconds, min(error.retry_after, 3600.0))

@@ -41,6 +41,12 @@ def text_of(content: Any) -> str:
     return "" if content is None else str(content)
 
 
+def role_of(message: dict) -> Any:
+    """A message's role. A program's output that the client sends as a user message has the role of a tool's."""
+    role = message.get("role")
+    return "tool" if role == "user" and is_output(text_of(message.get("content"))) else role
+
+
 def words_of(message: dict) -> str:
     """A message's text; of a user message only the person's words, without the text that the client put around them."""
     text = text_of(message.get("content"))
@@ -82,8 +88,8 @@ def conversation(messages: list[dict]) -> list[dict]:
         text = text_of(m.get("content"))
         if m.get("role") in ("system", "developer") or text.startswith(CARRIER):
             continue
-        if m.get("role") == "user" and is_output(text):
-            m = m | {"role": "tool"}
+        if role_of(m) != m.get("role"):
+            m = m | {"role": role_of(m)}
         if m.get("role") == "user":
             if text and not words_of(m):  # all of it is the client's
                 continue
@@ -102,14 +108,10 @@ def conversation(messages: list[dict]) -> list[dict]:
 def last_request(messages: list[dict]) -> int | None:
     """Index of the last user message with words of a person, or of the last one if none has any. OpenClaw's carrier and
     programs' output don't count. None if there is none."""
-    last = None
-    for i in reversed(range(len(messages))):
-        text = text_of(messages[i].get("content")) if messages[i].get("role") == "user" else CARRIER
-        if not text.startswith(CARRIER) and not is_output(text):
-            if words_of(messages[i]):
-                return i
-            last = i if last is None else last
-    return last
+    spoken = [
+        i for i, m in enumerate(messages) if role_of(m) == "user" and not text_of(m.get("content")).startswith(CARRIER)
+    ]
+    return next((i for i in reversed(spoken) if words_of(messages[i])), spoken[-1] if spoken else None)
 
 
 def request_of(messages: list[dict]) -> str:
@@ -122,8 +124,7 @@ def replied_to(messages: list[dict]) -> list[dict]:
     """The message that the answer to these messages replies to, in a list: a tool's output, or what the person said
     last; if there is neither, the last message. [] without messages."""
     last = last_request(messages)
-    output = messages and (messages[-1].get("role") == "tool" or is_output(text_of(messages[-1].get("content"))))
-    at = len(messages) - 1 if last is None or output else last
+    at = len(messages) - 1 if last is None or role_of(messages[-1]) == "tool" else last
     return messages[at : at + 1]
 
 
