@@ -241,14 +241,17 @@ async def test_the_size_and_the_nesting_of_a_request_are_limited(tmp_path, body,
 
 async def test_parsing_a_long_body_does_not_block_the_event_loop(tmp_path):
     body = json.dumps({"messages": [{"role": "user", "content": '["x\\", 1]\n' * MIB}]}).encode()
-    begun = time.monotonic()
-    bodies.parse(body)
-    alone, longest = time.monotonic() - begun, 0.0
+    alone, longest = [], []  # seconds of several tries: the quickest one met the least of the machine's other work
     async with captured(tmp_path) as http:
-        posted = server.asyncio.create_task(http.post(CHAT, content=body))
-        while not posted.done():
+        for _ in range(5):
             begun = time.monotonic()
-            await server.asyncio.sleep(0)
-            longest = max(longest, time.monotonic() - begun)
-    assert posted.result().json() == {"bytes": len(body)}
-    assert longest < 0.75 * alone
+            bodies.parse(body)
+            alone.append(time.monotonic() - begun)
+            posted, longest_turn = server.asyncio.create_task(http.post(CHAT, content=body)), 0.0
+            while not posted.done():
+                begun = time.monotonic()
+                await server.asyncio.sleep(0)
+                longest_turn = max(longest_turn, time.monotonic() - begun)
+            longest.append(longest_turn)
+            assert posted.result().json() == {"bytes": len(body)}
+    assert min(longest) < 0.75 * min(alone)
