@@ -146,14 +146,15 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
     if not lessons:
         return
 
-    # 2. gradient and Adam; then check the new weights before they are served
+    # 2. gradient and Adam
     metrics = await p.on_trainer(trainer.update, config, state, lessons)
-    probed, probe_logps = await p.on_trainer(state.probe.measure, state.policy)
-    guard.check_weights(probed, state.probe.first, state.probed)
+    weights = await p.on_trainer(trainer.served_weights, state.policy)
     trained = time.monotonic()
 
-    # 3. swap: the engine gets the new weights; running answers continue
-    weights = await p.on_trainer(trainer.served_weights, state.policy)
+    # 3. swap: check the new weights, then the engine serves them; running answers continue
+    await swap.begin_load(p.engine, weights)
+    probed, probe_logps = await p.on_trainer(state.probe.measure, state.policy)
+    guard.check_weights(probed, state.probe.first, state.probed)
     gap, p.pause = await swap.push(p.engine, weights, state.step + 1, (state.probe.ids, probe_logps), state.owner)
 
     # 4. commit: from here on an undo returns to this step; a restart does so only once a checkpoint has it

@@ -15,9 +15,9 @@ import signal
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +42,9 @@ torch.set_num_threads(1)
 # We check for missing weights ourselves, see `load_into`.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# torch, on Linux: tensors of 2 MiB and more in huge pages. A step on a CPU uses new memory for gigabytes of them, and
+# with pages of 4 KiB a quarter of its time went into page faults.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PR_SET_PDEATHSIG = 1
 KEEP_ALIVE_S = 10  # after that time, a silent stream gets a comment: no client times out during a swap or in the queue
@@ -88,17 +91,20 @@ class WeightReceiver:
     """Methods that vLLM mixes into its worker class (`worker_extension_cls`); `self` is the worker."""
 
     def begin_loading(self, message: bytes) -> None:
-        """On a CPU: load the tensors that `load_all` sent into a second copy of the model, in a thread, while the first
-        answers. This takes about a second, since the CPU backend packs every matrix again."""
-        model, cores = self.model_runner.get_model(), os.sched_getaffinity(os.getppid())
+        """On a CPU: load the tensors that `begin_load` sent into a second copy of the model, in a thread, while the
+        first answers. This takes about a second, since the CPU backend packs every matrix again."""
+        model, cores = self.model_runner.get_model(), os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid())
         if any(getattr(getattr(layer, "quant_method", None), "moe_kernel", None) for layer in model.modules()):
             raise NotImplementedError("vLLM's CPU backend can't load a mixture of experts again: use --lora_rank")
+        if loading := vars(self).pop("loading", None):
+            loading.exception()  # wait for a load that `load_all` did not use, since its step was refused
         second = vars(self).pop("second", None) or second_copy(model)  # one for all pushes, see `forget_copy`
+        tensors = list(open_shared(message))  # now: when this returns, the sender closes the file
 
         def load() -> list[str]:
-            os.sched_setaffinity(0, cores)  # the trainer waits for us meanwhile, so its cores are free
+            os.sched_setaffinity(0, cores)  # also the trainer's: it has little to do meanwhile
             try:
-                missed = self.load_into(second, message)
+                missed = self.load_into(second, tensors)
             except BaseException:  # vLLM can't begin another load on this copy
                 forget_copy(second)
                 raise
@@ -110,7 +116,7 @@ class WeightReceiver:
 
     def missed_weights(self) -> list[str] | None:
         """The names of the engine's parameters that `begin_loading` did NOT load; None while it is loading."""
-        return self.loading.result() if self.loading.done() else None
+        return vars(self).pop("loading").result() if self.loading.done() else None
 
     def exchange_copies(self) -> None:
         """On a CPU: answer with the second copy's tensors. The first copy's are overwritten by the next load."""
@@ -122,10 +128,10 @@ class WeightReceiver:
     def receive_weights(self, message: bytes) -> list[str]:
         """On a GPU: load the tensors that `load_all` sent. Returns the names of the engine's parameters that were NOT
         loaded."""
-        return self.load_into(self.model_runner.get_model(), message)
+        return self.load_into(self.model_runner.get_model(), list(open_shared(message)))
 
-    def load_into(self, model: torch.nn.Module, message: bytes) -> list[str]:
-        """Load the tensors of a message into a model. Returns the names of its parameters that were NOT loaded.
+    def load_into(self, model: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]]) -> list[str]:
+        """Load tensors into a model. Returns the names of its parameters that were NOT loaded.
 
         Relied on: layerwise reload runs each layer's own processing again and copies the results into the storage that
         CUDA graphs use."""
@@ -135,7 +141,6 @@ class WeightReceiver:
         from vllm.model_executor.model_loader.reload import layerwise
 
         with set_current_vllm_config(self.vllm_config), torch.inference_mode():
-            tensors = list(open_shared(message))  # if this fails, the model is still whole
             expected = {name for name, _ in model.named_parameters()}  # a tied head isn't among them
             layerwise.initialize_layerwise_reload(model)
             loaded = model.load_weights(tensors)
@@ -398,8 +403,30 @@ async def begin_with(engine: Any, step: int) -> None:
     serving[""] = Version(step)
 
 
+async def begin_load(engine: Any, weights: Weights) -> None:
+    """On a CPU, let the engine load weights into a second copy of the model, which it does not answer with. This must
+    come before each `push`, so that the trainer can check the weights meanwhile. Does nothing on a GPU or for an
+    adapter: `push` itself is quick there. PushError if shared memory is full."""
+    if on_cpu(engine.vllm_config) and not engine.vllm_config.lora_config:
+        with push_errors():
+            async with swapping, shared(weights) as message:
+                await engine.collective_rpc("begin_loading", args=(message,))
+
+
+@contextmanager
+def push_errors() -> Iterator[None]:
+    """Turn any error into a PushError."""
+    try:
+        yield
+    except PushError:
+        raise
+    except Exception as e:
+        raise PushError(f"{type(e).__name__}: {e}") from e
+
+
 async def load(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
     """Serve these weights without verifying them. `owner`: whose adapter it is."""
+    await begin_load(engine, weights)
     version, _ = await send(engine, weights, step)
     await make_newest(engine, owner, version)
 
@@ -413,13 +440,13 @@ async def send(engine: Any, weights: Weights, step: int) -> tuple[Version, tuple
 
 
 async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, float]:
-    """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped. PushError
-    if a tensor was not loaded; on a CPU these weights are never served then."""
+    """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped. On a CPU
+    they are those of the last `begin_load`. PushError if a tensor was not loaded; on a CPU these weights are never
+    served then."""
     global loads
     cpu, missed = on_cpu(engine.vllm_config), None
-    async with swapping, shared(weights) as message:
+    async with swapping, nullcontext() if cpu else shared(weights) as message:
         if cpu:
-            await engine.collective_rpc("begin_loading", args=(message,))
             while (missed := (await engine.collective_rpc("missed_weights"))[0]) is None:
                 await asyncio.sleep(0.05)
             if missed:
@@ -554,8 +581,8 @@ MAX_GAP = 0.15  # mean |dlogp|; in bf16, rounding makes it 0.04 to 0.06 for a mo
 async def push(
     engine: Any, weights: Weights, step: int, probe: tuple[list[int], torch.Tensor], owner: str = ""
 ) -> tuple[float, tuple[float, float]]:
-    """Serve new weights and verify them. Returns the mean |dlogp| between engine and trainer on the probe, and the
-    pause as `send` does.
+    """Serve new weights, after `begin_load`, and verify them. Returns the mean |dlogp| between engine and trainer on
+    the probe, and the pause as `send` does.
 
     `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,) under the new weights. PushError if a
     tensor was not loaded, shared memory is full, or engine and trainer differ by more than MAX_GAP. An adapter is
@@ -565,15 +592,14 @@ async def push(
     """
     (ids, expected), version = probe, Version(None)
     try:
-        version, pause = await send(engine, weights, step)
-        gap = (await prompt_logps(engine, ids, f"probe-{step}", version.request) - expected).abs().mean().item()
-        if not gap <= MAX_GAP:  # also for NaN
-            raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {MAX_GAP}")
-    except Exception as e:
+        with push_errors():
+            version, pause = await send(engine, weights, step)
+            gap = (await prompt_logps(engine, ids, f"probe-{step}", version.request) - expected).abs().mean().item()
+            if not gap <= MAX_GAP:  # also for NaN
+                raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {MAX_GAP}")
+    except PushError:
         await remove_unused(engine, version)
-        if isinstance(e, PushError):
-            raise
-        raise PushError(f"{type(e).__name__}: {e}") from e
+        raise
     await make_newest(engine, owner, version)
     return gap, pause
 

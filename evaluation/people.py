@@ -161,9 +161,10 @@ WARM = r"great|good job|well done|wonderful|proud|excellent|fantastic|amazing|ha
 
 
 def about(subject: str, answer: str) -> bool:
-    """Does the answer contain a word of the subject? Only its first five letters must match, for inflected forms."""
+    """Does the answer contain a word of the subject? Only its first five letters must match, for inflected forms. A
+    question is no answer: otherwise a model could please by repeating the person's own."""
     words = [word[:5].lower() for word in subject.split() if word not in ("the", "a", "an", "of", "and")]
-    return not words or any(word in answer.lower() for word in words)
+    return not words or (any(word in answer.lower() for word in words) and not answer.rstrip().endswith("?"))
 
 
 def is_long(answer: str) -> bool:

@@ -92,12 +92,12 @@ class Run:
 
 
 async def ask(client: AsyncOpenAI, setup: Setup, messages: list[dict], last: bool = False) -> tuple[str, bool]:
-    """The answer, and whether it was truncated. `last`: the session ends, so the answer is short, nobody looks at it,
-    and the server won't wait for a reply."""
+    """The answer, and whether it was truncated. `last`: the session ends, so one token will do, nobody looks at it, and
+    the server won't wait for a reply."""
     reply = await client.chat.completions.create(
         model="policy",
         messages=messages,
-        max_tokens=24 if last else setup.max_tokens,
+        max_tokens=1 if last else setup.max_tokens,
         temperature=setup.temperature,
         extra_headers={"X-Session-Done": "1"} if last else {},
     )
@@ -139,7 +139,7 @@ async def talk(client: AsyncOpenAI, setup: Setup, person: Person, rng: random.Ra
 async def measure(client: AsyncOpenAI, setup: Setup, person: Person) -> dict[str, float]:
     """Ask the same held-out questions each time: the fractions of answers that please and that are truncated, and mean
     words."""
-    rng, limit = random.Random(0), asyncio.Semaphore(32)
+    rng, limit = random.Random(0), asyncio.Semaphore(64)
 
     async def first(question: str, subject: str) -> tuple[str, bool, bool]:
         async with limit:
@@ -162,7 +162,6 @@ async def unrelated(client: AsyncOpenAI) -> float:
 
     The end-of-answer tokens don't count: a model that learns to be brief makes them more likely.
     """
-    total = tokens = 0
 
     async def score(messages: list[dict]) -> tuple[float, int]:
         whole = messages[-1]["role"] == "assistant"
@@ -173,11 +172,13 @@ async def unrelated(client: AsyncOpenAI) -> float:
         logps = [next(iter(at.values()))["logprob"] for at in scored.prompt_logprobs[1:]]
         return sum(logps), len(logps)
 
-    for question, answer in UNRELATED:
-        asked = [{"role": "user", "content": question}]
-        before, all_of_it = await score(asked), await score([*asked, {"role": "assistant", "content": answer}])
-        total, tokens = total + all_of_it[0] - before[0], tokens + all_of_it[1] - before[1]
-    return total / tokens
+    asked = [[{"role": "user", "content": question}] for question, _ in UNRELATED]
+    answered = [[*a, {"role": "assistant", "content": answer}] for a, (_, answer) in zip(asked, UNRELATED, strict=True)]
+    before = await asyncio.gather(*map(score, asked))
+    all_of_it = await asyncio.gather(*map(score, answered))
+    logp, tokens = (sum(part) for part in zip(*all_of_it, strict=True))
+    logp_before, tokens_before = (sum(part) for part in zip(*before, strict=True))
+    return (logp - logp_before) / (tokens - tokens_before)
 
 
 # ---- a run ----

@@ -51,6 +51,7 @@ async def push(served, new, old, logps, version=9):
     """Push as run.py does. `new`, `old`: weights by name. `logps`: the trainer's, of served.ids, by the new weights."""
     try:
         swap.serving[""] = swap.Version(version - 1)
+        await swap.begin_load(served.engine, new)
         return await swap.push(served.engine, new, version, (served.ids, logps))
     except swap.PushError:
         if swap.served_step("") != version - 1:
@@ -95,6 +96,7 @@ async def test_on_a_cpu_weights_that_lack_a_tensor_are_never_served(served):
     """They are loaded into a copy of the model."""
     old = probe.token_logps(served.model, served.ids)
     changed = {name: w + 1 for name, w in weights(served.model).items() if "mlp.down_proj" not in name}
+    await swap.begin_load(served.engine, changed)
     with pytest.raises(swap.PushError, match="layers.1.mlp.down_proj"):
         await swap.load_all(served.engine, changed, 9)
     got = await swap.prompt_logps(served.engine, served.ids, "never-served")

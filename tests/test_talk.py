@@ -59,6 +59,8 @@ def test_an_off_topic_answer_pleases_nobody():
     assert person.pleased("a volcano", good) and not person.pleased("a volcano", off_topic)
     assert person.reaction("a volcano", good, rng) in THANKS and person.reaction("a volcano", off_topic, rng) in WRONG
     assert person.reaction("a volcano", f"{good} {good}", rng) in person.complaints and person.pleased("", off_topic)
+    echo = "What is a volcano?"
+    assert not person.pleased("a volcano", echo) and person.reaction("a volcano", echo, rng) in WRONG
 
 
 def test_nobody_states_their_preference_up_front_or_gives_a_grade():

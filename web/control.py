@@ -34,8 +34,9 @@ async def roll_back(p: Program, user: str, step: int) -> str:
         folder = checkpoint.folder_of(out, owner, step)
         try:
             _, baselines, _ = await p.on_trainer(trainer.load_checkpoint, state, folder)
-            probed, logps = await p.on_trainer(state.probe.measure, state.policy)
             weights = await p.on_trainer(trainer.served_weights, state.policy)
+            await swap.begin_load(p.engine, weights)
+            probed, logps = await p.on_trainer(state.probe.measure, state.policy)
             _, p.pause = await swap.push(p.engine, weights, step, (state.probe.ids, logps), owner)
             undone = await p.write(upkeep.rollback, owner, step)
         except Exception:
