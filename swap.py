@@ -53,18 +53,16 @@ ENGINE_CORES = "VLLM_CPU_OMP_THREADS_BIND"  # the cores that the worker computes
 
 
 def begin_process(not_its: Sequence[int] = ()) -> None:
-    """Called in each new process of the engine. `not_its`: file descriptors that the core process must close."""
-    # It is killed when its parent dies. Otherwise `VLLM::EngineCore` and `VLLM::Worker` live on as orphans after a
-    # kill -9.
+    """Called in the engine's new process. `not_its`: file descriptors that it must close."""
+    # It is killed when its parent dies. Otherwise `VLLM::EngineCore` lives on as an orphan after a kill -9.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not os.path.exists(f"/proc/{os.environ[PROGRAM]}/exe"):  # the program died before that; a zombie has no exe
         os._exit(1)
-    if os.getppid() == int(os.environ[PROGRAM]):  # the engine's core
-        os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
-        for descriptor in not_its:
-            os.close(descriptor)
-    elif cores := os.environ.get(ENGINE_CORES):
-        # A worker. vLLM can't bind it to its cores, since OpenMP doesn't read the environment again after a fork.
+    os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
+    for descriptor in not_its:
+        os.close(descriptor)
+    if cores := os.environ.get(ENGINE_CORES):
+        # vLLM can't bind it to its cores, since OpenMP doesn't read the environment again after a fork.
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
@@ -93,7 +91,7 @@ class WeightReceiver:
     def begin_loading(self, message: bytes) -> None:
         """On a CPU: load the tensors that `begin_load` sent into a second copy of the model, in a thread, while the
         first answers. This takes about a second, since the CPU backend packs every matrix again."""
-        model, cores = self.model_runner.get_model(), os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid())
+        model, cores = self.model_runner.get_model(), os.sched_getaffinity(os.getppid())
         if any(getattr(getattr(layer, "quant_method", None), "moe_kernel", None) for layer in model.modules()):
             raise NotImplementedError("vLLM's CPU backend can't load a mixture of experts again: use --lora_rank")
         if loading := vars(self).pop("loading", None):
@@ -314,8 +312,8 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
 
 
 def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
-    """An AsyncLLM in this program (its core and its worker are child processes). Call from a running event loop.
-    `not_its`: file descriptors that these processes are not to keep.
+    """An AsyncLLM in this program (its core, with the worker, is a child process). Call from a running event loop.
+    `not_its`: file descriptors that this process is not to keep.
 
     UsageError if vLLM rejects an option, such as a context longer than the model's."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -329,8 +327,10 @@ def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
     except ValidationError as e:
         raise UsageError("; ".join(error["msg"] for error in e.errors())) from e
     if on_cpu(config):
-        # `create_engine_config` chooses "spawn", with which each process imports everything once more.
+        # `create_engine_config` chooses "spawn", with which the process imports everything once more, and "mp", with
+        # which the worker is another process. The core then waits for it in a busy loop, at the trainer's expense.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        config.parallel_config.distributed_executor_backend = "uni"
         os.register_at_fork(after_in_child=lambda: begin_process(not_its))
     engine = AsyncLLM.from_vllm_config(config)
     # This metric's labels are the names of the running adapters: a new series for each step and each mix of users.
