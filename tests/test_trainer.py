@@ -350,3 +350,16 @@ def test_the_models_dropout_is_off(tmp_path, row_tokens):
     sampled = probe.token_logps(state.start, t.prompt_ids + t.response_ids)[len(t.prompt_ids) - 1 :].tolist()
     lesson = trainer.Lesson(replace(t, logprobs=sampled, temperature=1.0), 1.0, [])
     assert trainer.update(Config(row_tokens=row_tokens), state, [lesson])["dlogp"] < 1e-4
+
+
+def test_the_learning_rate_rises_over_the_first_steps(tiny_model):
+    """Adam's first update moves a weight by the whole learning rate; later ones depend on its gradients so far."""
+    state = load(tiny_model, lr=1e-3)
+    lesson = trainer.Lesson(turn(logprobs=[-5.8] * 3), 1.0, [])
+    for step, expected in ((0, 2e-4), (2, 6e-4), (4, 1e-3), (50, 1e-3)):
+        trainer.restore(state)  # Adam begins anew
+        state.step = step
+        before = [m.detach().clone() for m in state.masters]
+        trainer.update(Config(), state, [lesson])
+        moved = max((m.detach() - b).abs().max().item() for m, b in zip(state.masters, before, strict=True))
+        assert moved == pytest.approx(expected, rel=0.01)

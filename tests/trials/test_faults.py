@@ -43,8 +43,7 @@ async def wait_until_served(program, seconds=180):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("which", ["VLLM::Worker", "VLLM::EngineCor"])
-async def test_the_program_restarts_after_an_engine_process_is_killed(fresh, which):
+async def test_the_program_restarts_after_the_engine_is_killed(fresh):
     program = fresh(batch_size=2, save_every=1)
     program.wait_ready()
     started = time.monotonic()
@@ -54,36 +53,34 @@ async def test_the_program_restarts_after_an_engine_process_is_killed(fresh, whi
     options = dict(n=32, extra_body={"ignore_eos": True})
     long = asyncio.create_task(ask(client(program, "none"), [user("go on")], 1900, **options))
     await asyncio.sleep(1)
-    (victim,) = [p for p in engine_processes(program) if Path(f"/proc/{p}/comm").read_text().strip() == which]
-    others = [p for p in engine_processes(program) if p != victim]
+    (engine,) = engine_processes(program)
     admin = {"Authorization": f"Bearer {(program.out / 'admin_key').read_text().strip()}"}
     httpx.post(f"{program.url}/admin/pause", json={}, headers=admin).raise_for_status()
     killed = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
+    os.kill(engine, signal.SIGKILL)
     with pytest.raises(openai.APIError):  # an error within 30 s, not a hang
         await asyncio.wait_for(long, 30)
     await until(lambda: "starting again from the last checkpoint" in program.log())
-    await until(lambda: not alive(others), 30)
     await wait_until_served(program)
     assert program.status()["step"] == 1 and {r["id"] for r in rows(program, "step = 1")} == set(trained)
     assert program.status()["training"] == "paused by the admin"
-    print(f"{which} killed: served again {time.monotonic() - killed:.0f} s later")
+    print(f"the engine killed: served again {time.monotonic() - killed:.0f} s later")
 
 
 @pytest.mark.timeout(600)
 async def test_the_program_restarts_after_an_engine_dies_during_a_swap(fresh):
-    """The worker is stopped, so that the push waits for it; then the engine's core is killed."""
+    """The engine is stopped, so that the push waits for it; then it is killed."""
     program = fresh(batch_size=2).wait_ready()
     ready = time.monotonic()
     turns = [await ask(client(program, "none"), [user(f"q{i}")]) for i in range(2)]
     await asyncio.sleep(max(0, 65 - (time.monotonic() - ready)))
-    pids = {Path(f"/proc/{p}/comm").read_text().strip(): p for p in engine_processes(program)}
-    os.kill(pids["VLLM::Worker"], signal.SIGSTOP)
+    (engine,) = engine_processes(program)
+    os.kill(engine, signal.SIGSTOP)
     for reply in turns:
         httpx.post(f"{program.url}/v1/feedback", json={"completion_id": reply.id, "score": 1}).raise_for_status()
     await asyncio.sleep(8)  # a step takes one second
     assert program.status()["turns"]["training"] == 2 and program.status()["step"] == 0, "the push waits"
-    os.kill(pids["VLLM::EngineCor"], signal.SIGKILL)
+    os.kill(engine, signal.SIGKILL)
     await until(lambda: "starting again from the last checkpoint" in program.log())
     await wait_until_served(program)
     await until(lambda: program.status()["step"] == 1)
