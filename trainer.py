@@ -28,8 +28,8 @@ from durable.journal import Turn
 from machine.arithmetic import check_arithmetic
 from probe import Probe, make_probe
 
-# Steps until the learning rate is reached. Adam's first updates move every weight by the whole learning rate, later ones
-# by a fraction of it: without a warm-up, the first complaints made some answers too short to be about anything.
+# Steps until the learning rate is reached. Adam's first updates move every weight by the whole learning rate, its later
+# ones by a fraction of it: without a warm-up, the first complaints made answers too short to be about anything.
 WARMUP = 5
 ROLL_BACK = "; python -m durable.admin rollback goes back to an earlier checkpoint"
 
