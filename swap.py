@@ -33,7 +33,7 @@ from durable.model import tool_parser_of, without_weights
 from machine import memory
 from machine.plan import Plan
 
-# On a CPU the engine's processes are forked. A thread that has used OpenMP's threads must not fork: the child would
+# On a CPU the engine's process is forked. A thread that has used OpenMP's threads must not fork: the child would
 # wait forever for threads that it doesn't have. This thread computes nothing large, so it can do without them.
 torch.set_num_threads(1)
 
@@ -49,6 +49,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 PR_SET_PDEATHSIG = 1
 KEEP_ALIVE_S = 10  # after that time, a silent stream gets a comment: no client times out during a swap or in the queue
 PROGRAM = "NANO_OPENCLAW_RL_PID"  # the process that started the engine
+HUNG_S = 600.0  # an engine that answers no call for that long has hung
 ENGINE_CORES = "VLLM_CPU_OMP_THREADS_BIND"  # the cores that the worker computes on, e.g. "0,1"
 
 
@@ -58,6 +59,8 @@ def begin_process(not_its: Sequence[int] = ()) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not os.path.exists(f"/proc/{os.environ[PROGRAM]}/exe"):  # the program died before that; a zombie has no exe
         os._exit(1)
+    if os.getppid() != int(os.environ[PROGRAM]):  # a child of the engine's process
+        return
     os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
     for descriptor in not_its:
         os.close(descriptor)
@@ -82,7 +85,7 @@ class EngineDied(RuntimeError):
     """One of vLLM's processes has died or is broken; nothing can be served any more."""
 
 
-# ---- in vLLM's worker process ----
+# ---- in the engine's process ----
 
 
 class WeightReceiver:
@@ -94,14 +97,14 @@ class WeightReceiver:
         model, cores = self.model_runner.get_model(), os.sched_getaffinity(os.getppid())
         if any(getattr(getattr(layer, "quant_method", None), "moe_kernel", None) for layer in model.modules()):
             raise NotImplementedError("vLLM's CPU backend can't load a mixture of experts again: use --lora_rank")
-        if loading := vars(self).pop("loading", None):
-            loading.exception()  # wait for a load that `load_all` did not use, since its step was refused
-        second = vars(self).pop("second", None) or second_copy(model)  # one for all pushes, see `forget_copy`
+        if "loading" in vars(self):
+            vars(self).pop("loading").exception()  # wait for a load that was not used, since its step was refused
         tensors = list(open_shared(message))  # now: when this returns, the sender closes the file
+        second = vars(self).pop("second", None) or second_copy(model)  # one for all pushes, see `forget_copy`
 
         def load() -> list[str]:
-            os.sched_setaffinity(0, cores)  # also the trainer's: it has little to do meanwhile
             try:
+                os.sched_setaffinity(0, cores)  # also the trainer's, which has less to do than the engine may have
                 missed = self.load_into(second, tensors)
             except BaseException:  # vLLM can't begin another load on this copy
                 forget_copy(second)
@@ -306,6 +309,7 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
         # Otherwise the first request for log-probs compiles the ranking of tokens: 4 s, or 20 s on a new machine.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     else:
+        os.environ.pop(ENGINE_CORES, None)
         flags |= {"gpu-memory-utilization": plan.engine * 2**30 / torch.cuda.mem_get_info()[1]}
     given = [part for k, v in flags.items() if v is not None for part in (f"--{k}", str(v))]
     return make_arg_parser(FlexibleArgumentParser()).parse_args(given + switches)
@@ -352,17 +356,22 @@ def stop_engine(engine: Any) -> None:
 
 
 async def watch(engine: Any, died: asyncio.Event) -> None:
-    """Set `died` when a process of the engine has died, and from then on fail all calls that wait for its reply.
+    """Set `died` when the engine's process has died or hangs, and from then on fail all calls that wait for its reply.
 
     Relied on: AsyncLLM.errored, which vLLM's own launcher watches too; calls like collective_rpc wait for a future in
-    `utility_results`, which vLLM never resolves if the engine dies.
+    `utility_results`, which vLLM never resolves if the engine dies. With the worker in the engine's own process, vLLM
+    does not notice that it hangs.
     """
+    ping = asyncio.create_task(engine.get_weight_version())
+    asked = time.monotonic()
     while True:
-        if engine.errored:
+        if ping.done() and not ping.exception():
+            ping, asked = asyncio.create_task(engine.get_weight_version()), time.monotonic()
+        if engine.errored or time.monotonic() - asked > HUNG_S:
             died.set()
             for future in list(engine.engine_core.utility_results.values()):
                 if not future.done():
-                    future.set_exception(EngineDied("a process of the engine has died"))
+                    future.set_exception(EngineDied("the engine has died, or hangs"))
         await asyncio.sleep(1)
 
 
@@ -406,7 +415,7 @@ async def begin_with(engine: Any, step: int) -> None:
 async def begin_load(engine: Any, weights: Weights) -> None:
     """On a CPU, let the engine load weights into a second copy of the model, which it does not answer with. This must
     come before each `push`, so that the trainer can check the weights meanwhile. Does nothing on a GPU or for an
-    adapter: `push` itself is quick there. PushError if shared memory is full."""
+    adapter: `push` itself is quick there. PushError if it can't begin, for instance if shared memory is full."""
     if on_cpu(engine.vllm_config) and not engine.vllm_config.lora_config:
         with push_errors():
             async with swapping, shared(weights) as message:

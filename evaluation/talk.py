@@ -238,7 +238,7 @@ async def converse(setup: Setup, run: Run, url: str, started: float) -> dict[str
                 if len(firsts) < goal and len(talking) < setup.at_once and not wait:
                     firsts.append({"person": names[len(firsts) % len(names)], "step": status["step"]})
                     talking.add(asyncio.create_task(session(len(firsts), firsts[-1])))
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.1)
             _, has_batch, at_work = await now()
             while has_batch or at_work:
                 await asyncio.sleep(1)

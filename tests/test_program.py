@@ -354,7 +354,7 @@ def test_output_that_cannot_be_written_is_ignored():
 
 @pytest.mark.parametrize("path", ["chat/completions", "messages", "responses"])
 async def test_comments_are_streamed_while_a_client_waits_for_the_first_token(program, path):
-    """The engine's processes are stopped until the first comment. Without comments, the client would time out."""
+    """The engine is stopped until the first comment. Without comments, the client would time out."""
     engine = [pid for pid, _ in descendants(program.process.pid)]
     asked, limit = ("input", "max_output_tokens") if path == "responses" else ("messages", "max_tokens")
     body = {"model": "policy", asked: [user(f"wait for {path}")], limit: 5, "stream": True}

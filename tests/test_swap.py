@@ -104,6 +104,16 @@ async def test_on_a_cpu_weights_that_lack_a_tensor_are_never_served(served):
     await swap.restore_weights(served.engine, weights(served.model), 9)
 
 
+async def test_weights_whose_step_was_refused_are_replaced_by_the_next(served):
+    """They are in the engine's second copy, but are not served."""
+    refused = {name: w + 1 for name, w in weights(served.model).items()}
+    await swap.begin_load(served.engine, refused)
+    before, old = weights(served.model), probe.token_logps(served.model, served.ids)
+    assert (await swap.prompt_logps(served.engine, served.ids, "not-served") - old).abs().mean() < BOUND
+    change(served.model, 7)
+    await push(served, weights(served.model), before, probe.token_logps(served.model, served.ids))
+
+
 async def test_a_push_that_disagrees_is_refused_and_the_old_weights_stay(served):
     before, old = weights(served.model), probe.token_logps(served.model, served.ids)
     other = AutoModelForCausalLM.from_config(served.model.config).to(torch.bfloat16)

@@ -45,6 +45,6 @@ async def test_memory_levels_off_over_many_requests(fresh):
     turns = program.status()["turns"]
     print(turns, program.status()["dropped"])
     assert turns["judging"] <= 501 and sum(turns.values()) >= REQUESTS * 0.99
-    # The worker's heap grows by a fifth in the first half, more and more slowly, and then levels off.
+    # The engine's heap grows by a fifth in the first half, more and more slowly, and then levels off.
     for a, b in zip(curve[len(curve) // 2][1:], curve[-1][1:], strict=True):
         assert b < a * 1.1 + 30, f"a process grew from {a:.0f} to {b:.0f} MiB"
