@@ -71,7 +71,7 @@ class Step:
     row_tokens: int = 0  # most tokens in a packed row (micro-batch); a longer sample gets its own row; 0: by the device
     lora_rank: int = 0  # train a LoRA adapter of this rank on the frozen model; 0: train all weights
     adapters: Literal["shared", "user"] = "shared"  # user: each user named in OUT/keys has their own adapter
-    lr: float = 0.0  # learning rate of Adam, after a short warm-up; 0: 2.5e-5, or 3e-4 for an adapter
+    lr: float = 0.0  # learning rate of Adam, after a short warm-up; 0: 3e-5, or 3e-4 for an adapter
     beta1: float = 0.9  # of Adam
     beta2: float = 0.98  # of Adam
     grad_clip: float = 1.0  # largest gradient norm

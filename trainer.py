@@ -374,7 +374,7 @@ def optimizer(config: Config, policy: PreTrainedModel) -> tuple[list[Tensor], to
     # A row uses few of the embedding's vectors. A dense gradient would be filled and added for the whole vocabulary.
     policy.get_input_embeddings().sparse = True
     masters = [p.detach().float().clone().requires_grad_() for p in trained(policy).values()]
-    lr = config.lr or (3e-4 if config.lora_rank else 2.5e-5)
+    lr = config.lr or (3e-4 if config.lora_rank else 3e-5)
     # fused: updates in place, without temporary copies of all weights
     adam = torch.optim.Adam(masters, lr=lr, betas=(config.beta1, config.beta2), fused=True)
     for p, m in zip(trained(policy).values(), masters, strict=True):

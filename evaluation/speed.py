@@ -302,11 +302,10 @@ TRL 1.16.0's AsyncGRPOTrainer shares prefixes as well.
 
 
 SHORT = """
-Where it falls short of vLLM's own server: on one core a token of SmolLM2-135M in fp32 takes 55 ms of matrix products,
-which are bound by memory, and 30 ms of Python and small kernels in vLLM's worker. Meanwhile vLLM's core process waits
-for the worker in a busy loop on the other core, where our proxy, the journal and the trainer run. Without that loop
-(`SpinCondition`), tokens came 8 % faster next to a busy trainer. But vLLM 0.32.0 loses wake-ups then, and answers stood
-still for up to a minute, so the loop stays.
+On one core a token of SmolLM2-135M takes 30 to 55 ms of matrix products, which are bound by memory, and 30 ms of Python
+and small kernels in vLLM's worker. In `vllm serve` on a CPU, the core process waits for the worker in a busy loop on
+another core. In run.py that core is the trainer's, so the worker runs in the core process. The rows about streams were
+measured before that.
 """
 
 
