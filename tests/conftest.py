@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -150,6 +151,16 @@ def descendants(root: int) -> list[tuple[int, int]]:
         below = [(pid, parent) for pid, parent in parents.items() if parent in front]
         found += below
         front = {pid for pid, _ in below}
+    return found
+
+
+def engine_processes(program: "Program") -> list[int]:
+    """The pids of the engine's processes: on a CPU there is one."""
+    found = []
+    for pid, _ in descendants(program.process.pid):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if "VLLM" in Path(f"/proc/{pid}/comm").read_text():
+                found.append(pid)
     return found
 
 

@@ -21,13 +21,8 @@ import openai
 import pytest
 
 from durable import journal
-from tests.conftest import ROOT, Program, alive, descendants, free_port, make_tiny_model
+from tests.conftest import ROOT, Program, alive, descendants, engine_processes, free_port, make_tiny_model
 from tests.talking import ask, client, glance, query, rated, rows, until, user
-
-
-def engine_processes(program):
-    pids = [pid for pid, _ in descendants(program.process.pid)]
-    return [pid for pid in pids if "VLLM" in Path(f"/proc/{pid}/comm").read_text()]
 
 
 async def wait_until_served(program, seconds=180):
