@@ -59,7 +59,7 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
         # On a CPU the engine also packs its own copy of the weights.
         "engine": (2 if cpu else 1) * width * weights + width * in_engine * adapter + (0 if cpu else 2 * 2**30),
     }
-    host = {"snapshot": 12 * trained if cpu else pinned, "processes": 2 * 2**30}
+    host = {"snapshot": 12 * trained if cpu else pinned, "processes": (1.1 if cpu else 2) * 2**30}
     host |= {"pushed copy": 2 * trained} if cpu else {"loading": 2 * weights, "idle adapters": width * idle * adapter}
     device, host = ({what: n / 2**30 for what, n in sizes.items() if n} for sizes in (device, host))
     return (device | host, {}) if cpu else (device, host)
