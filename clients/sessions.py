@@ -88,8 +88,8 @@ def conversation(messages: list[dict]) -> list[dict]:
         text = text_of(m.get("content"))
         if m.get("role") in ("system", "developer") or text.startswith(CARRIER):
             continue
-        if role_of(m) != m.get("role"):
-            m = m | {"role": role_of(m)}
+        if (role := role_of(m)) != m.get("role"):
+            m = m | {"role": role}
         if m.get("role") == "user":
             if text and not words_of(m):  # all of it is the client's
                 continue
