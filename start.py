@@ -16,9 +16,10 @@ from clients import connections, endpoint
 from clients.keys import LOOPBACK, Keys
 from config import Config
 from durable import checkpoint, journal, upkeep
+from durable.atomic import replacing
 from durable.errors import UsageError
 from durable.model import CACHE, check_folder, check_rank, fingerprint, model_folder
-from machine.plan import bind_thread, make_plan
+from machine.plan import LAST_DTYPE, bind_thread, make_plan
 from program import BY_ADMIN, PAUSED, Program
 from web import terminal
 
@@ -47,6 +48,8 @@ async def setup(config: Config) -> Program:
     folder = start if config.lora_rank or not saved else saved  # what the engine starts with
     check_folder(folder, trainer.ROLL_BACK if saved else "")
     plan = make_plan(config, start)
+    with replacing(out / LAST_DTYPE) as part:
+        part.write_text(str(plan.dtype))
     config = replace(config, row_tokens=plan.row_tokens)
     listener = connections.listen(config.host, config.port)  # before the engine starts, which takes a while
     print(config.url, file=lock, flush=True)  # for the commands of durable/admin.py

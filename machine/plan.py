@@ -16,6 +16,8 @@ from config import Config
 from durable.errors import UsageError
 from machine import memory
 
+LAST_DTYPE = "dtype"  # the file in --out that has the dtype of the last start
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,7 +47,7 @@ def make_plan(config: Config, folder: Path) -> Plan:
     gflops = {} if device == "cuda" else measure_gflops(folder, trainer_cores, row_tokens)
     # vLLM's CPU kernel for gated delta nets (Qwen3-Next) takes bf16 alone.
     gated = "linear_attention" in (getattr(shape.get_text_config(), "layer_types", None) or ())
-    dtype = max(gflops, key=gflops.get) if gflops and not gated else torch.bfloat16
+    dtype = faster_dtype(gflops, Path(config.out) / LAST_DTYPE) if gflops and not gated else torch.bfloat16
     host_free = psutil.virtual_memory().available / 2**30  # with the page cache, which the kernel can free
     free = torch.cuda.mem_get_info()[0] / 2**30 if device == "cuda" else host_free
     setting = memory.Setting(device, dtype.itemsize, config.lora_rank, longest, row_tokens, config.adapters)
@@ -129,6 +131,13 @@ def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dt
     # In a thread of its own, as the trainer's will be: core binding and OpenMP team belong to a thread.
     with ThreadPoolExecutor(1, "measure", bind_thread, (cores,)) as thread:
         return {dtype: thread.submit(once, dtype).result() for dtype in (torch.bfloat16, torch.float32)}
+
+
+def faster_dtype(gflops: dict[torch.dtype, float], last: Path) -> torch.dtype:
+    """The faster dtype. A restart keeps the one in the file `last`, unless the other is twice as fast: measurements
+    vary, and the same weights would give other log-probs in the other dtype."""
+    used = last.read_text() if last.exists() else ""
+    return max(gflops, key=lambda dtype: gflops[dtype] * (2 if str(dtype) == used else 1))
 
 
 def bind_thread(cores: list[int]) -> None:

@@ -209,7 +209,9 @@ async def test_an_adapter_is_trained_served_resumed_and_rolled_back(fresh):
 
     program.process.send_signal(signal.SIGKILL)
     program.wait_end()
+    dtype = (program.out / "dtype").read_text()
     program = fresh(**options).wait_ready()
+    assert program.log().count(f"training in {dtype.removeprefix('torch.')}") == 2
     assert program.status()["step"] == 2 and logp("policy") == trained and logp("policy@base") == first
     reply = await ask(client(program, "none"), [user("and now?")])
     assert rows(program, "id = ?", reply.id)[0]["versions"].startswith("[[2, 0,")

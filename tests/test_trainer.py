@@ -17,7 +17,7 @@ from durable import checkpoint
 from durable.errors import UsageError
 from durable.model import check_folder, fingerprint
 from machine import memory
-from machine.plan import measure_gflops
+from machine.plan import faster_dtype, measure_gflops
 from tests.conftest import ROOT, make_tiny_model
 from tests.records import turn
 
@@ -142,6 +142,14 @@ def test_dithering_is_unbiased_and_does_not_change_bf16_values():
 def test_the_speed_of_each_dtype_is_measured(tiny_model):
     found = measure_gflops(tiny_model, [0], 256)
     assert set(found) == {torch.bfloat16, torch.float32} and all(0.1 < v < 1e5 for v in found.values())
+
+
+def test_a_restart_keeps_its_dtype_unless_the_other_is_twice_as_fast(tmp_path):
+    bf16, fp32, last = torch.bfloat16, torch.float32, tmp_path / "dtype"
+    assert faster_dtype({bf16: 3, fp32: 2}, last) == bf16 and faster_dtype({bf16: 2, fp32: 3}, last) == fp32
+    last.write_text(str(fp32))
+    assert faster_dtype({bf16: 3, fp32: 2}, last) == fp32
+    assert faster_dtype({bf16: 5, fp32: 2}, last) == bf16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
