@@ -60,8 +60,11 @@ class AnswerReader:
         response = event if event.get("object") == "response" else event.get("response") or {}
         if kind in (None, "response.completed", "response.incomplete") and "output" in response:
             for number, item in enumerate(response["output"]):
-                if item["type"] == "function_call":
-                    self.calls[0][number] = call(item["name"], item["arguments"])
+                if item["type"] == "function_call":  # named as vLLM renders it when the client sends it back
+                    name = "__".join(filter(None, (item.get("namespace"), item["name"])))
+                    self.calls[0][number] = call(name, item["arguments"])
+                if item["type"] == "custom_tool_call":
+                    self.calls[0][number] = call(item["name"], json.dumps({"input": item["input"]}))
                 self.texts[0] += [
                     part.get("text", "") for part in item.get("content") or [] if item["type"] == "message"
                 ]

@@ -25,6 +25,7 @@ from clients.quirks import (
 from durable import journal
 
 SHOWN = {"role": "user", "content": "[the client asked, and showed the answer]"}
+RATES = {"role": "user", "content": "[rates the answer]"}
 LATEST = 16  # how many of a request's last answers are looked up
 MAX_ARGUMENTS, MAX_VALUES = 1 << 18, 4000  # characters and values in a call's arguments
 NO_LETTERS = bytes(c for c in range(128) if not chr(c).isalnum())
@@ -91,7 +92,7 @@ def conversation(messages: list[dict]) -> list[dict]:
         if (role := role_of(m)) != m.get("role"):
             m = m | {"role": role}
         if m.get("role") == "user":
-            if text and not words_of(m):  # all of it is the client's
+            if not words_of(m):  # empty, or all of it is the client's
                 continue
             if text != (words := without_marks(text)):
                 m = m | {"content": words}
@@ -121,8 +122,8 @@ def request_of(messages: list[dict]) -> str:
 
 
 def replied_to(messages: list[dict]) -> list[dict]:
-    """The message that the answer to these messages replies to, in a list: a tool's output, or what the person said
-    last; if there is neither, the last message. [] without messages."""
+    """A list with the one message that the answer replies to: a tool's output, or what the person said last; if there
+    is neither, the last message. [] without messages."""
     last = last_request(messages)
     at = len(messages) - 1 if last is None or role_of(messages[-1]) == "tool" else last
     return messages[at : at + 1]
@@ -250,7 +251,9 @@ def find_turns(
     for k, rows, following, brief in answered:
         rows = [r for r in rows if r["id"] not in [turn["id"] for turn, _ in found]]
         asked = asked_in(talk[:k])
-        turn = decide(rows, history[k], known, asked) or (rows[0] if len(rows) == 1 and not brief else None)
+        turn = decide(rows, history[k], known, asked, following)
+        if turn is None and len(rows) == 1 and not brief:
+            turn = rows[0]
         if turn is not None:
             found.append((turn, following))
             known.add(turn["session"])
@@ -265,8 +268,8 @@ def record_following(
     """Record a request as the next message of the turn that it continues. Returns the ids of turns that are to be
     judged. `found`: by `find_turns`; `side`: not a person's request; `done`: no other next message will come.
 
-    The turn before that gets its next message from this request's history: what was recorded may have been the client's
-    own request, and only the history shows what stayed in the conversation."""
+    For the turn before it, the next message is taken from this request's history, because what was recorded may have
+    been the client's own request. Only the history shows what stayed in the conversation."""
     to_judge: list[str] = []
     for k, (turn, following) in enumerate(found):
         kept = k > 0
@@ -281,10 +284,15 @@ def record_following(
     return to_judge
 
 
-def find_rated(db: sqlite3.Connection, user: str, messages: list[dict], said: list[dict]) -> str | None:
-    """Id of the turn whose answer is the last of these messages; None if there is none. `said`: the reply to it."""
-    found = find_turns(db, user, [*messages, *said])
-    return next((turn["id"] for turn, following in found if following == said), None)
+def find_rated(db: sqlite3.Connection, user: str, messages: list[dict]) -> str | None:
+    """Id of the turn whose answer is the last of these messages; None if there is none."""
+    found = find_turns(db, user, [*messages, RATES])
+    return next((turn["id"] for turn, following in found if following == [RATES]), None)
+
+
+def spoken(messages: list[dict], roles: tuple[str, ...] = ("user", "tool")) -> str:
+    """The words of the messages with these roles, in a form that can be compared."""
+    return " ".join(re.findall(r"\w+", " ".join(words_of(m) for m in messages if m.get("role") in roles).casefold()))
 
 
 def is_brief(answer: list[dict]) -> bool:
@@ -292,14 +300,20 @@ def is_brief(answer: list[dict]) -> bool:
     return len(said) < SHORT and not any(map(calls_of, answer))
 
 
-def decide(rows: list[sqlite3.Row], history: str, known: set[str], asked: str) -> sqlite3.Row | None:
+def decide(
+    rows: list[sqlite3.Row], history: str, known: set[str], asked: str, following: list[dict]
+) -> sqlite3.Row | None:
     """Which of several turns with the same answer belongs to a history? None if unknown. `rows`: newest first."""
-    fits = [r for r in rows if r["history"] == history] or [r for r in rows if r["session"] in known]
+    fits = [r for r in rows if r["history"] == history]
+    # If equal requests got equal answers, a reply that is sent again belongs to the turn that has it already.
+    if same := [r for r in fits if r["next_messages"] and spoken(json.loads(r["next_messages"])) == spoken(following)]:
+        return same[0]
+    fits = fits or [r for r in rows if r["session"] in known]
     if not fits:
         fits = [r for r in rows if asked and r["asked"] and (asked in r["asked"] or r["asked"] in asked)]
         if len({r["history"] for r in fits}) > 1:
             return None
-    # If equal requests got equal answers: prefer a turn of this session, then one that still waits, then the newest.
+    # Prefer a turn of this session, then one that still waits, then the newest.
     fits = [r for r in fits if r["session"] in known] or fits
     return next((r for r in fits if r["state"] == "waiting"), fits[0] if fits else None)
 
@@ -310,8 +324,5 @@ def is_news(turn: sqlite3.Row, following: list[dict], kept: bool) -> bool:
     if not turn["next_messages"]:
         return True
     roles = ("user",) if kept else ("user", "tool")
-    known, new = (
-        " ".join(re.findall(r"\w+", " ".join(words_of(m) for m in messages if m.get("role") in roles).casefold()))
-        for messages in (json.loads(turn["next_messages"]), following)
-    )
+    known, new = (spoken(messages, roles) for messages in (json.loads(turn["next_messages"]), following))
     return not turn["confirmed"] and known != new and not (kept and f" {new} " in f" {known} ")

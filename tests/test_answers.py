@@ -80,5 +80,16 @@ def test_an_answer_is_complete_before_its_last_bytes_are_sent():
     assert 0 in reader.feed(STREAMS["chat"][:end], True)
 
 
+def test_calls_of_namespace_and_custom_tools_are_named_as_vllm_renders_them():
+    from openai.types.responses import ResponseFunctionToolCall
+    from vllm.entrypoints.openai.responses.utils import construct_chat_messages_with_tool_call
+
+    call = {"type": "function_call", "call_id": "c1", "name": "read", "namespace": "mcp__fs", "arguments": "{}"}
+    patch = {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": "*** Begin"}
+    body = json.dumps({"object": "response", "output": [call, patch]}).encode()
+    (sent_back,) = construct_chat_messages_with_tool_call([ResponseFunctionToolCall(**call), patch])
+    assert answer_digest(AnswerReader(streamed=False).feed(body, False)[0]) == answer_digest(sent_back)
+
+
 def test_an_error_event_is_not_an_answer():
     assert AnswerReader(streamed=True).feed(event({"error": {"message": "gone", "code": 500}}), False) == {}

@@ -251,6 +251,11 @@ RAG += '<context>\n<source id="1" name="a.txt">a <b>bee</b></source>\n</context>
         ),
         ("[Request interrupted by user for tool use]\nUse b instead.", "Use b instead."),
         ("[Request interrupted by user]", ""),
+        ("<instructions>No, in French.</instructions>", "<instructions>No, in French.</instructions>"),
+        ("<history>No, the other one.</history>", "<history>No, the other one.</history>"),
+        ("<context>a</context>\n<rules>One sentence.</rules>", "<rules>One sentence.</rules>"),
+        ("<doc>a</doc>\n<instructions>Sum it up.</instructions>",) * 2,
+        ("<user_instructions>\nBe kind.\n</user_instructions>", ""),
     ],
 )
 def test_words_of_keeps_only_the_persons_own_words(written, words):
@@ -315,13 +320,12 @@ def test_a_message_without_a_persons_words_is_left_out(db):
 def test_a_rating_finds_its_turn_by_the_conversation(db):
     first = ask(db, [HELLO], HI["content"])
     second = ask(db, [HELLO, HI, MORE], "Sure, here it is.")
-    thumb, sure = [says("user", "")], bot("Sure, here it is.")
-    rated = partial(sessions.find_rated, db, "ann", said=thumb)
+    rated, sure = partial(sessions.find_rated, db, "ann"), bot("Sure, here it is.")
     assert (rated(messages=[HELLO, HI]), rated(messages=[HELLO, HI, MORE, sure])) == (first.id, second.id)
     assert rated(messages=[says("user", "in other words"), sure]) == second.id
     for none in ([HELLO, HI, MORE], [HELLO, HI, MORE, bot("Another model's.")], [HELLO, HI, bot("Another's")]):
         assert rated(messages=none) is None
-    assert sessions.find_rated(db, "bob", [HELLO, HI], thumb) is None
+    assert sessions.find_rated(db, "bob", [HELLO, HI]) is None
 
 
 def test_turns_of_different_users_are_never_linked(db):
@@ -521,6 +525,12 @@ def test_a_clients_own_request_in_between_is_not_a_next_message(db, own, stays):
         ([says("user", "### Task:\nGenerate 1-3 broad tags\n<chat_history>\nUSER: a\n</chat_history>")], True),
         ([says("user", "### Task:\nPredict 3-5 useful messages this user might naturally send next")], True),
         ([says("user", "### Task:\nGenerate a test for this function.")], False),
+        ([says("user", "### Task:\nGenerate a concise product description.")], False),
+        ([says("user", "### Task:\nAnalyze the chat history below and say who is right.")], False),
+        ([says("user", "### Task:\nGenerate a concise, 3-5 word title with an emoji.")], True),
+        ([says("system", "You are a title generator for videos."), HELLO], False),
+        ([says("system", "You are a title generator. You output ONLY a thread title."), HELLO], True),
+        ([HELLO, HI, says("user", "Please generate a four to five word title summarizing our conversation")], True),
         ([HELLO, HI, says("user", "The user stepped away and is coming back. Recap in under 40 words.")], True),
         ([HELLO, HI, says("user", "Why did you print HEARTBEAT_OK?")], False),
         ([says("user", "Your task is to create a detailed summary of the attached report.")], False),
@@ -604,6 +614,25 @@ def test_a_reply_is_recorded_for_only_one_of_two_equal_turns(db):
     ask(db, [HELLO, HI, MORE, bot("Sure, here it is."), HELLO], "x")
     assert second.before == two.id and journal.load_turn(db, one.id)[1] == []
     assert one.id in journal.in_state(db, "waiting") and is_confirmed(db, two.id)
+
+
+@pytest.mark.parametrize("session", [None, "ann/chat"])
+def test_a_reply_to_an_answer_that_was_regenerated_with_the_same_text_is_recorded_once(db, session):
+    first = ask(db, [HELLO], HI["content"], session=session)
+    talk, again = [HELLO, HI, MORE, bot("Sure.")], says("user", "No, wrong.")
+    old, new = (ask(db, talk[:3], "Sure.", session=session) for _ in range(2))  # asked, then regenerated
+    reply = ask(db, [*talk, again], "Well.", session=session)
+    for retry in ([*talk, again], [*talk, again, bot("Well."), HELLO]):
+        ask(db, retry, "Well.", session=session)
+    assert first.id and reply.before == new.id and journal.load_turn(db, new.id)[1] == [again]
+    assert old.id in journal.in_state(db, "waiting") and journal.load_turn(db, old.id)[1] == []
+
+
+@pytest.mark.parametrize("nothing", ["", " ", None])
+def test_an_empty_message_is_no_reply(db, nothing):
+    first = ask(db, [HELLO], HI["content"])
+    assert ask(db, [HELLO, HI, says("user", nothing)], "x").before == first.id
+    assert first.id in journal.in_state(db, "waiting")
 
 
 def test_next_messages_are_compared_by_whole_words(db):

@@ -18,6 +18,7 @@ from durable.journal import Verdict
 from program import Program
 
 WORDS_S = 30.0  # Open WebUI sends a thumb at the click, and its words once the person has filled in a form
+MAX_RATING_BYTES = 4 << 20  # the event loop compares the messages, for up to 0.5 s
 MAX_TEXT = 10_000  # characters of a rating's text; it is on the page
 
 
@@ -52,8 +53,10 @@ def routes(p: Program) -> list[Route]:
             score, text, messages = body["score"], body.get("text", ""), [dict(m) for m in body.get("messages", [])]
             if why := too_much(body, messages, len(sent)):
                 return openai_error(400, why)
+            if len(sent) > MAX_RATING_BYTES:
+                return openai_error(413, f"over {MAX_RATING_BYTES >> 20} MiB: send completion_id instead of messages")
             said = [{"role": "user", "content": text}]
-            turn_id = find_rated(p.db, user, messages, said) if messages else body["completion_id"]
+            turn_id = find_rated(p.db, user, messages) if messages else body["completion_id"]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             which = '"completion_id": ... or "messages": [..., the rated answer]'
             return openai_error(400, f'expected {{{which}, "score": 1 or -1, "text": optional}}: {e!r}')
@@ -65,7 +68,7 @@ def routes(p: Program) -> list[Route]:
             turn = None
         if turn is None or turn.user != user and not sees_all(rater):
             not_given = "the last of these messages is not an answer that you were given"
-            return openai_error(404, not_given if messages else f"no completion {turn_id!r} of yours")
+            return openai_error(404, not_given if messages else f"you have no completion {turn_id!r}")
         hints = reward.own_words(request_of(turn.messages), said) if score < 0 else []
         verdict = Verdict(score, [score], 1.0, hints, "own words" if hints else "", user, "feedback")
         try:
@@ -73,7 +76,7 @@ def routes(p: Program) -> list[Route]:
         except ValueError as e:
             late = {"score": score, "text": text, "time": time.time()}
             await p.write(journal.keep_late_feedback, turn.id, late)
-            return openai_error(409, f"too late to train on, but kept: {e}")
+            return openai_error(409, f"kept, but not trained on: {e}")
         p.judged_at[turn.id] = asyncio.get_running_loop().time() + (WORDS_S if messages and not text else 0)
         if state == "queued" and await p.admit(turn.id, turn.user):
             p.wake.set()
