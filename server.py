@@ -28,7 +28,7 @@ from clients.answers import AnswerReader
 from clients.bodies import LONG_BODY, openai_error, parse, read_body, too_much, with_reasoning_content
 from clients.keys import ADMIN, ANYBODY, OURS, User, sees_all, why_not_keyless
 from clients.quirks import named_session
-from clients.sessions import answer_digest, asked_by_the_client, find_turns, keys_of, record_following
+from clients.sessions import answer_digest, asked_by_the_client, find_turns, keys_of, record_following, unfinished
 from durable import journal
 from durable.journal import Turn
 from program import Program
@@ -150,7 +150,8 @@ class Capture:
                 reader = AnswerReader(streamed=kind.startswith("text/event-stream"))
             elif reader and request.turn_id:
                 for index, answer in reader.feed(message.get("body", b""), message.get("more_body", False)).items():
-                    turn_id, digest = choice_id(request.turn_id, index), answer_digest(answer)
+                    turn_id = choice_id(request.turn_id, index)
+                    digest = answer_digest(*unfinished(request.messages), answer)
                     if digest != request.answers.get(index, digest):
                         await journal.patiently(journal.record_answer, self.db, turn_id, digest)
             await send(message)
@@ -267,7 +268,8 @@ class Recorder:
             elif served is not None and any(version > served for version, _, _ in spans):
                 why_not = journal.UNDONE
             text = "".join(texts)
-            request.answers[index] = answer_digest({"role": "assistant", "content": text})
+            said = {"role": "assistant", "content": text}
+            request.answers[index] = answer_digest(*unfinished(request.messages), said)
             turn = Turn(
                 id=choice_id(turn_id, index),
                 answer=request.answers[index],

@@ -10,6 +10,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 from clients.quirks import (
@@ -203,9 +204,15 @@ def history_digests(talk: list[dict], at: set[int]) -> dict[int, str]:
     return found
 
 
+def unfinished(messages: list[dict]) -> list[dict]:
+    """The assistant messages at the end: what the answer continues (a button, a prefill). Clients send both back as
+    one answer, in one message or several."""
+    return list(takewhile(lambda m: m.get("role") == "assistant", reversed(messages)))[::-1]
+
+
 def keys_of(messages: list[dict]) -> dict[str, str]:
     """Fields by which a turn is found later, besides the digest of its answer: see `journal.Turn`."""
-    talk = conversation(messages)
+    talk = conversation(messages[: len(messages) - len(unfinished(messages))])
     return {"history": history_digests(talk, {len(talk)})[len(talk)], "asked": asked_in(talk)}
 
 

@@ -22,7 +22,7 @@ from durable.model import tool_parser_of
 from tests.conftest import ROOT, Program
 from tests.openclaw.check import TEMPLATE, make_tool_model
 from tests.records import turn
-from tests.talking import ALICE, BOB, client, rated, rows, until, user
+from tests.talking import ALICE, BOB, ask, client, rated, rows, until, user
 
 PATH = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"]}
 
@@ -290,6 +290,15 @@ def thinking(tmp_path_factory):
     program = Program(model, tmp_path_factory.mktemp("thinking"), **options)
     yield program.wait_ready()
     program.stop()
+
+
+async def test_an_answer_that_continues_another_is_judged_by_the_reply_to_both(program):
+    c, talk = client(program, ALICE), [user("a story, please"), {"role": "assistant", "content": "Once upon a time"}]
+    more = await ask(c, talk, max_tokens=8, extra_body={"ignore_eos": True})
+    talk[1]["content"] += more.choices[0].message.content
+    await ask(c, [*talk, user("No, shorter.")])
+    (row,) = rows(program, "id = ?", more.id)
+    assert json.loads(row["next_messages"])[0]["content"] == "No, shorter."
 
 
 async def test_thinking_is_sent_separately_and_recorded_with_the_answer(thinking):

@@ -51,7 +51,8 @@ def ask(db, messages, answer, user="ann", session=None):
     judged = bool(found) and found[0][0]["id"] in to_judge
     session = session or (found[0][0]["session"] if found else f"session {number}")
     values = {"session": session, "user": user, "messages": messages, "text": answer, "created": number}
-    keys = sessions.keys_of(messages) | {"answer": sessions.answer_digest(sent(answer))}
+    answered = sessions.answer_digest(*sessions.unfinished(messages), sent(answer))
+    keys = sessions.keys_of(messages) | {"answer": answered}
     turn = records.turn(f"turn {number}", **values, **keys)
     journal.record_turn(db, turn)
     return Asked(turn.id, session, found[0][0]["id"] if found else None, judged)
@@ -626,6 +627,15 @@ def test_a_reply_to_an_answer_that_was_regenerated_with_the_same_text_is_recorde
         ask(db, retry, "Well.", session=session)
     assert first.id and reply.before == new.id and journal.load_turn(db, new.id)[1] == [again]
     assert old.id in journal.in_state(db, "waiting") and journal.load_turn(db, old.id)[1] == []
+
+
+@pytest.mark.parametrize("rest", [[bot("Hi! What can I do? Anything else?")], [HI, bot("Anything else?")]])
+def test_an_answer_that_was_continued_is_found(db, rest):
+    """Open WebUI's "continue response" keeps one message; another client may send two."""
+    ask(db, [HELLO], HI["content"])
+    more = ask(db, [HELLO, HI], "Anything else?")
+    reply = ask(db, [HELLO, *rest, MORE], "Sure.")
+    assert more.before is not None and reply.before == more.id and reply.session == more.session and reply.judged
 
 
 @pytest.mark.parametrize("nothing", ["", " ", None])
