@@ -202,7 +202,7 @@ class HeadJudge:
         try:
             head = await asyncio.wrap_future(self.fitting)
         except Exception as e:
-            raise JudgeError(f"its head could not be fitted (mend this, then restart): {type(e).__name__}: {e}") from e
+            raise JudgeError(f"its head could not be fitted (fix this, then restart): {type(e).__name__}: {e}") from e
         run = self.threads.submit(head_verdict, head, self.model, self.tokenizer, request, next_messages)
         return await asyncio.wrap_future(run)
 

@@ -131,9 +131,11 @@ class Capture:
         if user is None:
             return openai_error(401, "wrong or missing API key")
         if user is ANYBODY and (why := why_not_keyless(headers, self.origins)):
-            return openai_error(403, f"{why}: a key is needed for that, put one into {self.keys.file}")
+            return openai_error(403, f"{why}. Such a request needs a key: add one to {self.keys.file}")
         if not sees_all(user) and path.startswith("/metrics"):
-            return openai_error(403, f"metrics of all users need the key in {self.keys.file.with_name(ADMIN)}")
+            return openai_error(
+                403, f"/metrics covers all users: it needs the key in {self.keys.file.with_name(ADMIN)}"
+            )
         written = path == "/v1/feedback" or user is not OURS and path in CAPTURED
         if scope["method"] == "POST" and written and not journal.has_disk_space(self.db):
             return openai_error(507, "the disk is full: nothing more can be recorded", "server_error")

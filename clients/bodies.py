@@ -29,7 +29,7 @@ async def read_body(receive: Receive) -> bytes | JSONResponse | None:
         try:
             message = await asyncio.wait_for(receive(), BODY_S)
         except TimeoutError:
-            error = openai_error(408, f"nothing more of the body came for {BODY_S:g} s")
+            error = openai_error(408, f"the rest of the body did not arrive within {BODY_S:g} s")
             error.headers["connection"] = "close"
             return error
         if message["type"] == "http.disconnect":
@@ -71,7 +71,7 @@ def too_much(fields: dict, messages: Any, size: int) -> str | None:
     except (ValueError, TypeError, OverflowError):
         return None
     if n * size > MAX_ANSWERED_BYTES:
-        return f"n={n} answers to a body of {size} bytes: more than {MAX_ANSWERED_BYTES} bytes in total"
+        return f"n={n} times a body of {size} bytes is more than {MAX_ANSWERED_BYTES} bytes"
     return None
 
 

@@ -42,7 +42,7 @@ def users_of(text: str) -> dict[str, User]:
         entry, untrained = re.subn(r"(?<=\S)\s+untrained\s*$", "", line.strip())
         name, _, key = entry.rpartition(":")
         if not re.fullmatch(r"[!-~]+", key) or key in users:
-            raise UsageError(f"API key in line {number}: empty, given twice, or not printable ASCII without spaces")
+            raise UsageError(f"line {number}: an API key must be unique, not empty, and printable ASCII without spaces")
         users[key] = User(name or "key-" + hashlib.sha256(key.encode()).hexdigest()[:8], not untrained)
     return users
 
@@ -121,7 +121,7 @@ class Keys:
             try:
                 self.known = users_of(self.file.read_text())
             except (UsageError, OSError, ValueError) as e:
-                print(f"{self.file}: {e}; the keys from before stay", file=sys.stderr, flush=True)
+                print(f"{self.file}: {e}; the previous keys stay valid", file=sys.stderr, flush=True)
         return self.known
 
 
@@ -135,12 +135,12 @@ def why_not_keyless(headers: Mapping[str, str], origins: Collection[str] = ()) -
     allowed = headers.get("origin") in origins
     if not allowed and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         return "it was sent by another site's web page (Sec-Fetch-Site)"
-    for name, prefix in (("origin", ""), ("host", "//")):
+    for name, prefix, how in (("origin", "", "came from"), ("host", "//", "was sent to")):
         if name in headers and not (name == "origin" and allowed):
             try:
                 known = urlsplit(prefix + headers[name]).hostname in LOOPBACK
             except ValueError:
                 known = False
             if not known:
-                return f"it came from {name} {headers[name]}"
+                return f"it {how} {name} {headers[name]}"
     return None

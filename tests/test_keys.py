@@ -38,7 +38,7 @@ def test_each_line_of_the_key_file_is_parsed():
 
 @pytest.mark.parametrize("line", ["alice:", "alice: key", "two words", "bob:key-a", "alice:ключ", "a:b untrained x"])
 def test_an_invalid_line_in_the_key_file_is_an_error(line):
-    with pytest.raises(UsageError, match="API key in line 2: "):
+    with pytest.raises(UsageError, match="line 2: an API key must"):
         keys.users_of(f"alice:key-a\n{line}\n")
 
 
@@ -56,7 +56,7 @@ def test_the_key_file_is_read_again_when_it_changes(tmp_path, capsys):
     for broken in (lambda: file.write_text("x:\n"), lambda: file.write_bytes(b"\xff\n"), file.unlink):
         broken()
         assert list(found.users()) == list(found.users()) == [key]
-        assert re.fullmatch(rf"{file}: .*; the keys from before stay\n", capsys.readouterr().err)
+        assert re.fullmatch(rf"{file}: .*; the previous keys stay valid\n", capsys.readouterr().err)
     file.write_text("")
     assert found.users() == {}
     with pytest.raises(UsageError, match="no key in"):
@@ -109,7 +109,7 @@ async def test_without_keys_only_programs_on_this_machine_are_served(tmp_path, h
         assert reply.status_code == (403 if why else 200)
         if why:
             said = reply.json()["error"]["message"]
-            assert why in said and f"put one into {tmp_path}/keys" in said
+            assert why in said and f"add one to {tmp_path}/keys" in said
         (tmp_path / "keys").write_text("alice:key-a\n")
         assert (await http.get("/status", headers=headers)).status_code == 401
         key = {"Authorization": "Bearer key-a"}

@@ -161,7 +161,7 @@ async def test_each_user_is_told_why_nothing_is_training(fresh):
     ).raise_for_status()
     assert why("open") == "Nothing has been asked yet."
     await answer("open")
-    assert why("open") == "No next message yet: 1 answers wait for what the person says next."
+    assert why("open") == "No next message yet: 1 answer waits for what the person says next."
     await answer("side", extra_headers={"X-Turn-Type": "side"})
     assert why("side").endswith("it was a side request: the client's own, not a person's.")
     rate("cold", await answer("cold", temperature=0))
@@ -170,7 +170,7 @@ async def test_each_user_is_told_why_nothing_is_training(fresh):
     )
     old = await answer("stale")
     rate("fine", await answer("fine"))
-    mine = "1 turns of fine are queued; a step takes 2 turns, from all users together."
+    mine = "1 queued turn of fine; a step takes 2 turns, from all users together."
     assert why("fine") == f"Waiting for the batch: {mine}"
     assert glance(program, admin_key(program))["why"] == "Waiting for the batch: 1 of 2 turns until the next step."
     rate("fine", await answer("fine"))
@@ -211,16 +211,16 @@ def test_reasons_that_are_hard_to_cause_in_a_running_program(tmp_path):
 
     journal.record_turn(db, turn("t1"))
     journal.record_next(db, "t1", [user("What is a cow?")])
-    assert why() == "The judge is reading 1 turns."
-    assert why(judge_error="Connection error.") == "The judge is down, and 1 turns wait for it: Connection error."
+    assert why() == "The judge is reading 1 turn."
+    assert why(judge_error="Connection error.") == "The judge is down, and 1 turn waits for it: Connection error."
     journal.record_verdict(db, "t1", journal.Verdict(0, [0], 0.9, [], "", "m", "judge"))
     assert why().endswith("the next message said nothing about the answer (neutral).")
     journal.record_turn(db, turn("t2", created=0.0))
-    assert why().startswith("No next message yet: 1 answers wait") and "neutral" in why()
+    assert why().startswith("No next message yet: 1 answer waits") and "neutral" in why()
     journal.expire(db, 1)
     journal.record_turn(db, turn("t3", created=1.0))
     journal.expire(db, 1)
-    assert why() == "Of the last 3 answers 2 can't be trained on: no next message came."
+    assert why() == "3 of the last 3 answers can't be trained on. The most common reason (2): no next message came."
     assert why(training="waits: the disk is full").startswith("The disk is full") and why(disk_full=True) == why(
         training="waits: the disk is full"
     )

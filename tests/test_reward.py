@@ -422,7 +422,7 @@ def test_an_empty_hint_is_an_error_and_not_a_vote_for_none(finish_reason: str) -
             return await chat_judge.ChatJudge(client, "m", backoff_s=0.01).hints("r", "a", NEXT)
 
     cut = completion("", "", "", finish_reason=finish_reason)
-    with endpoint(lambda number, body: cut) as (client, _), pytest.raises(JudgeError, match="said nothing"):
+    with endpoint(lambda number, body: cut) as (client, _), pytest.raises(JudgeError, match="was empty, or cut off"):
         asyncio.run(hints(client))
 
 

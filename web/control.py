@@ -18,7 +18,7 @@ import grpo
 import swap
 import trainer
 from clients.bodies import openai_error, parse
-from clients.keys import ANYBODY, OURS
+from clients.keys import ADMIN, ANYBODY, OURS
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
 from program import BY_ADMIN, Program
@@ -70,7 +70,7 @@ async def run_command(p: Program, command: str, body: dict[str, Any]) -> str:
     if command == "train":
         p.train_now = True
         p.wake.set()
-        return "the next step begins with the turns that are judged by now"
+        return "the next step starts now, with the turns judged so far"
     if command == "rollback":
         return await roll_back(p, user, body["step"])
     if command == "forget":
@@ -102,7 +102,7 @@ def may_command(request: Request) -> bool:
 def routes(p: Program) -> list[Route]:
     async def answer(request: Request) -> JSONResponse:
         if not may_command(request):
-            return openai_error(403, "this needs the key in OUT/admin_key")
+            return openai_error(403, f"this needs the key in {p.keys.file.with_name(ADMIN)}")
         try:
             body = await asyncio.to_thread(parse, await request.body() or b"{}")
             # A client that hangs up must not leave a command half done.

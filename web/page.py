@@ -155,7 +155,7 @@ def routes(p: Program) -> list[Route]:
     async def tokens(request: Request) -> Response:
         number = request.path_params["number"]
         found = await in_thread(turns.tokens, p.state.tokenizer, number, whose(request))
-        return answer(found) if found else openai_error(404, f"no turn {number} of yours")
+        return answer(found) if found else openai_error(404, f"you have no turn {number}")
 
     async def leave_out(request: Request) -> Response:
         try:
@@ -188,7 +188,7 @@ def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
             try:
                 found = await in_thread(learned.complaint_about, number, whose(request))
                 if found is None:
-                    return openai_error(404, f"no turn {number} of yours with a complaint")
+                    return openai_error(404, f"you have no turn {number} with a complaint")
                 return answer(await learned.ask_again(p, *found))
             except (KeyError, ValueError) as e:
                 return openai_error(400, f"it can't be asked again: {e}")

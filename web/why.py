@@ -17,6 +17,11 @@ CAUSES = (
 )
 
 
+def number(n: int, things: str) -> str:
+    """`things` in singular/plural: number(2, "answer waits/answers wait") is "2 answers wait"."""
+    return f"{n} {things.split('/')[n != 1]}"
+
+
 def why_nothing(now: dict[str, Any]) -> str:
     """What training waits for. `now`: what /web/events sends, see `page.glance`; one user's, or everybody's."""
     turns, training, size = now["turns"], now["training"], now["batch_size"]
@@ -25,7 +30,7 @@ def why_nothing(now: dict[str, Any]) -> str:
     if now["disk_full"] or training.startswith("waits: the disk is full"):
         return "The disk is full: nothing more can be recorded, so nothing is judged or trained on."
     if training.startswith("paused"):
-        return f"Training is {training}. {queued} judged turns wait for it."
+        return f"Training is {training}. {number(queued, 'judged turn waits/judged turns wait')} for it."
     if training.startswith("stopped"):
         guard = " by the guard" if "in a row reverted" in training else ""
         return f"Training is stopped{guard}{training.removeprefix('stopped')}"
@@ -34,19 +39,21 @@ def why_nothing(now: dict[str, Any]) -> str:
     if now["stepping"]:
         return "A step is running."
     if now["judge_error"] and judging:
-        return f"The judge is down, and {judging} turns wait for it: {now['judge_error']}"
+        return f"The judge is down, and {number(judging, 'turn waits/turns wait')} for it: {now['judge_error']}"
     if now["together"] >= size:
         return "The next step is about to begin."
     if paused := now.get("paused"):
-        return f"Training is paused or stopped for {', '.join(paused)}; {queued} judged turns wait."
+        mine = number(queued, "judged turn waits/judged turns wait")
+        return f"Training is paused or stopped for {', '.join(paused)}; {mine}."
     if queued:
         if now["user"] is None or now["owner"]:  # these are all the turns that a batch can contain
             soon = f" It starts without the rest if no turn comes for {wait:g} s." if wait else ""
-            return f"Waiting for the batch: {now['together']} of {size} turns until the next step.{soon}"
-        mine = f"{queued} turns of {now['user']} are queued"
-        return f"Waiting for the batch: {mine}; a step takes {size} turns, from all users together."
+            have = f"{now['together']} of {number(size, 'turn/turns')}"
+            return f"Waiting for the batch: {have} until the next step.{soon}"
+        mine = f"{number(queued, 'queued turn/queued turns')} of {now['user']}"
+        return f"Waiting for the batch: {mine}; a step takes {number(size, 'turn/turns')}, from all users together."
     if judging:
-        return f"The judge is reading {judging} turns."
+        return f"The judge is reading {number(judging, 'turn/turns')}."
     return why_no_evidence(waiting, now["newest"])
 
 
@@ -55,11 +62,12 @@ def why_no_evidence(waiting: int, newest: list[dict[str, Any]]) -> str:
     if not newest:
         return "Nothing has been asked yet."
     dropped = [turn for turn in newest if turn["state"] == "dropped"]
-    open_ones = f"No next message yet: {waiting} answers wait for what the person says next."
+    open_ones = f"No next message yet: {number(waiting, 'answer waits/answers wait')} for what the person says next."
     if not dropped:
         return open_ones if waiting else "All turns are trained on: the next step waits for new ones."
     reason, count = Counter(cause(turn) for turn in dropped).most_common(1)[0]
-    became = f"Of the last {len(newest)} answers {count} can't be trained on: {reason}."
+    became = f"{len(dropped)} of the last {number(len(newest), 'answer/answers')} can't be trained on. "
+    became += f"The most common reason ({count}): {reason}."
     return f"{open_ones} {became}" if waiting else became
 
 
