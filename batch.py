@@ -12,7 +12,7 @@ from durable import guard, journal
 from durable.journal import Sample
 from program import Program
 
-SETTLE_S = 2.0  # from verdict to training: if the judged message is the client's own, the user's can still replace it
+SETTLE_S = 2.0  # from verdict to training: a client's own message may have been judged, which the user's then replaces
 DROPS_AT_ONCE = 100  # most turns to drop before other tasks run
 
 

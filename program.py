@@ -47,12 +47,12 @@ class Program:
     judging: ThreadPoolExecutor  # one thread
     fitting: "Future[reward.Head] | None"  # the head of a small model's judge; None for a chat judge
     to_judge: "asyncio.Queue[str]" = field(default_factory=asyncio.Queue)  # ids of turns with a next message
-    # Id of a judged turn -> when, by the event loop's clock. In the future: its verdict may still change until then.
+    # Turn id -> when it was judged, by the event loop's clock. In the future: until then its verdict may still change.
     judged_at: dict[str, float] = field(default_factory=dict)
     train_now: bool = False  # the next step doesn't wait for a full batch
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # set when there may be a batch for the next step
     judge_health: Health = field(default_factory=Health)
-    paused: dict[str, str] = field(default_factory=dict)  # owner -> why no more steps begin; "": for all of them
+    paused: dict[str, str] = field(default_factory=dict)  # owner -> why no step may begin; the owner "": for nobody
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
     started: float = field(default_factory=time.time)
     died: asyncio.Event = field(default_factory=asyncio.Event)  # set when the engine has died
@@ -139,7 +139,7 @@ class Program:
         out, owner, step = Path(self.config.out), state.owner, state.step
         if step == journal.saved_step(self.db, owner):
             return
-        # For each weight a bf16 and three fp32 numbers
+        # Per weight: one bf16 and three fp32 numbers
         size = 14 * sum(m.numel() for m in state.masters) + journal.RESERVE
         try:
             folder = checkpoint.folder_of(out, owner, step)
@@ -209,7 +209,7 @@ class Program:
 
     @property
     def training(self) -> str:
-        """ "on", "off" after --steps, or why it waits or has stopped."""
+        """ "on"; "off" once --steps is reached; otherwise why training waits or has stopped."""
         return self.paused.get("", "on")
 
     async def wait_for_disk_space(self) -> None:

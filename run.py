@@ -36,6 +36,7 @@ from program import BY_ADMIN, PAUSED, Program
 from start import Judge, make_judge, setup
 from web import control, feedback, page, terminal
 
+RETRY_S = 1.0  # until a turn that could not be judged is tried again
 LOCK_WAIT_S = 5.0  # how long a clean stop waits for another program's write lock on the journal
 
 
@@ -43,45 +44,54 @@ LOCK_WAIT_S = 5.0  # how long a clean stop waits for another program's write loc
 
 
 async def judge_turns(p: Program, judge: Judge) -> None:
-    """One of eight judging loops. If the judge fails, the turn keeps its state "judging" and is retried: an error is
-    never a score. It is dropped only if it fails several times while other turns get verdicts."""
+    """One of eight judging loops."""
     while True:
         turn_id = await p.to_judge.get()
         await p.judge_health.wait()
         try:
-            turn, following = journal.load_turn(p.db, turn_id)
-        except KeyError:  # its row is damaged, or was deleted by `forget`
-            await p.write(journal.drop, [turn_id], journal.UNREADABLE)
-            continue
-        request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
-        try:
-            score, votes, confidence = await judge.score(request, answer, following)
-            hints = await judge.hints(request, answer, following) if p.config.w_opd and score < 0 else []
-        except Exception as error:
-            if not isinstance(error, JudgeError):  # a bug in a judge, or no memory
-                traceback.print_exception(error)
-                error = JudgeError(f"{type(error).__name__}: {error}", of_turn=True)
-            if p.judge_health.failed(turn_id, error):
-                # Unless a person has rated it meanwhile.
-                why_not = f"the judge failed: {error}"
-                await p.write(journal.drop_where, why_not, "id = ? AND state = 'judging'", turn_id)
-            else:
-                asyncio.get_running_loop().call_later(1, p.to_judge.put_nowait, turn_id)
-            continue
-        p.judge_health.worked(turn_id)
-        model = p.config.judge_model or p.config.name
-        verdict = Verdict(score, votes, confidence, hints, judge.hinted_by if hints else "", model, "judge")
-        await p.wait_for_disk_space()
-        state = await p.write(journal.record_verdict, turn_id, verdict, following)
-        if state == "queued":
-            p.judged_at[turn_id] = asyncio.get_running_loop().time()
-            p.wake.set()
-        elif state and not score:
-            # A neutral turn is not trained on, but it moves the baseline towards 0: most people say nothing about a
-            # good answer. (With --adapters=user, this is skipped while the user's training state is not in memory.)
-            if trained := p.states.get(p.owner_of(turn.user)):
-                key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
-                grpo.move_baseline(trained.baselines, key, 0.0)
+            await judge_turn(p, judge, turn_id)
+        except Exception:  # the journal can't be written, for example; `keep_running` starts this loop again
+            asyncio.get_running_loop().call_later(RETRY_S, p.to_judge.put_nowait, turn_id)
+            raise
+
+
+async def judge_turn(p: Program, judge: Judge, turn_id: str) -> None:
+    """Judge a turn and record the verdict. If the judge fails, the turn keeps its state "judging" and is retried: an
+    error is never a score. It is dropped only if it fails several times while other turns get verdicts."""
+    try:
+        turn, following = journal.load_turn(p.db, turn_id)
+    except KeyError:  # its row is damaged, or was deleted by `forget`
+        await p.write(journal.drop, [turn_id], journal.UNREADABLE)
+        return
+    request, answer = sessions.request_of(turn.messages), sessions.without_thinking(turn.text)
+    try:
+        score, votes, confidence = await judge.score(request, answer, following)
+        hints = await judge.hints(request, answer, following) if p.config.w_opd and score < 0 else []
+    except Exception as error:
+        if not isinstance(error, JudgeError):  # a bug in a judge, or no memory
+            traceback.print_exception(error)
+            error = JudgeError(f"{type(error).__name__}: {error}", of_turn=True)
+        if p.judge_health.failed(turn_id, error):
+            # Unless a person has rated it meanwhile.
+            why_not = f"the judge failed: {error}"
+            await p.write(journal.drop_where, why_not, "id = ? AND state = 'judging'", turn_id)
+        else:
+            asyncio.get_running_loop().call_later(RETRY_S, p.to_judge.put_nowait, turn_id)
+        return
+    p.judge_health.worked(turn_id)
+    model = p.config.judge_model or p.config.name
+    verdict = Verdict(score, votes, confidence, hints, judge.hinted_by if hints else "", model, "judge")
+    await p.wait_for_disk_space()
+    state = await p.write(journal.record_verdict, turn_id, verdict, following)
+    if state == "queued":
+        p.judged_at[turn_id] = asyncio.get_running_loop().time()
+        p.wake.set()
+    elif state and not score:
+        # A neutral turn is not trained on, but it moves the baseline towards 0: most people say nothing about a good
+        # answer. (With --adapters=user, this is skipped while the user's training state is not in memory.)
+        if trained := p.states.get(p.owner_of(turn.user)):
+            key = grpo.baseline_key(turn.user, following[-1]["role"] == "tool")
+            grpo.move_baseline(trained.baselines, key, 0.0)
 
 
 # ---- the training loop ----
@@ -130,6 +140,7 @@ async def train(p: Program) -> None:
                 failed[owner] += 1
                 new_thread, error = True, f"{type(e).__name__}: {e}"
                 traceback.print_exception(e)
+                traceback.clear_frames(e.__traceback__)  # they hold the step's tensors; the undo needs memory
                 await p.undo(state)
                 await p.write(journal.requeue, error)
                 p.stop_training(error, None if isinstance(e, swap.PushError) else min(3600, 5 * 2 ** failed[owner]))
@@ -185,7 +196,10 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
     }
     p.last_step = row
     row = {"owner": state.owner} | row if state.owner else row
-    atomic.append(Path(p.config.out) / "metrics.jsonl", json.dumps(row).encode() + b"\n")
+    try:
+        atomic.append(Path(p.config.out) / "metrics.jsonl", json.dumps(row).encode() + b"\n")
+    except OSError as e:  # the step itself is done
+        print(f"step {state.step} is not in metrics.jsonl: {e}", file=sys.stderr)
     terminal.print_step(row)
 
 

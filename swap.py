@@ -93,7 +93,7 @@ class WeightReceiver:
 
     def begin_loading(self, message: bytes) -> None:
         """On a CPU: load the tensors that `begin_load` sent into a second copy of the model, in a thread, while the
-        first answers. This takes about a second, since the CPU backend packs every matrix again."""
+        first copy answers. This takes about a second, since the CPU backend packs every matrix again."""
         model, cores = self.model_runner.get_model(), os.sched_getaffinity(os.getppid())
         if any(getattr(getattr(layer, "quant_method", None), "moe_kernel", None) for layer in model.modules()):
             raise NotImplementedError("vLLM's CPU backend can't load a mixture of experts again: use --lora_rank")
@@ -104,7 +104,7 @@ class WeightReceiver:
 
         def load() -> list[str]:
             try:
-                os.sched_setaffinity(0, cores)  # also the trainer's, which has less to do than the engine may have
+                os.sched_setaffinity(0, cores)  # the trainer's too: it has little to do now
                 missed = self.load_into(second, tensors)
             except BaseException:  # vLLM can't begin another load on this copy
                 forget_copy(second)

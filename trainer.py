@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import distill
@@ -25,6 +25,7 @@ from config import Config
 from durable import guard
 from durable.errors import UsageError
 from durable.journal import Turn
+from durable.model import load_model
 from machine.arithmetic import check_arithmetic
 from probe import Probe, make_probe
 
@@ -43,7 +44,7 @@ class State:
     """Everything that training changes, and the frozen starting weights that it is compared with."""
 
     tokenizer: PreTrainedTokenizerBase  # goes into checkpoints; the folder it came from may be gone by then
-    policy: PreTrainedModel  # that is trained; whatever its dtype, its values are the served bf16 ones
+    policy: PreTrainedModel  # the model in training; whatever its dtype, its values are the served bf16 ones
     start: PreTrainedModel  # the frozen starting weights: for the KL, the teacher, and a small model's judge
     initial_masters: list[Tensor]  # the masters before the first step, for a return to step 0
     masters: list[Tensor]  # fp32, in the order of `trained`
@@ -345,7 +346,7 @@ def load_state(config: Config, folder: Path | None, start: Path, device: str, dt
     """
 
     def load() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).to(device, dtype)
+        return load_model(start, torch.bfloat16).to(device, dtype)
 
     tokenizer = AutoTokenizer.from_pretrained(start)
     first = load().eval().requires_grad_(False)

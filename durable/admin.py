@@ -159,7 +159,8 @@ class Forget(Changing):
         super().run()
 
     def alone(self, file: Path) -> str:
-        return upkeep.forget(file, self.session, self.user)
+        with upkeep.lock_out_dir(file.parent):
+            return upkeep.forget(file, self.session, self.user)
 
 
 @dataclass(frozen=True, kw_only=True)

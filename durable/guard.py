@@ -4,6 +4,7 @@ The bounds are wide, to catch a policy that breaks but not one that changes. In 
 """
 
 import json
+import math
 import sqlite3
 from typing import Any
 
@@ -52,14 +53,14 @@ def reject_reason(turn: sqlite3.Row, chosen: list[sqlite3.Row], step: int, confi
 
 def check_batch(loss: float, grad_norm: float, dlogp: float) -> None:
     """Before Adam's step: Refused if loss or gradient is not finite, or sampler and trainer differ too much."""
-    if not (abs(loss) < float("inf") and grad_norm < float("inf")):  # also for NaN
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Refused(f"loss {loss:.3g}, gradient norm {grad_norm:.3g}")
     if not dlogp <= DLOGP:
         raise Refused(f"mean |dlogp| between sampler and trainer {dlogp:.2f} > {DLOGP}")
 
 
 def check_weights(found: dict[str, float], first: dict[str, float], before: dict[str, float]) -> None:
-    """After Adam's step: `probe.measure` of the new weights, of the starting weights, and of those before the step.
+    """After Adam's step, with `probe.measure` of the new weights, the starting weights and the weights before the step.
 
     Refused if the new ones are broken; each condition is written so that NaN fails it."""
     for fine, why in (

@@ -43,8 +43,8 @@ def rules(db: sqlite3.Connection, user: str | None) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows(db, "number, user, score, hints, hinted_by, prompt_tokens", numbers):
         hints = json.loads(row["hints"] or "[]") if row["score"] == -1 else []
-        # Own words: a complaint and its parts; count only the smallest parts. A judge's hints: wordings of one rule;
-        # count the first.
+        # If the hints are the user's own words, they are a complaint and its parts: count only the smallest parts. A
+        # judge's hints are wordings of one rule: count only the first.
         smallest = [hint for hint in hints if not any(part != hint and part in hint for part in hints)]
         for hint in smallest if row["hinted_by"] == "own words" else hints[:1]:
             new = {"user": row["user"], "hint": hint, "times": 0, "numbers": []}

@@ -69,16 +69,29 @@ def check_folder(folder: Path, advice: str = "") -> None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UsageError(f"{folder} is quantized ({method}): training needs the full model, use its folder")
     if not tokenizer.chat_template:
-        raise UsageError(f"{folder} has no chat template: it is a base model, use one that was tuned for chat")
+        why = "it is a base model, use one that was tuned for chat"
+        if (folder / "tekken.json").exists():  # transformers then ignores a chat_template.jinja
+            why = "Mistral's tekken.json has none; if the folder has a tokenizer.json too, move tekken.json away"
+        raise UsageError(f"{folder} has no chat template: {why}")
     # A push sends the trainer's tensors to the engine by name, and the engine knows the names in the files.
     names = {name for name, _ in model.named_parameters()}
     known = names | set(model.state_dict()) | {name for name in stored if name.endswith("inv_freq")}
     if names - stored or stored - known:
         odd = sorted(names - stored or stored - known)
+        moe = " (it is a mixture of experts: the files have each expert alone)" if ".experts." in odd[0] else ""
         raise UsageError(
-            f"{folder}: transformers and the weight files have different tensors, so the engine could not take an "
+            f"{folder}: transformers and the weight files have different tensors{moe}, so the engine could not take an "
             f"update ({len(odd)} such as {odd[0]})"
         )
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample, for example: `save_pretrained` would refuse it
+        model.generation_config.do_sample = True
+    return model
 
 
 def without_weights(shape: PretrainedConfig) -> PreTrainedModel:
@@ -154,8 +167,7 @@ def export(checkpoint: Path, folder: Path) -> None:
             base = Path(json.loads((checkpoint / ADAPTER).read_text())["base_model_name_or_path"])
             check_folder(base)
             # Merge in fp32, and round to bf16 only once.
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-            model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+            model = PeftModel.from_pretrained(load_model(base, torch.float32), checkpoint).merge_and_unload()
             model.to(torch.bfloat16).save_pretrained(part)
             AutoTokenizer.from_pretrained(checkpoint).save_pretrained(part)
         else:

@@ -11,7 +11,7 @@ from durable.errors import UsageError
 @torch.no_grad()
 def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
     """May samples share a row, and a prefix? True if the two halves of a text, and a branch off the first half, have
-    the same log-probs packed into one row as alone.
+    the same log-probs in one packed row as each has alone.
 
     Models with a recurrent state, a convolution or chunked attention don't see where a sample in a row begins.
     UsageError if our log-probs don't match the model's own logits: some models scale or cap those, and
@@ -35,7 +35,9 @@ def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
     row = next(grpo.collate(answers, most_tokens, most_tokens, model.device))
     packed = grpo.response_logps(model, row).cpu()  # (N,)
     order = row["sample"].unique_consecutive().tolist()
-    packs = (packed - torch.cat([alone[i] for i in order])).abs().max().item() <= tolerance
+    apart = (packed - torch.cat([alone[i] for i in order])).abs()
+    # In bf16 the mean: rounding alone makes single log-probs differ by up to 0.25 in a model of 135M parameters.
+    packs = (apart.max() <= tolerance if model.dtype == torch.float32 else apart.mean() <= tolerance / 2).item()
     if not packs:
         print(f"rows      of one sample each: {type(model).__name__} would mix samples that share a row", flush=True)
     return packs

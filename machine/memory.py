@@ -32,6 +32,7 @@ class Setting:
     tokens: int  # of the longest sample
     row_tokens: int  # of a packed row
     adapters: str = "shared"  # or user
+    context: int = 0  # tokens of the longest request
 
 
 def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
@@ -39,12 +40,12 @@ def needs(shape: PretrainedConfig, setting: Setting) -> tuple[Sizes, Sizes]:
     tensors, adapter_tensors = parameters(shape, setting.lora_rank)
     weights, adapter = sum(tensors), sum(adapter_tensors)
     trained, width = adapter or weights, setting.width
-    states = USERS + 2 if setting.adapters == "user" else 1  # the initial, each user's, one more until one is evicted
+    # The initial state, one per user, and one more until another is unloaded
+    states = USERS + 2 if setting.adapters == "user" else 1
     trained *= states
     cpu = setting.device == "cpu"
-    in_engine = in_a_batch(setting.adapters)
     idle = 2 * USERS + 1 if setting.adapters == "user" else VERSIONS  # adapters that the engine keeps on the host
-    in_engine += idle if cpu else 0
+    in_engine = in_a_batch(setting.adapters) + (idle if cpu else 0)
     # torch rounds each tensor in pinned memory up to a power of 2.
     pinned = 3 * states * sum(1 << (4 * n - 1).bit_length() for n in adapter_tensors or tensors)
     device = {
@@ -85,6 +86,19 @@ def row_numbers(shape: PretrainedConfig, setting: Setting) -> int:
     # The head's gradient, of one chunk of positions and in total (see `grpo.token_logps`); a frozen head has none.
     head = 0 if setting.lora_rank else 2 * c.vocab_size * c.hidden_size
     return max(long, short) + head
+
+
+def least_cache(shape: PretrainedConfig, setting: Setting) -> float:
+    """The smallest KV cache that vLLM starts with, in GiB: one request of the longest length. In a layer with a sliding
+    window it keeps the window and the tokens of one step of the engine, of which there are at most 8192."""
+    c = shape.get_text_config()
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kinds = getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers
+    window = getattr(c, "sliding_window", None) or setting.context
+    most = {"sliding_attention": min(setting.context, window + 8192), "linear_attention": 0}
+    tokens = sum(most.get(kind, setting.context) + 256 for kind in kinds)  # 256: vLLM needs another block
+    return 2 * tokens * heads * head_dim * setting.width / 2**30
 
 
 def free_row_tokens(shape: PretrainedConfig, tokens: int) -> int:

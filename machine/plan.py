@@ -48,9 +48,15 @@ def make_plan(config: Config, folder: Path) -> Plan:
     # vLLM's CPU kernel for gated delta nets (Qwen3-Next) takes bf16 alone.
     gated = "linear_attention" in (getattr(shape.get_text_config(), "layer_types", None) or ())
     dtype = faster_dtype(gflops, Path(config.out) / LAST_DTYPE) if gflops and not gated else torch.bfloat16
-    host_free = psutil.virtual_memory().available / 2**30  # with the page cache, which the kernel can free
+    host_free = free_memory()
     free = torch.cuda.mem_get_info()[0] / 2**30 if device == "cuda" else host_free
-    setting = memory.Setting(device, dtype.itemsize, config.lora_rank, longest, row_tokens, config.adapters)
+    setting = memory.Setting(
+        device, dtype.itemsize, config.lora_rank, longest, row_tokens, config.adapters, config.max_model_len
+    )
+    least = memory.least_cache(shape, setting)
+    if device == "cpu" and 0 < config.engine_memory < least:
+        why = f"a request of --max_model_len={config.max_model_len} tokens needs a KV cache of {least:.2f} GiB"
+        raise UsageError(f"--engine_memory={config.engine_memory:g}: {why}")
     needed, host = with_cache(shape, setting, free, config.engine_memory)
     if sum(needed.values()) > free or sum(host.values()) > host_free:
         where = f"{free:.1f} free on {device}" + (f", {host_free:.1f} on the host" if host else "")
@@ -77,17 +83,29 @@ def make_plan(config: Config, folder: Path) -> Plan:
     )
 
 
+def free_memory(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Free GiB on the host, with the page cache, which the kernel can free. In a container with a limit (cgroup v2), no
+    more than the limit allows."""
+    free = psutil.virtual_memory().available
+    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
+    if limit != "max":
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        free = min(free, int(limit) - used)
+    return free / 2**30
+
+
 def with_cache(
     shape: PretrainedConfig, setting: memory.Setting, free: float, engine_memory: float
 ) -> tuple[memory.Sizes, memory.Sizes]:
     """`memory.needs` and the KV cache. By default the cache gets a quarter of the remaining memory on a CPU, at most
-    4 GiB, and nearly all of it on a GPU."""
+    4 GiB, and nearly all of it on a GPU, but always enough for one request."""
     device, host = memory.needs(shape, setting)
-    left = free - sum(device.values())
+    left, least = free - sum(device.values()), max(0.5, memory.least_cache(shape, setting))
     if setting.device == "cpu":
-        cache = engine_memory or min(4.0, max(0.5, left / 4))
+        cache = engine_memory or max(least, min(4.0, left / 4))
     else:
-        cache = max(1.0, engine_memory - device["engine"] if engine_memory else left - 0.1 * free)
+        cache = max(1.0, least, engine_memory - device["engine"] if engine_memory else left - 0.1 * free)
     return device | {"KV cache": cache}, host
 
 
@@ -111,6 +129,8 @@ def what_fits(
                 return f"{' '.join(options)} needs {sum(device.values()):.1f} GiB"
     if engine_memory and what_fits(shape, setting, 0.0, free, host_free) != TOO_LARGE:
         return "a smaller --engine_memory is needed"
+    if setting.context and what_fits(shape, replace(setting, context=0), engine_memory, free, host_free) != TOO_LARGE:
+        return "a smaller --max_model_len is needed"
     return TOO_LARGE
 
 

@@ -1,6 +1,7 @@
 """LoRA: the adapter's math and files, its versions in a real engine, and a program that trains one."""
 
 import asyncio
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -79,7 +80,9 @@ def test_the_gradients_of_a_and_b_follow_from_the_gradient_of_the_merged_weights
 
 
 def test_a_checkpoint_can_be_loaded_by_peft_and_training_continues_from_it(tiny_model, tmp_path):
-    state = load(tiny_model)
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')  # as in many models' folders
+    state = load(folder)
     change(state, 3)
     trainer.commit(state, 7, {"alice": 0.5}, state.probed)
     checkpoint.write(checkpoint.folder_of(tmp_path, "", 7), 0, lambda folder: trainer.save(state, folder))

@@ -62,6 +62,42 @@ def test_the_advice_names_options_that_fit():
     assert large_cache == "a smaller --engine_memory is needed"
 
 
+def test_the_kv_cache_has_space_for_one_request():
+    for name, layers, heads, size in (("4B", 36, 8, 128), ("135M", 30, 3, 64)):
+        long = dataclasses.replace(setting("cpu"), context=32768)
+        assert memory.least_cache(shape(name), long) == 2 * layers * (32768 + 256) * heads * size * 2 / 2**30
+        for engine_memory, device in ((0, "cpu"), (0, "cuda"), (1, "cuda")):
+            there = dataclasses.replace(long, device=device, lora_rank=16)
+            cache = plan.with_cache(
+                shape(name), there, sum(memory.needs(shape(name), there)[0].values()), engine_memory
+            )
+            assert cache[0]["KV cache"] >= memory.least_cache(shape(name), long)
+    windows = AutoConfig.for_model("gemma3_text", num_hidden_layers=6, num_key_value_heads=1, head_dim=64)
+    full, sliding = windows.layer_types.count("full_attention"), windows.sliding_window + 8192
+    assert (full, windows.layer_types.count("sliding_attention")) == (1, 5)
+    tokens = 32768 + 5 * sliding + 6 * 256
+    assert memory.least_cache(windows, long) == 2 * tokens * 64 * 2 / 2**30
+
+
+def test_an_engine_memory_that_is_too_small_for_one_request_is_refused(tmp_path):
+    shape("0.5B").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"--engine_memory=0.1: a request of --max_model_len=32768 tokens needs a KV"):
+        plan.make_plan(Config(device="cpu", engine_memory=0.1, max_model_len=32768), tmp_path)
+
+
+def test_free_memory_is_limited_by_the_container(tmp_path):
+    free = plan.free_memory(tmp_path)  # no limit
+    for name, text in (
+        ("max", f"{1 << 30}\n"),
+        ("current", f"{900 << 20}\n"),
+        ("stat", f"inactive_file {100 << 20}\n"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert plan.free_memory(tmp_path) == (1024 - 900 + 100) / 1024 < free
+    (tmp_path / "memory.max").write_text("max\n")
+    assert plan.free_memory(tmp_path) == pytest.approx(free, rel=0.2)
+
+
 def test_a_model_that_does_not_fit_is_refused_with_a_list_of_its_needs(tmp_path):
     shape("8B").save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"GiB \(policy .*Adam .*\) needed, [\d.]+ free on cpu: a smaller --model"):

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import socket
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -765,6 +766,31 @@ def test_a_turn_that_is_judged_twice_at_the_same_time_moves_the_baseline_once(tm
         asyncio.run(judge_in_parallel(p, client, 2))
     assert len(seen) == 4, "each reads it twice: this endpoint gives no log-probs"
     assert p.states[""].baselines == {key: grpo.DECAY}
+    db.close()
+
+
+async def test_a_turn_is_judged_again_after_a_journal_error(tmp_path, monkeypatch) -> None:
+    class Judge:
+        hinted_by = ""
+
+        async def score(self, *turn) -> reward.Scored:
+            return 1, [1], 1.0
+
+    db = journal.open_journal(tmp_path / "journal.db")
+    journal.record_turn(db, turn())
+    journal.record_next(db, "t1", [{"role": "user", "content": "Thanks, great!"}])
+    p, works = program(db), journal.record_verdict
+
+    def fails_once(*args) -> None:
+        monkeypatch.setattr(journal, "record_verdict", works)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(journal, "record_verdict", fails_once)
+    monkeypatch.setattr(run, "RETRY_S", 0.1)
+    p.to_judge.put_nowait("t1")
+    judging = asyncio.create_task(run.keep_running(p, "judge 1", lambda p: run.judge_turns(p, Judge())))
+    await talking.until(lambda: journal.in_state(db, "queued") == ["t1"], 5)
+    judging.cancel()
     db.close()
 
 

@@ -216,6 +216,14 @@ def test_a_failed_checkpoint_leaves_no_files(tiny_model, tmp_path, monkeypatch):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_a_temperature_without_do_sample_does_not_prevent_checkpoints(tmp_path):
+    """transformers loads such a generation_config.json, but would not write it."""
+    folder = make_tiny_model(tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    save(trained_once(folder), tmp_path)
+    assert load(checkpoint.folder_of(tmp_path, "", 1), folder).step == 1
+
+
 def test_the_error_names_a_damaged_file(tmp_path):
     folder = make_tiny_model(tmp_path / "model")
     check_folder(folder)
