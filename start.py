@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import chat_judge
+import probe
 import reward
 import swap
 import trainer
@@ -72,6 +73,12 @@ async def setup(config: Config) -> Program:
         state = await asyncio.wrap_future(loading)
         state.stopping = stopping
         await swap.begin_with(engine, 0 if config.lora_rank else state.step)
+        model = state.start if config.lora_rank else state.policy  # what the engine has now
+        logps = threads[0].submit(probe.token_logps, model, state.probe.ids)
+        try:
+            await swap.verify(engine, (state.probe.ids, await asyncio.wrap_future(logps)))
+        except swap.PushError as e:
+            raise UsageError(f"--model={start}: {e}") from e
         if config.lora_rank and saved:
             await swap.load(engine, trainer.served_weights(state.policy), state.step)
     except BaseException:

@@ -14,6 +14,7 @@ import pickle
 import signal
 import tempfile
 import time
+import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -575,37 +576,44 @@ def usable_seed(engine: Any, seed: int | None) -> int | None:
 # ---- verification ----
 
 
-async def prompt_logps(engine: Any, ids: list[int], request_id: str, adapter: Any = None) -> torch.Tensor:
+async def prompt_logps(engine: Any, ids: list[int], adapter: Any = None) -> torch.Tensor:
     """The engine's own log-probs of ids[1:], each given the ids before it. (L - 1,) `adapter`: a LoRARequest."""
     # Without a salt: vLLM does not read its prefix cache for a request with prompt_logprobs.
     params = final_only(max_tokens=1, temperature=1.0, prompt_logprobs=0)
-    outputs = engine.generate({"prompt_token_ids": ids}, params, request_id, lora_request=adapter)
+    outputs = engine.generate({"prompt_token_ids": ids}, params, f"probe-{uuid.uuid4()}", lora_request=adapter)
     (output,) = [output async for output in outputs]
     return torch.tensor([p[i].logprob for p, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])
 
 
 MAX_GAP = 0.15  # mean |dlogp|; in bf16, rounding makes it 0.04 to 0.06 for a model of 135M parameters
+Expected = tuple[list[int], torch.Tensor]  # ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,)
+
+
+async def verify(engine: Any, probe: Expected, adapter: Any = None) -> float:
+    """The mean |dlogp| between engine and trainer on the probe. PushError if it is over MAX_GAP."""
+    ids, expected = probe
+    gap = (await prompt_logps(engine, ids, adapter) - expected).abs().mean().item()
+    if not gap <= MAX_GAP:  # also for NaN
+        raise PushError(f"engine and trainer disagree about this model's log-probs: mean |dlogp| {gap:.3f} > {MAX_GAP}")
+    return gap
 
 
 async def push(
-    engine: Any, weights: Weights, step: int, probe: tuple[list[int], torch.Tensor], owner: str = ""
+    engine: Any, weights: Weights, step: int, probe: Expected, owner: str = ""
 ) -> tuple[float, tuple[float, float]]:
     """Serve new weights, after `begin_load`, and verify them. Returns the mean |dlogp| between engine and trainer on
-    the probe, and the pause as `send` does.
+    the probe (the trainer's log-probs are of the new weights), and the pause as `send` does.
 
-    `probe`: ids of a text (L), and the trainer's log-probs of ids[1:] (L - 1,) under the new weights. PushError if a
-    tensor was not loaded, shared memory is full, or engine and trainer differ by more than MAX_GAP. An adapter is
-    served only after the check. Without LoRA the new weights are served before it, unless a CPU's engine could not load
-    them. After an error, `restore_weights` must follow if `served_step` has changed. Until then a few tokens may come
-    from bad weights; their turns record that version.
+    PushError if a tensor was not loaded, shared memory is full, or engine and trainer differ by more than MAX_GAP. An
+    adapter is served only after the check. Without LoRA the new weights are served before it, unless a CPU's engine
+    could not load them. After an error, `restore_weights` must follow if `served_step` has changed. Until then a few
+    tokens may come from bad weights; their turns record that version.
     """
-    (ids, expected), version = probe, Version(None)
+    version = Version(None)
     try:
         with push_errors():
             version, pause = await send(engine, weights, step)
-            gap = (await prompt_logps(engine, ids, f"probe-{step}", version.request) - expected).abs().mean().item()
-            if not gap <= MAX_GAP:  # also for NaN
-                raise PushError(f"engine and trainer disagree after the push: mean |dlogp| {gap:.3f} > {MAX_GAP}")
+            gap = await verify(engine, probe, version.request)
     except PushError:
         await remove_unused(engine, version)
         raise

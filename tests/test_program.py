@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from starlette.responses import PlainTextResponse
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 import chat_judge
 import config
@@ -26,7 +28,7 @@ from clients import keys
 from durable import journal
 from durable.errors import UsageError
 from durable.model import model_folder
-from tests.conftest import ROOT, alive, descendants, engine_processes
+from tests.conftest import ROOT, Program, alive, descendants, engine_processes
 from tests.records import turn
 from tests.talking import ALICE, BOB, ask, client, glance, rated, rows, until, user
 
@@ -596,6 +598,28 @@ def test_a_context_longer_than_the_models_is_refused_without_a_traceback(fresh):
     started = fresh(max_model_len=4096)
     assert started.process.wait(120) == 1
     assert "max_model_len (4096) is greater than" in started.log() and "Traceback" not in started.log()
+
+
+def test_a_model_that_engine_and_trainer_compute_differently_is_refused(tiny_model, tmp_path):
+    """Phi-3.5: with a long context, vLLM scales all positions, transformers only those of long texts."""
+    folder = shutil.copytree(tiny_model, tmp_path / "phi")
+    scaling = {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [8.0] * 32}
+    size = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048}
+    tokens = {"bos_token_id": None, "eos_token_id": AutoTokenizer.from_pretrained(folder).eos_token_id}
+    config = Phi3Config(
+        original_max_position_embeddings=512,
+        rope_scaling=scaling,
+        initializer_range=0.2,
+        pad_token_id=0,
+        **size,
+        **tokens,
+    )
+    Phi3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    program = Program(folder, tmp_path / "out")
+    assert program.process.wait(120) == 1
+    assert "engine and trainer disagree about this model" in program.log().splitlines()[-1]
+    assert "Traceback" not in program.log() and not descendants(program.process.pid)
 
 
 def test_a_port_in_use_is_reported_at_once(fresh, program):

@@ -88,7 +88,7 @@ async def test_a_push_that_lacks_a_tensor_is_refused(served):
     lacking = {k: w for k, w in before.items() if k != "model.layers.1.mlp.down_proj.weight"}
     with pytest.raises(swap.PushError, match="layers.1.mlp.down_proj"):  # the engine counts the tensors
         await push(served, lacking, before, old)
-    got = await swap.prompt_logps(served.engine, served.ids, "after-partial")
+    got = await swap.prompt_logps(served.engine, served.ids)
     assert (got - old).abs().mean() < BOUND
 
 
@@ -99,7 +99,7 @@ async def test_on_a_cpu_weights_that_lack_a_tensor_are_never_served(served):
     await swap.begin_load(served.engine, changed)
     with pytest.raises(swap.PushError, match="layers.1.mlp.down_proj"):
         await swap.load_all(served.engine, changed, 9)
-    got = await swap.prompt_logps(served.engine, served.ids, "never-served")
+    got = await swap.prompt_logps(served.engine, served.ids)
     assert (got - old).abs().mean() < BOUND
     await swap.restore_weights(served.engine, weights(served.model), 9)
 
@@ -109,7 +109,7 @@ async def test_weights_whose_step_was_refused_are_replaced_by_the_next(served):
     refused = {name: w + 1 for name, w in weights(served.model).items()}
     await swap.begin_load(served.engine, refused)
     before, old = weights(served.model), probe.token_logps(served.model, served.ids)
-    assert (await swap.prompt_logps(served.engine, served.ids, "not-served") - old).abs().mean() < BOUND
+    assert (await swap.prompt_logps(served.engine, served.ids) - old).abs().mean() < BOUND
     change(served.model, 7)
     await push(served, weights(served.model), before, probe.token_logps(served.model, served.ids))
 
@@ -119,7 +119,7 @@ async def test_a_push_that_disagrees_is_refused_and_the_old_weights_stay(served)
     other = AutoModelForCausalLM.from_config(served.model.config).to(torch.bfloat16)
     with pytest.raises(swap.PushError, match="disagree"):
         await push(served, weights(other), before, old)
-    got = await swap.prompt_logps(served.engine, served.ids, "after-disagreement")
+    got = await swap.prompt_logps(served.engine, served.ids)
     assert (got - old).abs().mean() < BOUND
 
 
@@ -132,7 +132,7 @@ async def test_a_push_too_large_for_shared_memory_is_refused(served):
             await push(served, before, before, old)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    got = await swap.prompt_logps(served.engine, served.ids, "after-no-room")
+    got = await swap.prompt_logps(served.engine, served.ids)
     assert (got - old).abs().mean() < BOUND
 
 
@@ -213,9 +213,9 @@ async def test_experts_are_not_loaded_again_on_a_cpu(tmp_path):
     config = AutoConfig.for_model("qwen3_moe", **settings, num_experts=4, num_experts_per_tok=2)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
     served = await start(tmp_path, torch.float32)
-    expected = await swap.prompt_logps(served.engine, served.ids, "before")
+    expected = await swap.prompt_logps(served.engine, served.ids)
     with pytest.raises(swap.PushError, match="mixture of experts again: use --lora_rank"):
         await push(served, weights(served.model), weights(served.model), expected)
-    got = await swap.prompt_logps(served.engine, served.ids, "after")
+    got = await swap.prompt_logps(served.engine, served.ids)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     swap.stop_engine(served.engine)
