@@ -354,34 +354,40 @@ def test_output_that_cannot_be_written_is_ignored():
     assert ended.returncode == 0 and ended.stderr.endswith("done\n"), ended.stderr
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "messages", "responses"])
-async def test_comments_are_streamed_while_a_client_waits_for_the_first_token(program, path):
-    """The engine is stopped until the first comment. Without comments, the client would time out."""
-    engine = [pid for pid, _ in descendants(program.process.pid)]
-    asked, limit = ("input", "max_output_tokens") if path == "responses" else ("messages", "max_tokens")
-    body = {"model": "policy", asked: [user(f"wait for {path}")], limit: 5, "stream": True}
-    headers = {"Authorization": f"Bearer {ALICE}"}
-    lines = []
+async def test_comments_are_streamed_while_a_client_waits_for_the_first_token(program):
+    """With each API. The engine is stopped until all clients have had a comment; without one, they would time out."""
+    engine, waiting = (
+        [pid for pid, _ in descendants(program.process.pid)],
+        {"chat/completions", "messages", "responses"},
+    )
+
+    async def stream(path):
+        asked, limit = ("input", "max_output_tokens") if path == "responses" else ("messages", "max_tokens")
+        body = {"model": "policy", asked: [user(f"wait for {path}")], limit: 5, "stream": True}
+        async with (
+            httpx.AsyncClient(base_url=program.url, headers={"Authorization": f"Bearer {ALICE}"}, timeout=60) as http,
+            http.stream("POST", f"/v1/{path}", json=body) as response,
+        ):
+            said = []
+            async for line in response.aiter_lines():
+                said += [line] if line else []
+                if line.startswith(":"):
+                    waiting.discard(path)
+                    for pid in engine if not waiting else []:
+                        os.kill(pid, signal.SIGCONT)
+        assert response.status_code == 200
+        assert said[-1] == "data: [DONE]" or "completed" in said[-1] or "message_stop" in said[-1], said[-1]
+        (row,) = rows(program, "messages LIKE ?", f"%wait for {path}%")
+        assert row["state"] == "waiting" and row["finish_reason"] in ("stop", "length")
+
     try:
         for pid in engine:
             os.kill(pid, signal.SIGSTOP)
-        async with (
-            httpx.AsyncClient(base_url=program.url, headers=headers, timeout=60) as http,
-            http.stream("POST", f"/v1/{path}", json=body) as response,
-        ):
-            async for line in response.aiter_lines():
-                lines.append(line)
-                if line.startswith(":"):
-                    for pid in engine:
-                        os.kill(pid, signal.SIGCONT)
+        await asyncio.gather(*map(stream, list(waiting)))
     finally:
         for pid in engine:
             os.kill(pid, signal.SIGCONT)
-    said = [line for line in lines if line]
-    assert any(line.startswith(":") for line in said) and response.status_code == 200
-    assert said[-1] == "data: [DONE]" or "completed" in said[-1] or "message_stop" in said[-1], said[-1]
-    (row,) = rows(program, "messages LIKE ?", f"%wait for {path}%")
-    assert row["state"] == "waiting" and row["finish_reason"] in ("stop", "length")
+    assert not waiting
 
 
 # ---- stop, kill and restart ----
