@@ -109,8 +109,9 @@ class Config(Service, Engine, Judge, Turns, Step, Losses):
 
         numbers = [f.name for f in fields(self) if isinstance(getattr(self, f.name), int | float)]
         limit(lambda value: 0 <= value < math.inf, "a finite number that is not negative", *numbers)
-        counts = ("port", "batch_size", "votes", "keep", "max_seqs", "max_model_len", "save_every")
+        counts = ("port", "batch_size", "votes", "keep", "max_seqs", "save_every")
         limit(lambda value: value >= 1, "at least 1", *counts)
+        limit(lambda value: value >= 512, "at least 512, so that the probe fits", "max_model_len")
         limit(lambda value: value < 1, "less than 1", "beta1", "beta2")
         limit(lambda value: value <= 512, "at most 512, vLLM serves no more", "lora_rank")
         limit(lambda value: value <= 65535, "at most 65535", "port")

@@ -36,7 +36,8 @@ from program import BY_ADMIN, PAUSED, Program
 from start import Judge, make_judge, setup
 from web import control, feedback, page, terminal
 
-RETRY_S = 1.0  # until a turn that could not be judged is tried again
+RETRY_S = 1.0  # until a turn is tried again after its judge failed
+LATER_S = 60.0  # the same after any other error
 LOCK_WAIT_S = 5.0  # how long a clean stop waits for another program's write lock on the journal
 
 
@@ -51,7 +52,7 @@ async def judge_turns(p: Program, judge: Judge) -> None:
         try:
             await judge_turn(p, judge, turn_id)
         except Exception:  # the journal can't be written, for example; `keep_running` starts this loop again
-            asyncio.get_running_loop().call_later(RETRY_S, p.to_judge.put_nowait, turn_id)
+            asyncio.get_running_loop().call_later(LATER_S, p.to_judge.put_nowait, turn_id)
             raise
 
 

@@ -78,7 +78,7 @@ async def setup(config: Config) -> Program:
         try:
             await swap.verify(engine, (state.probe.ids, await asyncio.wrap_future(logps)))
         except swap.PushError as e:
-            raise UsageError(f"--model={start}: {e}") from e
+            raise UsageError(f"{folder}: {e}") from e
         if config.lora_rank and saved:
             await swap.load(engine, trainer.served_weights(state.policy), state.step)
     except BaseException:

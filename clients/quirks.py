@@ -22,7 +22,7 @@ OWN_REQUESTS = {
         r"An async command (you ran|completion event)|\[System\] |Refresh this session.s progress card now|"
         r"\[OpenClaw (heartbeat poll|exec completion|cron wake|session event)\]|"
         # NextChat
-        r"Please generate a four to five word title|"
+        r"Please generate a four to five word title summarizing our conversation|"
         # Claude Code
         r"\[SUGGESTION MODE\b|The user stepped away and is coming back\.|"
         r"Write the title in the language|CRITICAL: Respond with TEXT ONLY|"
@@ -30,7 +30,7 @@ OWN_REQUESTS = {
         # Codex, Cline
         r"You are performing a CONTEXT CHECKPOINT COMPACTION|The current conversation is rapidly running out of|"
         # Open WebUI: a title, tags, follow-ups, searches, completions of what is typed, an image, an emoji
-        r"### Task:\s+(Generate (a concise[^\n]{0,40}title|1-3 broad|a detailed prompt)|(Predict|Suggest) 3-5|"
+        r"### Task:\s+(Generate (a concise(?:,[^\n]{1,20})? title|1-3 broad|a detailed prompt)|(Predict|Suggest) 3-5|"
         r"Analyze the chat history to determine|You are an autocompletion)|"
         r"Your task is to reflect the speaker's likely facial expression)"
     ),
@@ -89,14 +89,14 @@ FOOTER = re.compile(r"Runtime: agent=|Current time: |\[message_id: ")  # how a l
 # A line before a block of metadata, and the keys that distinguish metadata from JSON that a person pasted.
 LABEL = re.compile(r"\s*+[^\n{}<]{0,100}(?:\(untrusted[^()\n]{0,80}\):|⟦openclaw:ctx⟧)[ \t]*\n")
 METADATA = re.compile(r"(sender|timestamp|message_?id|chat_?id|conversation|channel|provider|surface)", re.I)
-# A tagged block of context, by the name of its tag. Other tags may be a person's own, also <instructions> and <rules>.
+# A tagged block of context, by the name of its tag; other tags may be a person's own.
 CONTEXT_TAG = re.compile(
-    r"(?!(?:instructions?|rules?)\Z).*(context|reminder|environment|metadata|caveat|instruction|memor|workspace|attach|"
-    r"editor|ide_|selection|open_files|additional_data|command|stdout|system|history|session|rules|skills|documents|"
-    r"sources)",
+    r"context|reminder|environment|metadata|caveat|instruction|memor|workspace|attach|editor|ide_|selection|open_files|"
+    r"additional_data|command|stdout|system|history|session|rules|skills|documents|sources",
     re.IGNORECASE,
 )
-ONE_WORD = re.compile(r"[a-z]+")  # such a tag may be a person's own, if there is nothing else in the message
+# Such a tag is a person's own nevertheless if it ends the message, or is all of it.
+OWN_TAG = re.compile(r"instructions?|rules?|history|system|documents|command", re.IGNORECASE)
 # A tag around the person's own words (Cursor, Copilot, Cline, Open WebUI).
 WORDS_TAG = re.compile(r"(user_?(query|message|request|input|prompt|question)|task|feedback|query|question)", re.I)
 # Open WebUI's instructions before retrieved documents.
@@ -189,11 +189,13 @@ def unwrapped(text: str) -> str:
     for _ in range(PASSES):
         before = words
         words = ENVELOPE.sub("", without_last_line(without_metadata(words)))
-        blocks = [block for block in (leading_block(words), trailing_block(words)) if block]
-        context = [(name, rest) for name, _, rest in blocks if CONTEXT_TAG.match(name)]
-        words = next((rest for name, rest in context if rest.strip() or not ONE_WORD.fullmatch(name)), words)
-        if words == before and blocks and WORDS_TAG.fullmatch(blocks[0][0]) and not blocks[0][2].strip():
-            words = blocks[0][1]
+        first, last = leading_block(words), trailing_block(words)
+        if first and CONTEXT_TAG.search(first[0]) and (first[2].strip() or not OWN_TAG.fullmatch(first[0])):
+            words = first[2]
+        elif last and CONTEXT_TAG.search(last[0]) and not OWN_TAG.fullmatch(last[0]):
+            words = last[2]
+        if words == before and first and WORDS_TAG.fullmatch(first[0]) and not first[2].strip():
+            words = first[1]
         if words == before:
             break
     return words.strip() if words != text else text

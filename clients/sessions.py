@@ -205,9 +205,11 @@ def history_digests(talk: list[dict], at: set[int]) -> dict[int, str]:
 
 
 def unfinished(messages: list[dict]) -> list[dict]:
-    """The assistant messages at the end: what the answer continues (a button, a prefill). Clients send both back as
-    one answer, in one message or several."""
-    return list(takewhile(lambda m: m.get("role") == "assistant", reversed(messages)))[::-1]
+    """The assistant messages at the end: the text that the answer continues, after a "continue" button or with a
+    prefill. Clients send both back as one answer, in one message or several, unless it is the beginning of thinking."""
+    last = list(takewhile(lambda m: m.get("role") == "assistant", reversed(messages)))[::-1]
+    text = "".join(text_of(m.get("content")) for m in last)
+    return [] if "<think>" in text.rpartition("</think>")[2] else last
 
 
 def keys_of(messages: list[dict]) -> dict[str, str]:
@@ -311,18 +313,21 @@ def decide(
     rows: list[sqlite3.Row], history: str, known: set[str], asked: str, following: list[dict]
 ) -> sqlite3.Row | None:
     """Which of several turns with the same answer belongs to a history? None if unknown. `rows`: newest first."""
-    fits = [r for r in rows if r["history"] == history]
-    # If equal requests got equal answers, a reply that is sent again belongs to the turn that has it already.
-    if same := [r for r in fits if r["next_messages"] and spoken(json.loads(r["next_messages"])) == spoken(following)]:
-        return same[0]
-    fits = fits or [r for r in rows if r["session"] in known]
+    fits = [r for r in rows if r["history"] == history] or [r for r in rows if r["session"] in known]
     if not fits:
         fits = [r for r in rows if asked and r["asked"] and (asked in r["asked"] or r["asked"] in asked)]
         if len({r["history"] for r in fits}) > 1:
             return None
-    # Prefer a turn of this session, then one that still waits, then the newest.
+    # If equal requests got equal answers: prefer a turn of this session, then the newest that still waits or that has
+    # this reply already (it is sent again), then the newest.
     fits = [r for r in fits if r["session"] in known] or fits
-    return next((r for r in fits if r["state"] == "waiting"), fits[0] if fits else None)
+    reply = spoken(following) if len(fits) > 1 else ""
+
+    def suits(r: sqlite3.Row) -> bool:
+        has_it = reply and r["history"] == history and r["next_messages"]
+        return r["state"] == "waiting" or bool(has_it) and spoken(json.loads(r["next_messages"])) == reply
+
+    return next(filter(suits, fits), fits[0] if fits else None)
 
 
 def is_news(turn: sqlite3.Row, following: list[dict], kept: bool) -> bool:

@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from durable.atomic import replacing
 from durable.errors import UsageError
@@ -86,11 +93,13 @@ def check_folder(folder: Path, advice: str = "") -> None:
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """As `from_pretrained`, but `save_pretrained` can write the model again."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     try:
         model.generation_config.validate(strict=True)
-    except ValueError:  # a temperature without do_sample, for example: `save_pretrained` would refuse it
-        model.generation_config.do_sample = True
+    except ValueError:  # a temperature without do_sample, for example: keep only the special tokens
+        tokens = {name: getattr(model.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        model.generation_config = GenerationConfig(**{f"{name}_token_id": i for name, i in tokens.items()})
     return model
 
 

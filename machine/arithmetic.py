@@ -36,8 +36,11 @@ def check_arithmetic(model: PreTrainedModel, ids: list[int]) -> bool:
     packed = grpo.response_logps(model, row).cpu()  # (N,)
     order = row["sample"].unique_consecutive().tolist()
     apart = (packed - torch.cat([alone[i] for i in order])).abs()
-    # In bf16 the mean: rounding alone makes single log-probs differ by up to 0.25 in a model of 135M parameters.
-    packs = (apart.max() <= tolerance if model.dtype == torch.float32 else apart.mean() <= tolerance / 2).item()
+    if model.dtype != torch.float32:
+        # Means of 8 neighbours: rounding alone makes single log-probs differ by up to 0.25 in a model of 135M
+        # parameters. A convolution mixes only a few positions, at the start of a sample, so a mean of all won't do.
+        apart = apart.unfold(0, 8, 1).mean(-1)
+    packs = apart.max().item() <= tolerance
     if not packs:
         print(f"rows      of one sample each: {type(model).__name__} would mix samples that share a row", flush=True)
     return packs

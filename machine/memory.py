@@ -90,14 +90,21 @@ def row_numbers(shape: PretrainedConfig, setting: Setting) -> int:
 
 def least_cache(shape: PretrainedConfig, setting: Setting) -> float:
     """The smallest KV cache that vLLM starts with, in GiB: one request of the longest length. In a layer with a sliding
-    window it keeps the window and the tokens of one step of the engine, of which there are at most 8192."""
+    window it keeps the window and the tokens of one step of the engine (2048 by default; 8192 to be safe). 0 for models
+    whose layers differ in more than that, or have other caches."""
     c = shape.get_text_config()
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    kinds = getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers
-    window = getattr(c, "sliding_window", None) or setting.context
-    most = {"sliding_attention": min(setting.context, window + 8192), "linear_attention": 0}
-    tokens = sum(most.get(kind, setting.context) + 256 for kind in kinds)  # 256: vLLM needs another block
+    try:
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    except (AttributeError, RuntimeError):  # a state-space model; a value that depends on the layer
+        return 0.0
+    if hasattr(c, "kv_lora_rank"):
+        return 0.0
+    window = getattr(c, "sliding_window", None)
+    kinds = getattr(c, "layer_types", None) or [f"{'sliding' if window else 'full'}_attention"] * c.num_hidden_layers
+    most = {"sliding_attention": min(setting.context, (window or setting.context) + 8192), "linear_attention": 0}
+    # Layers of other kinds, such as convolutions, have no such cache. 256: vLLM needs another block.
+    tokens = sum(most.get(kind, setting.context) + 256 for kind in kinds if "attention" in kind or "hybrid" in kind)
     return 2 * tokens * heads * head_dim * setting.width / 2**30
 
 

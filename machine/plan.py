@@ -16,7 +16,7 @@ from config import Config
 from durable.errors import UsageError
 from machine import memory
 
-LAST_DTYPE = "dtype"  # the file in --out that has the dtype of the last start
+LAST_DTYPE = "last_dtype"  # a file in --out: the dtype of the last start
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def free_memory(group: Path = Path("/sys/fs/cgroup")) -> float:
     limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
     if limit != "max":
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"]) - int(stat["active_file"])
         free = min(free, int(limit) - used)
     return free / 2**30
 
@@ -109,9 +109,6 @@ def with_cache(
     return device | {"KV cache": cache}, host
 
 
-TOO_LARGE = "a smaller --model is needed"
-
-
 def what_fits(
     shape: PretrainedConfig, setting: memory.Setting, engine_memory: float, free: float, host_free: float
 ) -> str:
@@ -127,11 +124,13 @@ def what_fits(
                 given = setting.row_tokens > memory.free_row_tokens(shape, setting.tokens)  # by an option
                 options += [f"--row_tokens={row_tokens}"] if given else []
                 return f"{' '.join(options)} needs {sum(device.values()):.1f} GiB"
-    if engine_memory and what_fits(shape, setting, 0.0, free, host_free) != TOO_LARGE:
-        return "a smaller --engine_memory is needed"
-    if setting.context and what_fits(shape, replace(setting, context=0), engine_memory, free, host_free) != TOO_LARGE:
-        return "a smaller --max_model_len is needed"
-    return TOO_LARGE
+    smaller = "a smaller --{} is needed"
+    short = replace(setting, context=0)
+    if engine_memory and not what_fits(shape, setting, 0.0, free, host_free).startswith(smaller[:9]):
+        return smaller.format("engine_memory")
+    if setting.context and not what_fits(shape, short, engine_memory, free, host_free).startswith(smaller[:9]):
+        return smaller.format("max_model_len")
+    return smaller.format("model")
 
 
 def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dtype, float]:

@@ -212,7 +212,7 @@ async def test_an_adapter_is_trained_served_resumed_and_rolled_back(fresh):
 
     program.process.send_signal(signal.SIGKILL)
     program.wait_end()
-    dtype = (program.out / "dtype").read_text()
+    dtype = (program.out / "last_dtype").read_text()
     program = fresh(**options).wait_ready()
     assert program.log().count(f"training in {dtype.removeprefix('torch.')}") == 2
     assert program.status()["step"] == 2 and logp("policy") == trained and logp("policy@base") == first

@@ -79,6 +79,18 @@ def test_the_kv_cache_has_space_for_one_request():
     assert memory.least_cache(windows, long) == 2 * tokens * 64 * 2 / 2**30
 
 
+def test_the_kv_cache_of_other_layers_is_not_counted():
+    long = dataclasses.replace(setting("cpu"), context=32768)
+    attention, kinds = 6, ["conv"] * 10 + ["full_attention"] * 6
+    lfm2 = AutoConfig.for_model("lfm2", num_hidden_layers=16, layer_types=kinds)
+    size = lfm2.hidden_size // lfm2.num_attention_heads
+    numbers = 2 * attention * (32768 + 256) * lfm2.num_key_value_heads * size
+    assert memory.least_cache(lfm2, long) == numbers * 2 / 2**30
+    assert [memory.least_cache(AutoConfig.for_model(name), long) for name in ("mamba", "deepseek_v3")] == [0, 0]
+    whole, window = (AutoConfig.for_model("mistral", sliding_window=w) for w in (None, 4096))
+    assert memory.least_cache(window, long) * 2.6 < memory.least_cache(whole, long)
+
+
 def test_an_engine_memory_that_is_too_small_for_one_request_is_refused(tmp_path):
     shape("0.5B").save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"--engine_memory=0.1: a request of --max_model_len=32768 tokens needs a KV"):
@@ -90,7 +102,7 @@ def test_free_memory_is_limited_by_the_container(tmp_path):
     for name, text in (
         ("max", f"{1 << 30}\n"),
         ("current", f"{900 << 20}\n"),
-        ("stat", f"inactive_file {100 << 20}\n"),
+        ("stat", f"inactive_file {60 << 20}\nactive_file {40 << 20}\n"),
     ):
         (tmp_path / f"memory.{name}").write_text(text)
     assert plan.free_memory(tmp_path) == (1024 - 900 + 100) / 1024 < free

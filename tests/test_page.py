@@ -170,7 +170,7 @@ async def test_each_user_is_told_why_nothing_is_training(fresh):
     )
     old = await answer("stale")
     rate("fine", await answer("fine"))
-    mine = "1 queued turn of fine; a step takes 2 turns, from all users together."
+    mine = "fine has 1 queued turn; a step takes 2, from all users together."
     assert why("fine") == f"Waiting for the batch: {mine}"
     assert glance(program, admin_key(program))["why"] == "Waiting for the batch: 1 of 2 turns until the next step."
     rate("fine", await answer("fine"))

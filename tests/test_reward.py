@@ -786,7 +786,7 @@ async def test_a_turn_is_judged_again_after_a_journal_error(tmp_path, monkeypatc
         raise sqlite3.OperationalError("disk I/O error")
 
     monkeypatch.setattr(journal, "record_verdict", fails_once)
-    monkeypatch.setattr(run, "RETRY_S", 0.1)
+    monkeypatch.setattr(run, "LATER_S", 0.1)
     p.to_judge.put_nowait("t1")
     judging = asyncio.create_task(run.keep_running(p, "judge 1", lambda p: run.judge_turns(p, Judge())))
     await talking.until(lambda: journal.in_state(db, "queued") == ["t1"], 5)

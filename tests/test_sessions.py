@@ -255,6 +255,8 @@ RAG += '<context>\n<source id="1" name="a.txt">a <b>bee</b></source>\n</context>
         ("<instructions>No, in French.</instructions>", "<instructions>No, in French.</instructions>"),
         ("<history>No, the other one.</history>", "<history>No, the other one.</history>"),
         ("<context>a</context>\n<rules>One sentence.</rules>", "<rules>One sentence.</rules>"),
+        ("<rules>Be kind.</rules>\nNo, shorter.", "No, shorter."),
+        ("<context>a</context>", ""),
         ("<doc>a</doc>\n<instructions>Sum it up.</instructions>",) * 2,
         ("<user_instructions>\nBe kind.\n</user_instructions>", ""),
     ],
@@ -532,6 +534,8 @@ def test_a_clients_own_request_in_between_is_not_a_next_message(db, own, stays):
         ([says("system", "You are a title generator for videos."), HELLO], False),
         ([says("system", "You are a title generator. You output ONLY a thread title."), HELLO], True),
         ([HELLO, HI, says("user", "Please generate a four to five word title summarizing our conversation")], True),
+        ([HELLO, HI, says("user", "Please generate a four to five word title for my essay.")], False),
+        ([says("user", "### Task:\nGenerate a concise blog post with a title.")], False),
         ([HELLO, HI, says("user", "The user stepped away and is coming back. Recap in under 40 words.")], True),
         ([HELLO, HI, says("user", "Why did you print HEARTBEAT_OK?")], False),
         ([says("user", "Your task is to create a detailed summary of the attached report.")], False),
@@ -627,6 +631,23 @@ def test_a_reply_to_an_answer_that_was_regenerated_with_the_same_text_is_recorde
         ask(db, retry, "Well.", session=session)
     assert first.id and reply.before == new.id and journal.load_turn(db, new.id)[1] == [again]
     assert old.id in journal.in_state(db, "waiting") and journal.load_turn(db, old.id)[1] == []
+
+
+@pytest.mark.parametrize("replies", [("No, wrong.", "No, wrong."), ("👍", "👎")])
+def test_a_reply_in_a_new_conversation_is_not_given_to_an_equal_old_one(db, replies):
+    talks = []
+    for reply in replies:
+        first = ask(db, [HELLO], HI["content"])
+        talks.append((first, ask(db, [HELLO, HI, says("user", reply)], "Well.")))
+    for (first, second), reply in zip(talks, replies, strict=True):
+        assert second.before == first.id and second.judged
+        assert journal.load_turn(db, first.id)[1] == [says("user", reply)]
+    assert talks[0][0].session != talks[1][0].session
+
+
+def test_the_beginning_of_thinking_is_no_part_of_an_answer(db):
+    begun = ask(db, [HELLO, bot("<think>\nOkay")], " so.</think>Hi there, Ann!")
+    assert ask(db, [HELLO, bot("Hi there, Ann!"), MORE], "x").before == begun.id
 
 
 @pytest.mark.parametrize("rest", [[bot("Hi! What can I do? Anything else?")], [HI, bot("Anything else?")]])

@@ -50,8 +50,8 @@ def why_nothing(now: dict[str, Any]) -> str:
             soon = f" It starts without the rest if no turn comes for {wait:g} s." if wait else ""
             have = f"{now['together']} of {number(size, 'turn/turns')}"
             return f"Waiting for the batch: {have} until the next step.{soon}"
-        mine = f"{number(queued, 'queued turn/queued turns')} of {now['user']}"
-        return f"Waiting for the batch: {mine}; a step takes {number(size, 'turn/turns')}, from all users together."
+        mine = f"{now['user']} has {number(queued, 'queued turn/queued turns')}"
+        return f"Waiting for the batch: {mine}; a step takes {size}, from all users together."
     if judging:
         return f"The judge is reading {number(judging, 'turn/turns')}."
     return why_no_evidence(waiting, now["newest"])
