@@ -197,10 +197,7 @@ def report(p: Program, state: trainer.State, batch: list[Sample], metrics: dict[
     }
     p.last_step = row
     row = {"owner": state.owner} | row if state.owner else row
-    try:
-        atomic.append(Path(p.config.out) / "metrics.jsonl", json.dumps(row).encode() + b"\n")
-    except OSError as e:  # the step itself is done
-        print(f"step {state.step} is not in metrics.jsonl: {e}", file=sys.stderr)
+    atomic.append(Path(p.config.out) / "metrics.jsonl", json.dumps(row).encode() + b"\n")
     terminal.print_step(row)
 
 

@@ -68,7 +68,7 @@ async def test_the_page_shows_turns_live_and_takes_ratings_and_admin_commands(fr
     reply = await ask(client(program, "none"), [user("Why is the sky blue?")])
     card = page.locator(".turn")  # it appears without a reload
     await expect(card.locator(".said.user")).to_have_text("Why is the sky blue?")
-    await expect(page.locator("#why")).to_contain_text("No next message yet: 1 answers wait")
+    await expect(page.locator("#why")).to_contain_text("No next message yet: 1 answer waits")
 
     await card.get_by_role("button", name="Bad").click()
     await expect(card.locator(".verdict").first).to_contain_text("verdict -1 by a person")
@@ -82,7 +82,7 @@ async def test_the_page_shows_turns_live_and_takes_ratings_and_admin_commands(fr
     assert rows(program, "id = ?", reply.id)[0]["hints"] == '["Answer in one short sentence, please."]'
 
     await page.get_by_role("button", name="Pause").click()
-    await expect(page.locator("#why")).to_contain_text("Training is paused by the admin. 1 judged turns wait for it.")
+    await expect(page.locator("#why")).to_contain_text("Training is paused by the admin. 1 judged turn waits for it.")
     await rated(program, "and the sea?")
     await expect(page.locator("#until")).to_have_text("2 of 2 turns until the next step")
     assert program.status()["step"] == 0, "pause stops the next step"
