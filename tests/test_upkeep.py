@@ -66,7 +66,8 @@ def test_forget_also_removes_what_was_derived_from_a_conversation(db, tmp_path):
     say(
         db, "compacted", [user(f"The conversation before was compacted:\n\n{summary}"), user("Go on.")], "Sure, gladly."
     )
-    say(db, "client", [{"role": "system", "content": "You are a title generator"}, user(f"- {SECRET}")], "A dentist")
+    generator = "You are a title generator. You output ONLY a thread title. Nothing else."
+    say(db, "client", [{"role": "system", "content": generator}, user(f"- {SECRET}")], "A dentist")
     say(db, "bobs", [user(quoted)], "Bob's", user="bob")
     for k in range(10):
         say(
