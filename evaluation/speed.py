@@ -304,8 +304,8 @@ TRL 1.16.0's AsyncGRPOTrainer shares prefixes as well.
 SHORT = """
 On one core a token of SmolLM2-135M takes 30 to 55 ms of matrix products, which are bound by memory, and 30 ms of Python
 and small kernels in vLLM's worker. In `vllm serve` on a CPU, the core process waits for the worker in a busy loop on
-another core. In run.py that core is the trainer's, so the worker runs in the core process. The rows about streams were
-measured before that.
+another core. In run.py that core is the trainer's, so the worker runs in the core process. Rows whose ratios range from
+below 0.8 to above 1.2 say little: the two cores are threads of one, and other guests use the machine.
 """
 
 
