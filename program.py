@@ -52,7 +52,7 @@ class Program:
     train_now: bool = False  # the next step doesn't wait for a full batch
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # set when there may be a batch for the next step
     judge_health: Health = field(default_factory=Health)
-    paused: dict[str, str] = field(default_factory=dict)  # owner -> why no step may begin; the owner "": for nobody
+    paused: dict[str, str] = field(default_factory=dict)  # owner -> why no step may begin; "": for any owner
     stepping: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a step
     started: float = field(default_factory=time.time)
     died: asyncio.Event = field(default_factory=asyncio.Event)  # set when the engine has died

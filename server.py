@@ -63,6 +63,10 @@ class Asked:
     turn_id: str = ""  # set when the engine gets the request
     answers: dict[int, str] = field(default_factory=dict)  # choice -> digest of the recorded text
 
+    def digest_of(self, answer: dict) -> str:
+        """What an answer to this request is found by later."""
+        return answer_digest(*unfinished(self.messages), answer)
+
 
 asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 caller: ContextVar[str] = ContextVar("caller", default="")  # name of the user whose request is being handled
@@ -152,8 +156,7 @@ class Capture:
                 reader = AnswerReader(streamed=kind.startswith("text/event-stream"))
             elif reader and request.turn_id:
                 for index, answer in reader.feed(message.get("body", b""), message.get("more_body", False)).items():
-                    turn_id = choice_id(request.turn_id, index)
-                    digest = answer_digest(*unfinished(request.messages), answer)
+                    turn_id, digest = choice_id(request.turn_id, index), request.digest_of(answer)
                     if digest != request.answers.get(index, digest):
                         await journal.patiently(journal.record_answer, self.db, turn_id, digest)
             await send(message)
@@ -270,8 +273,7 @@ class Recorder:
             elif served is not None and any(version > served for version, _, _ in spans):
                 why_not = journal.UNDONE
             text = "".join(texts)
-            said = {"role": "assistant", "content": text}
-            request.answers[index] = answer_digest(*unfinished(request.messages), said)
+            request.answers[index] = request.digest_of({"role": "assistant", "content": text})
             turn = Turn(
                 id=choice_id(turn_id, index),
                 answer=request.answers[index],

@@ -323,11 +323,11 @@ def decide(
     fits = [r for r in fits if r["session"] in known] or fits
     reply = spoken(following) if len(fits) > 1 else ""
 
-    def suits(r: sqlite3.Row) -> bool:
-        has_it = reply and r["history"] == history and r["next_messages"]
-        return r["state"] == "waiting" or bool(has_it) and spoken(json.loads(r["next_messages"])) == reply
+    def has_it(r: sqlite3.Row) -> bool:
+        known = r["next_messages"] if reply and r["history"] == history else None
+        return known is not None and spoken(json.loads(known)) == reply
 
-    return next(filter(suits, fits), fits[0] if fits else None)
+    return next((r for r in fits if r["state"] == "waiting" or has_it(r)), fits[0] if fits else None)
 
 
 def is_news(turn: sqlite3.Row, following: list[dict], kept: bool) -> bool:

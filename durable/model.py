@@ -98,8 +98,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # a temperature without do_sample, for example: keep only the special tokens
-        tokens = {name: getattr(model.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        model.generation_config = GenerationConfig(**{f"{name}_token_id": i for name, i in tokens.items()})
+        kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(model.generation_config, name) for name in kept})
     return model
 
 

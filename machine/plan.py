@@ -113,6 +113,19 @@ def what_fits(
     shape: PretrainedConfig, setting: memory.Setting, engine_memory: float, free: float, host_free: float
 ) -> str:
     """Options with which the model fits, for a message."""
+    if options := fitting_options(shape, setting, engine_memory, free, host_free):
+        return options
+    if engine_memory and fitting_options(shape, setting, 0.0, free, host_free):
+        return "a smaller --engine_memory is needed"
+    if fitting_options(shape, replace(setting, context=0), engine_memory, free, host_free):
+        return "a smaller --max_model_len is needed"
+    return "a smaller --model is needed"
+
+
+def fitting_options(
+    shape: PretrainedConfig, setting: memory.Setting, engine_memory: float, free: float, host_free: float
+) -> str:
+    """The first options with which the model fits, of those for its adapter and its longest sample; "" if none do."""
     for rank in (0, 32) if not setting.lora_rank else (setting.lora_rank,):
         for tokens in [n for n in (setting.tokens, 8192, 4096, 2048, 1024) if n <= setting.tokens]:
             row_tokens = min(setting.row_tokens, memory.free_row_tokens(shape, tokens))
@@ -124,13 +137,7 @@ def what_fits(
                 given = setting.row_tokens > memory.free_row_tokens(shape, setting.tokens)  # by an option
                 options += [f"--row_tokens={row_tokens}"] if given else []
                 return f"{' '.join(options)} needs {sum(device.values()):.1f} GiB"
-    smaller = "a smaller --{} is needed"
-    short = replace(setting, context=0)
-    if engine_memory and not what_fits(shape, setting, 0.0, free, host_free).startswith(smaller[:9]):
-        return smaller.format("engine_memory")
-    if setting.context and not what_fits(shape, short, engine_memory, free, host_free).startswith(smaller[:9]):
-        return smaller.format("max_model_len")
-    return smaller.format("model")
+    return ""
 
 
 def measure_gflops(folder: Path, cores: list[int], tokens: int) -> dict[torch.dtype, float]:

@@ -623,7 +623,10 @@ def test_a_model_that_engine_and_trainer_compute_differently_is_refused(tiny_mod
     )
     Phi3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     program = Program(folder, tmp_path / "out")
-    assert program.process.wait(120) == 1
+    try:
+        assert program.process.wait(120) == 1
+    finally:
+        program.process.kill()
     assert "engine and trainer disagree about this model" in program.log().splitlines()[-1]
     assert "Traceback" not in program.log() and not descendants(program.process.pid)
 

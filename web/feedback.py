@@ -49,12 +49,12 @@ def routes(p: Program) -> list[Route]:
         user = rater.name or "admin"
         try:
             sent = await request.body()
+            if len(sent) > MAX_RATING_BYTES:
+                return openai_error(413, f"over {MAX_RATING_BYTES >> 20} MiB: send completion_id instead of messages")
             body = await asyncio.to_thread(parse, sent)
             score, text, messages = body["score"], body.get("text", ""), [dict(m) for m in body.get("messages", [])]
             if why := too_much(body, messages, len(sent)):
                 return openai_error(400, why)
-            if len(sent) > MAX_RATING_BYTES:
-                return openai_error(413, f"over {MAX_RATING_BYTES >> 20} MiB: send completion_id instead of messages")
             said = [{"role": "user", "content": text}]
             turn_id = find_rated(p.db, user, messages) if messages else body["completion_id"]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
