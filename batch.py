@@ -12,7 +12,7 @@ from durable import guard, journal
 from durable.journal import Sample
 from program import Program
 
-SETTLE_S = 2.0  # from verdict to training: a client's own message may have been judged, which the user's then replaces
+SETTLE_S = 2.0  # from verdict to training: the judged message may be the client's own, and the user's replaces it soon
 DROPS_AT_ONCE = 100  # most turns to drop before other tasks run
 
 

@@ -18,7 +18,7 @@ from clients.sessions import without_thinking
 from reward import MAX_HINT, MIN_HINT, VOTES, Scored, evidence, width
 
 CHAT_CHARS = 2000  # characters of the next messages that the judge reads; a quarter each of request and answer
-CANDIDATES = 3  # the most hints that the trainer gets
+CANDIDATES = 3  # most hints for one turn
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: only the three labels can be sampled
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}
 
@@ -43,7 +43,7 @@ EXAMPLES: list[Example] = [  # four for each label; more would cost prefill and 
     ("Open.", "open()", "tool", '{"error": "door not found"}', "bad"),
     ("2+2?", "4", "user", "By the way, tell me a joke.", "neutral"),
 ]
-BLANKS = ("N/A", "...", "[text]", "-")  # next messages without content: how the judge labels them is its bias
+BLANKS = ("N/A", "...", "[text]", "-")  # next messages without content, to measure the judge's bias
 HINT_RULES = """You read a request, an assistant's answer and what happened next, and write down what the assistant \
 should have done: one short rule in the imperative that would have helped BEFORE it answered.
 Write NONE where what happened next corrects nothing, or contradicts what the request itself asked for, or gives \
@@ -146,7 +146,10 @@ class ChatJudge(Endpoint):
         if not (said := [m for m in next_messages if m.get("role") == "user"]):
             return []
         messages = few_shot(HINT_RULES, HINT_EXAMPLES, request, answer, said)
-        ask = lambda fields: self.samples(messages, str, 0.7, fields)  # noqa: E731
+
+        async def ask(fields: dict) -> list[str]:
+            return await self.samples(messages, str, 0.7, fields)
+
         return frequent_hints(await self.with_retries(ask, self.hint_fields))
 
     async def label_logps(self, messages: list[dict], fields: dict) -> dict[str, float] | None:

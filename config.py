@@ -113,6 +113,7 @@ class Config(Service, Engine, Judge, Turns, Step, Losses):
         limit(lambda value: value >= 1, "at least 1", *counts)
         limit(lambda value: value >= 512, "at least 512, so that the probe fits", "max_model_len")
         limit(lambda value: value < 1, "less than 1", "beta1", "beta2")
+        limit(lambda value: value > 1, "more than 1: at 1 or less, no complaint would have a gradient", "dual_clip")
         limit(lambda value: value <= 512, "at most 512, vLLM serves no more", "lora_rank")
         limit(lambda value: value <= 65535, "at most 65535", "port")
         limit(lambda value: value <= 1, "a fraction from 0 to 1", "user_share", "truncated_share")
@@ -131,6 +132,10 @@ class Config(Service, Engine, Judge, Turns, Step, Losses):
             raise UsageError("--judge_style=head judges with the model's own weights: it takes no --judge_url")
         if self.judge_url and not self.judge_model:
             raise UsageError("--judge_url needs --judge_model, the model's name at that endpoint")
+
+    @property
+    def web_origins(self) -> list[str]:
+        return [origin.strip().rstrip("/") for origin in self.origins.split(",") if origin.strip()]
 
     @property
     def url(self) -> str:

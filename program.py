@@ -1,4 +1,4 @@
-"""What the parts of the running program share: options, journal, engine, training states and what they wait for."""
+"""The state that the parts of the running program share: options, journal, engine, training states."""
 
 import asyncio
 import socket
@@ -187,10 +187,6 @@ class Program:
         print(f"training {whose}stopped, serving continues{step}: {error} ({again})", file=sys.stderr)
         if seconds is not None:
             asyncio.get_running_loop().call_later(seconds, self.end_pause, why)
-
-    @property
-    def origins(self) -> list[str]:
-        return [origin.strip().rstrip("/") for origin in self.config.origins.split(",") if origin.strip()]
 
     @cached_property
     def own_client(self) -> openai.AsyncOpenAI:

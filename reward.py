@@ -28,7 +28,7 @@ from durable.atomic import replacing
 VOTES = {"good": 1, "bad": -1, "neutral": 0}
 HEAD_CHARS = 400  # characters of the next messages that the head reads
 MIN_HINT, MAX_HINT = 11, 300  # characters in a hint (at least: see `width`)
-MAX_PARTS = 5  # how many parts of a complaint are tried as hints
+MAX_PARTS = 5  # most candidate hints from one complaint, the whole complaint included
 REPLIES = Path(__file__).parent / "replies"  # fit.jsonl, and unseen.jsonl to measure on
 READ_AT_ONCE = 16  # labelled replies that are read in one forward pass
 QUESTION = "Is the feedback positive, negative or neutral?"  # begins the head's prompt
@@ -214,7 +214,7 @@ class HeadJudge:
 
 
 def width(text: str) -> int:
-    """Its characters, of which a Chinese, Japanese or Korean one counts 2: it says as much."""
+    """Length in characters. A Chinese, Japanese or Korean one counts twice, as it carries more meaning."""
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
@@ -230,7 +230,10 @@ def own_words(request: str, next_messages: list[dict]) -> list[str]:
     said = words_of(next_messages[-1]).strip()
     if width(said) < MIN_HINT or len(said) > MAX_HINT:
         return []
-    wishes = lambda text, one, other: re.search(one, text, re.I) and not re.search(other, text, re.I)  # noqa: E731
+
+    def wishes(text: str, one: str, other: str) -> bool:
+        return bool(re.search(one, text, re.I)) and not re.search(other, text, re.I)
+
     contrary = any(wishes(request, a, b) and wishes(said, b, a) for a, b in OPPOSITES)
     if ORDERS.search(said) or contrary:
         return []

@@ -1,4 +1,4 @@
-"""OpenClaw-RL in one program: serve a model, judge its answers by what people say next, train, swap the weights.
+"""OpenClaw-RL in one program: serve a model, score its answers from the next message, train, swap the weights.
 
     python run.py --out=mine        every option: python run.py --help
 
@@ -36,6 +36,10 @@ from program import BY_ADMIN, PAUSED, Program
 from start import Judge, make_judge, setup
 from web import control, feedback, page, terminal
 
+STARTED = time.monotonic()
+STOPPING = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under nohup
+    STOPPING.append(signal.SIGHUP)
 RETRY_S = 1.0  # until a turn is tried again after its judge failed
 LATER_S = 60.0  # the same after any other error
 LOCK_WAIT_S = 5.0  # how long a clean stop waits for another program's write lock on the journal
@@ -99,9 +103,11 @@ async def judge_turn(p: Program, judge: Judge, turn_id: str) -> None:
 
 
 async def train(p: Program) -> None:
-    """The training loop. An error in a step ends neither the loop nor the program: the step is undone. The turns of a
-    step that the guard refuses are dropped. After any other error they are queued again and training stops: after a
-    failed push until the admin resumes it, otherwise for a time that doubles with each failure."""
+    """The training loop. A step that fails is undone, and the loop continues. The turns of a step that the guard
+    refuses are dropped. After any other error they are queued again and training stops: after a failed push until the
+    admin resumes it, otherwise for a time that doubles with each failure.
+
+    EngineDied if the engine must be started again, Stopped if the program is stopping."""
     refused, failed = Counter[str](), Counter[str]()  # owner -> steps in a row that the guard refused, or that failed
     new_thread = False  # does the next step need a new trainer thread?
     while not p.config.steps or sum(p.steps().values()) < p.config.steps:
@@ -169,12 +175,13 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
     guard.check_weights(probed, state.probe.first, state.probed)
     gap, p.pause = await swap.push(p.engine, weights, state.step + 1, (state.probe.ids, probe_logps), state.owner)
 
-    # 4. commit: from here on an undo returns to this step; a restart does so only once a checkpoint has it
+    # 4. commit: an undo now returns to this step; a restart does so only once a checkpoint has it
     await p.wait_for_disk_space()
     await p.write(journal.mark_trained, [sample.turn.id for sample in batch], state.step + 1)
+    baselines = dict(state.baselines)
     for s in batch:
-        grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
-    await p.on_trainer(trainer.commit, state, state.step + 1, state.baselines, probed)
+        grpo.move_baseline(baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
+    await p.on_trainer(trainer.commit, state, state.step + 1, baselines, probed)
 
     # 5. report, and a checkpoint every `save_every` steps
     seconds = {"train_s": trained - started, "push_s": time.monotonic() - trained}
@@ -216,7 +223,7 @@ async def serve(p: Program) -> bool:
     gc.collect()
     gc.freeze()  # otherwise each full collection goes through all imported modules, and stops the event loop for 0.3 s
     web = web_server(app, p.config.ssl_certfile, p.config.ssl_keyfile)
-    # The watch runs until the very end: without it, a call to a dead engine would never return.
+    # `watch` runs until the end: without it, a call to a dead engine would hang.
     watch = asyncio.create_task(swap.watch(p.engine, died), name="watch")
     tasks = [asyncio.create_task(web.serve(sockets=[p.listener]), name="server")]
     while not web.started and not tasks[0].done():
@@ -275,11 +282,6 @@ async def train_again(p: Program) -> None:
             await p.undo(state)
         await p.write(journal.requeue, "its step could not be undone at once")
     await train(p)
-
-
-STOPPING = [signal.SIGINT, signal.SIGTERM]
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under nohup
-    STOPPING.append(signal.SIGHUP)
 
 
 def on_signal(number: int, stopped: asyncio.Event) -> None:
@@ -342,8 +344,6 @@ def unbreakable(stream: TextIO) -> None:
 
     stream.write, stream.flush = attempt(stream.write), attempt(stream.flush)
 
-
-STARTED = time.monotonic()
 
 if __name__ == "__main__":
     unbreakable(sys.stdout)

@@ -1,7 +1,7 @@
 """The API: vLLM's own OpenAI app behind ASGI middleware that records every answer in the journal.
 
-`Capture` (ASGI) checks the key and reads the body of a POST. `Recorder` replaces the engine in vLLM's app: it passes
-every output through unchanged, and records the turn before its last token is sent.
+`Capture` (ASGI) checks the key and reads the body of a POST. `Recorder` replaces the engine in vLLM's app: it passes on
+every output, and records the turn before its last token is sent.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ OPEN_PATHS = ("/health", "/", "/web/page.js", "/web/page.css")  # they hold no d
 # Fields of a chat request, besides its messages, that change the prompt. vLLM's /tokenize has the same ones.
 TEMPLATE_FIELDS = ("tools", "chat_template", "add_generation_prompt", "continue_final_message")
 
-# Sampling parameters that change the distribution: with one of them set, an answer is not from the plain policy.
+# Sampling parameters that change the distribution: with one of them set, an answer is off-policy.
 OFF_POLICY = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
 OFF_POLICY += ("allowed_token_ids", "bad_words", "structured_outputs", "min_tokens", "thinking_token_budget")
 MIN_TEMPERATURE = 0.3  # below it, rounding alone changes log-probs by more than PPO's clip range
@@ -64,7 +64,7 @@ class Asked:
     answers: dict[int, str] = field(default_factory=dict)  # choice -> digest of the recorded text
 
     def digest_of(self, answer: dict) -> str:
-        """What an answer to this request is found by later."""
+        """The digest by which this answer to the request is found again."""
         return answer_digest(*unfinished(self.messages), answer)
 
 
@@ -76,7 +76,7 @@ class Capture:
     """ASGI: check the key, read the body, note who asks what, and replay the body to vLLM's app."""
 
     def __init__(self, app: ASGIApp, p: Program) -> None:
-        self.app, self.db, self.keys, self.origins = app, p.db, p.keys, p.origins
+        self.app, self.db, self.keys, self.origins = app, p.db, p.keys, p.config.web_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # a websocket: vLLM's realtime endpoint would not be recorded
@@ -375,4 +375,4 @@ async def build_app(p: Program, more: Sequence[Route]) -> ASGIApp:
     app = Starlette(routes=[*more, Mount("/", app=vllm_app)], exception_handlers={Exception: own_error})
     capture = Capture(app, p)
     # CORS is outermost: a preflight request has no key, and the browser must be able to read a 401.
-    return CORSMiddleware(capture, allow_origins=p.origins, allow_methods=["*"], allow_headers=["*"])
+    return CORSMiddleware(capture, allow_origins=p.config.web_origins, allow_methods=["*"], allow_headers=["*"])

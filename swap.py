@@ -1,6 +1,6 @@
 """The engine and its weights: start vLLM in our program, push new weights while it serves, check that they arrived.
 
-Only this file and server.py use vLLM's internals. "Relied on" says which ones (0.32.0).
+Only this file and server.py import or change vLLM's internals. "Relied on" says which ones (0.32.0).
 """
 
 import asyncio
@@ -54,8 +54,8 @@ HUNG_S = 600.0  # an engine that answers no call for that long has hung
 ENGINE_CORES = "VLLM_CPU_OMP_THREADS_BIND"  # the cores that the worker computes on, e.g. "0,1"
 
 
-def begin_process(not_its: Sequence[int] = ()) -> None:
-    """Called in the engine's new process. `not_its`: file descriptors that it must close."""
+def begin_process(close: Sequence[int] = ()) -> None:
+    """Called in the engine's new process. `close`: our file descriptors, which it must not keep open."""
     # It is killed when its parent dies. Otherwise `VLLM::EngineCore` lives on as an orphan after a kill -9.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not os.path.exists(f"/proc/{os.environ[PROGRAM]}/exe"):  # the program died before that; a zombie has no exe
@@ -63,7 +63,7 @@ def begin_process(not_its: Sequence[int] = ()) -> None:
     if os.getppid() != int(os.environ[PROGRAM]):  # a child of the engine's process
         return
     os.setpgrp()  # Ctrl-C in a terminal goes to the whole group, and would end the engine during a step
-    for descriptor in not_its:
+    for descriptor in close:
         os.close(descriptor)
     if cores := os.environ.get(ENGINE_CORES):
         # vLLM can't bind it to its cores, since OpenMP doesn't read the environment again after a fork.
@@ -75,6 +75,9 @@ if multiprocessing.current_process().name != "MainProcess" and PROGRAM in os.env
     # vLLM's spawned processes import this file too (through run.py as their main module, or for the worker extension
     # below). multiprocessing.parent_process() would not do: it is still None while a child imports its main module.
     begin_process()
+
+
+Weights = dict[str, torch.Tensor]  # by name
 
 
 class PushError(RuntimeError):
@@ -237,7 +240,7 @@ def open_shared(message: bytes) -> Iterable[tuple[str, torch.Tensor]]:
 # ---- in our process ----
 
 
-def share_weights(weights: dict[str, torch.Tensor], file: IO[bytes]) -> bytes:
+def share_weights(weights: Weights, file: IO[bytes]) -> bytes:
     """Share weights with the worker, by CUDA IPC handles or in a file in shared memory. Returns a message for
     `open_shared`."""
     if next(iter(weights.values())).is_cuda:
@@ -316,9 +319,9 @@ def engine_args(config: Config, folder: Path, plan: Plan) -> Namespace:
     return make_arg_parser(FlexibleArgumentParser()).parse_args(given + switches)
 
 
-def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
+def start_engine(args: Namespace, close: Sequence[int] = ()) -> Any:
     """An AsyncLLM in this program (its core, with the worker, is a child process). Call from a running event loop.
-    `not_its`: file descriptors that this process is not to keep.
+    `close`: our file descriptors, which that process must not keep open.
 
     UsageError if vLLM rejects an option, such as a context longer than the model's."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -336,7 +339,7 @@ def start_engine(args: Namespace, not_its: Sequence[int] = ()) -> Any:
         # which the worker is another process. The core then waits for it in a busy loop, at the trainer's expense.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         config.parallel_config.distributed_executor_backend = "uni"
-        os.register_at_fork(after_in_child=lambda: begin_process(not_its))
+        os.register_at_fork(after_in_child=lambda: begin_process(close))
     engine = AsyncLLM.from_vllm_config(config)
     # This metric's labels are the names of the running adapters: a new series for each step and each mix of users.
     for logger in engine.logger_manager.stat_loggers:
@@ -383,8 +386,6 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
 # our process. If a cancelled task had closed the file, another file could have that number.
 swapping = asyncio.Lock()
 loads = 0  # how often the weights were replaced; part of each prompt's cache salt
-
-Weights = dict[str, torch.Tensor]  # by name
 
 
 @dataclass(eq=False)
@@ -509,7 +510,7 @@ async def evict(engine: Any, owner: str) -> None:
 
 
 async def remove_unused(engine: Any, version: Version) -> None:
-    """Remove an adapter that nobody uses. Without `request`, as in Version(0), the version is no adapter."""
+    """Remove an adapter that nobody uses. A version without a `request`, like Version(0), is no adapter."""
     if version.request and version not in serving.values() and not version.running:
         await engine.remove_lora(version.request.lora_int_id)
 

@@ -30,7 +30,7 @@ from machine.arithmetic import check_arithmetic
 from probe import Probe, make_probe
 
 # Steps until the learning rate is reached. Adam's first updates move every weight by the whole learning rate, its later
-# ones by a fraction of it: without a warm-up, the first complaints made answers too short to be about anything.
+# ones by a fraction of it: without a warm-up, the first complaints led to answers of five words about nothing.
 WARMUP = 5
 ROLL_BACK = "; python -m durable.admin rollback goes back to an earlier checkpoint"
 
@@ -81,9 +81,9 @@ class Lesson:
 
 
 def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str, float]:
-    """One step of Adam on a batch, row by row. Returns the step's metrics, per response token unless named otherwise.
+    """One step of Adam on a batch, row by row. Returns the step's metrics (docs/method.md has a table of them).
 
-    guard.Refused from `guard.check_batch`, Stopped if `state.stopping` is set. Either leaves the masters unchanged.
+    guard.Refused from `guard.check_batch`, Stopped if `state.stopping` is set. Both are raised before a master changes.
     """
     turns = [lesson.turn for lesson in lessons]
     n, sums, dlogp_max = sum(len(t.response_ids) for t in turns), Counter[str](), 0.0
@@ -94,12 +94,12 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         if state.stopping.is_set():
             raise Stopped
         recompute_activations(state.policy, row["ids"].numel() > config.row_tokens)
-        loss, found = row_loss(config, state, row, lessons)
+        loss, of_row = row_loss(config, state, row, lessons)
         # The mean over answers of each answer's mean over tokens: a mean over all tokens would favour long answers. The
         # factor T: a gradient through logits / T is 1 / T times as large, so turns with a low T would dominate.
         (loss * per_token[row["sample"]] * row["temperature"]).sum().backward()  # to the masters, see `optimizer`
-        dlogp_max = max(dlogp_max, found.pop("dlogp_max"))
-        sums.update(found)  # a Counter adds
+        dlogp_max = max(dlogp_max, of_row.pop("dlogp_max"))
+        sums.update(of_row)  # a Counter adds
     recompute_activations(state.policy, False)
     norm = torch.nn.utils.clip_grad_norm_(state.masters, config.grad_clip).item()
     # The other turns' recorded log-probs are not used (see `Lesson.answer`), so their |dlogp| is 0.
@@ -110,7 +110,7 @@ def update(config: Config, state: State, lessons: Sequence[Lesson]) -> dict[str,
         group["lr"] = state.adam.defaults["lr"] * min(1.0, (state.step + 1) / WARMUP)
     state.adam.step()
     state.adam.zero_grad()
-    sync_bf16(state.masters, state.policy)
+    sync_bf16(state)
     return {
         "tokens": n,
         "grad_norm": norm,
@@ -169,14 +169,15 @@ def row_loss(config: Config, state: State, row: grpo.Row, lessons: Sequence[Less
     old_logp = torch.where(row["old_logp"].isnan(), logp.detach(), row["old_logp"])  # (N,)
     loss = config.w_rl * grpo.ppo_clip_loss(logp, old_logp, row["adv"], *clip, config.dual_clip)  # (N,)
     log_ratio = logp.detach() - old_logp  # (N,)
-    found = {
+    ratio = log_ratio.exp()  # (N,)
+    sums = {
         "nll": -logp.sum().item(),
         "dlogp": log_ratio.abs().sum().item(),
         "dlogp_max": log_ratio.abs().max().item(),
-        "clipped": ((log_ratio.exp() < 1 - clip[0]) | (log_ratio.exp() > 1 + clip[1])).sum().item(),
+        "clipped": ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item(),
     }
     if hinted:
-        student, likely = logps[:, 1:].detach(), ids[:, 1:]  # (N, K) each
+        student = logps[:, 1:].detach()  # (N, K)
         teacher, hint_mask = distill.teacher_logps(start_head, row, likely, candidates, plain[:, 1:])  # (N, K), (N,)
         if config.opd_k:
             opd = distill.top_k_loss(logps[:, 1:], student, teacher, config.opd_clip, *clip)  # (N,)
@@ -184,12 +185,12 @@ def row_loss(config: Config, state: State, row: grpo.Row, lessons: Sequence[Less
             adv = distill.advantage(student, teacher, config.opd_clip).squeeze(-1)  # (N,)
             opd = grpo.ppo_clip_loss(logp, old_logp, adv, *clip, config.dual_clip)  # (N,)
         loss = loss + config.w_opd * hint_mask * opd
-        found["gap"] = (hint_mask * (teacher - student).abs().mean(-1)).sum().item()
-        found["n_hinted"] = hint_mask.sum().item()
+        sums["gap"] = (hint_mask * (teacher - student).abs().mean(-1)).sum().item()
+        sums["n_hinted"] = hint_mask.sum().item()
     if config.kl:
         loss = loss + config.kl * kl
-        found["kl"] = kl.detach().sum().item()
-    return loss, found | {"loss": loss.sum().item()}
+        sums["kl"] = kl.detach().sum().item()
+    return loss, sums | {"loss": loss.sum().item()}
 
 
 def read_start(
@@ -249,9 +250,9 @@ def dithered(master: Tensor, number: int) -> Tensor:
 
 
 @torch.no_grad()
-def sync_bf16(masters: Iterable[Tensor], policy: PreTrainedModel) -> None:
+def sync_bf16(state: State) -> None:
     """Round the masters to the bf16 values that are served, and put them into the policy."""
-    for k, (master, p) in enumerate(zip(masters, trained(policy).values(), strict=True)):
+    for k, (master, p) in enumerate(zip(state.masters, trained(state.policy).values(), strict=True)):
         p.copy_(dithered(master, k))
 
 
@@ -265,12 +266,12 @@ def served_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def mutable(state: State) -> list[Tensor]:
-    """All that a step changes: the masters, and for each Adam's two moments and step count."""
+    """The tensors that a step changes: the masters, and for each Adam's two moments and step count."""
     return [*state.masters, *[t for m in state.masters for t in state.adam.state[m].values()]]
 
 
 def snapshot(state: State) -> None:
-    """Copy everything that a step changes. `restore` returns to this copy, and `save` writes it."""
+    """Copy the tensors that a step changes. `restore` returns to this copy, and `save` writes it."""
     if not state.kept:
         state.kept = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in mutable(state)]
     copy_tensors(mutable(state), state.kept)
@@ -282,7 +283,7 @@ def restore(state: State) -> None:
     recompute_activations(state.policy, False)
     state.policy.zero_grad()  # a row that ran out of memory may have left gradients
     state.adam.zero_grad()
-    sync_bf16(state.masters, state.policy)
+    sync_bf16(state)
 
 
 @torch.no_grad()
@@ -328,7 +329,7 @@ def load_checkpoint(state: State, folder: Path | None) -> tuple[int, dict[str, f
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
             raise UsageError(f"{folder}/trainer.pt is damaged: {e}{ROLL_BACK}") from e
     copy_tensors(saved["state"], mutable(state))
-    sync_bf16(state.masters, state.policy)
+    sync_bf16(state)
     # A checkpoint of an earlier version has no results on the probe.
     return saved["step"], saved["baselines"], saved.get("probed") or state.probe.measure(state.policy)[0]
 

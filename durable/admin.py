@@ -103,7 +103,7 @@ class Changing(OfRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Show(Reading):
-    """Print the last 20 answers, or one conversation. A running program is not disturbed."""
+    """Print the last 20 answers, or one conversation. Safe while the program runs."""
 
     session: str = ""  # of one conversation, as printed here; all of it
 
@@ -121,7 +121,7 @@ class Show(Reading):
 
 @dataclass(frozen=True, kw_only=True)
 class Learned(Reading):
-    """Print what users complained about, and how often. A running program is not disturbed."""
+    """Print what users complained about, and how often. Safe while the program runs."""
 
     user: str = ""  # only what this user said
 

@@ -1,6 +1,6 @@
 """Which samples may be trained on, and which weights served: a harmful step is reverted before its weights are served.
 
-The bounds are wide, to catch a policy that breaks but not one that changes. In parentheses: values of a normal run.
+The bounds allow normal drift and catch collapse. In parentheses: values of a normal run.
 """
 
 import json

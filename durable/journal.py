@@ -104,7 +104,7 @@ class Turn:
     template: dict
     answer: str  # sessions.answer_digest of the answer that the client was sent
     history: str  # digest of `messages`
-    asked: str  # the beginning of the person's last message in them, letters only
+    asked: str  # the beginning of the person's last message in them, letters and digits only
     text: str
     finish_reason: str | None
     prompt_ids: list[int]  # (P,) exactly as the engine got them
@@ -129,9 +129,9 @@ class Verdict:
     score: int  # +1 good, -1 bad, 0 neutral
     votes: list[int]
     confidence: float  # the judge's probability of this score, or the score's share of the votes
-    hints: list[str]  # candidates: what should have been done, as a rule
+    hints: list[str]  # candidates: what should have been done
     hinted_by: str  # "judge"; "own words" (the user's, in feedback or with a small model's judge); "" without hints
-    judge: str  # the judge's model name; the user's name for explicit feedback
+    judge: str  # the judge's model name ("policy" for the small model's head); the user's name for explicit feedback
     source: str  # "judge" | "feedback"
 
 

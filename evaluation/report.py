@@ -55,7 +55,8 @@ def table(results: list[dict[str, Any]]) -> str:
             first, last = [ms[0] for ms in measured], [ms[-1] for ms in measured]
             talked = [[f for f in r["firsts"][:upto] if f["person"] == name] for r in runs]
             effect = [sessions_to_effect([f["pleased"] for f in firsts]) for firsts in talked]
-            reached = interval(effect) if all(effect) else f"{effect.count(None)}x over {len(talked[0])}"
+            never = f"not reached with {effect.count(None)} of {len(effect)}"
+            reached = interval(effect) if all(effect) else never if any(effect) else "not reached"
             kl = [
                 s["probe_kl"]
                 for r, m in zip(runs, last, strict=True)

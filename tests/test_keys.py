@@ -134,7 +134,7 @@ def captured(out: Path, origins=()) -> httpx.AsyncClient:
     async def app(scope, receive, send):
         await JSONResponse({"user": scope["state"]["user"].name})(scope, receive, send)
 
-    p = SimpleNamespace(keys=Keys(out, needed=False), origins=list(origins), db=None)
+    p = SimpleNamespace(keys=Keys(out, needed=False), config=SimpleNamespace(web_origins=list(origins)), db=None)
     transport = httpx.ASGITransport(server.Capture(app, p))
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
@@ -148,7 +148,7 @@ async def test_a_websocket_is_closed(tmp_path):
     async def send(message):
         sent.append(message)
 
-    p = SimpleNamespace(keys=Keys(tmp_path, needed=False), origins=[], db=None)
+    p = SimpleNamespace(keys=Keys(tmp_path, needed=False), config=SimpleNamespace(web_origins=[]), db=None)
     capture = server.Capture(app, p)
     await capture({"type": "websocket", "path": "/v1/realtime", "headers": []}, None, send)
     assert sent == [{"type": "websocket.close", "code": 1008}]

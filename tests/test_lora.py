@@ -36,7 +36,7 @@ def change(state, seed):
     g = torch.Generator().manual_seed(seed)
     for master in state.masters:
         master.add_(torch.randn(master.shape, generator=g) * 0.08)
-    trainer.sync_bf16(state.masters, state.policy)
+    trainer.sync_bf16(state)
 
 
 def logps(state):

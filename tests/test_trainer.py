@@ -42,7 +42,7 @@ def train_a_step(state, seed):
         master.grad = torch.randn(master.shape, generator=g)
     state.adam.step()
     state.adam.zero_grad()
-    trainer.sync_bf16(state.masters, state.policy)
+    trainer.sync_bf16(state)
     state.step += 1
 
 
@@ -115,7 +115,7 @@ def test_an_update_is_served_in_full_from_the_first_step(tmp_path, tiny_model):
     save(state, tmp_path)
     again = load(checkpoint.folder_of(tmp_path, "", 3), tiny_model, lr=1e-5)
     assert all(torch.equal(w, served[n]) for n, w in trainer.served_weights(again.policy).items()), "after a restart"
-    trainer.sync_bf16(again.masters, again.policy)
+    trainer.sync_bf16(again)
     assert all(torch.equal(w, served[n]) for n, w in trainer.served_weights(again.policy).items())
 
 
