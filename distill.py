@@ -37,7 +37,7 @@ async def hinted_prompts(client: openai.AsyncOpenAI, turn: Turn, hints: list[str
     """The token ids of a turn's prompt with each hint, made by the server's own chat template (vLLM's /tokenize).
 
     The prompt is first rendered without a hint. NoHintedPrompt if that doesn't give the recorded ids, since then the
-    hint would not be the only change.
+    hint would not be the only change. openai.APIError if the server can't be reached, or fails.
     """
     root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
 
@@ -47,7 +47,9 @@ async def hinted_prompts(client: openai.AsyncOpenAI, turn: Turn, hints: list[str
         try:
             body = {**turn.template, "messages": messages}  # `template`: other fields of the prompt, such as tools
             return (await root.post("/tokenize", cast_to=object, body=body))["tokens"]
-        except (openai.APIError, ValueError) as e:  # a lone surrogate or 1e999: valid JSON that the client can't send
+        except (openai.APIStatusError, ValueError) as e:  # a lone surrogate or 1e999: JSON that the client can't send
+            if getattr(e, "status_code", 400) >= 500:
+                raise
             raise NoHintedPrompt(f"{type(e).__name__}: {e}") from e
 
     if await render(turn.messages) != turn.prompt_ids:

@@ -178,10 +178,9 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
     # 4. commit: an undo now returns to this step; a restart does so only once a checkpoint has it
     await p.wait_for_disk_space()
     await p.write(journal.mark_trained, [sample.turn.id for sample in batch], state.step + 1)
-    baselines = dict(state.baselines)
+    await p.on_trainer(trainer.commit, state, state.step + 1, state.baselines, probed)
     for s in batch:
-        grpo.move_baseline(baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
-    await p.on_trainer(trainer.commit, state, state.step + 1, baselines, probed)
+        grpo.move_baseline(state.baselines, grpo.baseline_key(s.turn.user, s.from_tool), s.verdict.score)
 
     # 5. report, and a checkpoint every `save_every` steps
     seconds = {"train_s": trained - started, "push_s": time.monotonic() - trained}
@@ -274,12 +273,16 @@ async def keep_running(p: Program, name: str, work: Callable[[Program], Awaitabl
 
 
 async def train_again(p: Program) -> None:
-    """`train` once more, after an error that it did not handle, such as an undo that failed."""
+    """`train` once more, after an error that it did not handle, such as an undo that failed. EngineDied if it fails
+    again, on a broken GPU for example: then the program starts again from its last checkpoint."""
     while "" in p.paused:
         await asyncio.sleep(1)
     async with p.stepping:
-        for state in p.states.values():
-            await p.undo(state)
+        try:
+            for state in p.states.values():
+                await p.undo(state)
+        except Exception as e:
+            raise swap.EngineDied(f"the last step can't be undone: {type(e).__name__}: {e}") from e
         await p.write(journal.requeue, "its step could not be undone at once")
     await train(p)
 

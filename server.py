@@ -60,12 +60,14 @@ class Asked:
     session: str | None  # user/ID, if the client names one
     side: bool  # X-Turn-Type: side
     done: bool  # X-Session-Done: no next message will come
+    echo: bool  # vLLM's option to send the text that the answer continues once more, at the answer's beginning
     turn_id: str = ""  # set when the engine gets the request
     answers: dict[int, str] = field(default_factory=dict)  # choice -> digest of the recorded text
 
-    def digest_of(self, answer: dict) -> str:
-        """The digest by which this answer to the request is found again."""
-        return answer_digest(*unfinished(self.messages), answer)
+    def digest_of(self, answer: dict, sent: bool = False) -> str:
+        """The digest by which this answer to the request is found again. `sent`: as the client gets it."""
+        before = unfinished(self.messages)
+        return answer_digest(*(before[:-1] if sent and self.echo else before), answer)
 
 
 asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
@@ -82,7 +84,8 @@ class Capture:
         if scope["type"] != "http":  # a websocket: vLLM's realtime endpoint would not be recorded
             return await send({"type": f"{scope['type']}.close", "code": 1008})
         headers = Headers(scope=scope)
-        user = OURS if scope["path"] in OPEN_PATHS else self.keys.user_of(headers)
+        is_open = scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
+        user = OURS if is_open else self.keys.user_of(headers)
         if refused := self.why_refused(scope, headers, user):
             return await refused(scope, receive, send)
         scope.setdefault("state", {})["user"] = user
@@ -105,7 +108,10 @@ class Capture:
             # recorded: it asks the engine for many answers of one token, and none is what the client gets.
             fields = body_json if isinstance(body_json, dict) and not body_json.get("use_beam_search") else {}
             messages, chat = fields.get("input" if scope["path"] == RESPONSES else "messages"), scope["path"] == CHAT
-            if why := too_much(fields, messages, len(body)):
+            why = too_much(fields, messages, len(body))
+            if fields.get("kv_transfer_params"):  # it could hold the token ids of another prompt
+                why = "kv_transfer_params is not supported: a prompt is made from its messages"
+            if why:
                 return await openai_error(400, why)(scope, receive, send)
             if scope["path"] == RESPONSES and fields:  # this API takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()
@@ -119,6 +125,7 @@ class Capture:
                     session=f"{user.name}/{named}" if named else None,
                     side=headers.get("x-turn-type", "").lower() == "side",
                     done=headers.get("x-session-done", "").lower() in ("1", "true"),
+                    echo=chat and fields.get("echo") is True,
                 )
                 asked.set(request)
                 send = self.noting_answers(send, request)
@@ -156,7 +163,7 @@ class Capture:
                 reader = AnswerReader(streamed=kind.startswith("text/event-stream"))
             elif reader and request.turn_id:
                 for index, answer in reader.feed(message.get("body", b""), message.get("more_body", False)).items():
-                    turn_id, digest = choice_id(request.turn_id, index), request.digest_of(answer)
+                    turn_id, digest = choice_id(request.turn_id, index), request.digest_of(answer, sent=True)
                     if digest != request.answers.get(index, digest):
                         await journal.patiently(journal.record_answer, self.db, turn_id, digest)
             await send(message)

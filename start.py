@@ -102,10 +102,11 @@ Judge = chat_judge.ChatJudge | reward.HeadJudge
 
 
 def make_judge(p: Program) -> Judge:
+    own_client = p.own_client  # made now, while it trusts the certificate that the server has
     if p.fitting:
         return reward.HeadJudge(p.fitting, p.state.start, p.state.tokenizer, p.judging)
     # With LoRA the engine still has the starting weights: a judge that doesn't change with training.
-    client, model = p.own_client, p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
+    client, model = own_client, p.config.name + (swap.FIRST_WEIGHTS if p.config.lora_rank else "")
     if p.config.judge_url:
         client, model = endpoint.connect(p.config.judge_url), p.config.judge_model
     longest = min(4096, p.config.max_model_len)  # vLLM refuses a max_tokens over the context

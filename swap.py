@@ -385,7 +385,7 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
 # Held while weights go to the engine. A stop waits for it: the worker opens the shared file by its descriptor number in
 # our process. If a cancelled task had closed the file, another file could have that number.
 swapping = asyncio.Lock()
-loads = 0  # how often the weights were replaced; part of each prompt's cache salt
+loads = 0  # part of each prompt's cache salt; it grows whenever the weights are replaced
 
 
 @dataclass(eq=False)
@@ -419,20 +419,20 @@ async def begin_load(engine: Any, weights: Weights) -> None:
     come before each `push`, so that the trainer can check the weights meanwhile. Does nothing on a GPU or for an
     adapter: `push` itself is quick there. PushError if it can't begin, for instance if shared memory is full."""
     if on_cpu(engine.vllm_config) and not engine.vllm_config.lora_config:
-        with push_errors():
+        with push_errors(engine):
             async with swapping, shared(weights) as message:
                 await engine.collective_rpc("begin_loading", args=(message,))
 
 
 @contextmanager
-def push_errors() -> Iterator[None]:
-    """Turn any error into a PushError."""
+def push_errors(engine: Any) -> Iterator[None]:
+    """Turn any error into a PushError, or into EngineDied if the engine has died."""
     try:
         yield
-    except PushError:
+    except (PushError, EngineDied):
         raise
     except Exception as e:
-        raise PushError(f"{type(e).__name__}: {e}") from e
+        raise (EngineDied if engine.errored else PushError)(f"{type(e).__name__}: {e}") from e
 
 
 async def load(engine: Any, weights: Weights, step: int, owner: str = "") -> None:
@@ -453,7 +453,7 @@ async def send(engine: Any, weights: Weights, step: int) -> tuple[Version, tuple
 async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, float]:
     """Replace the engine's weights while its requests wait; streams pause and continue, nothing is dropped. On a CPU
     they are those of the last `begin_load`. PushError if a tensor was not loaded; on a CPU these weights are never
-    served then."""
+    served then. EngineDied if a load on a GPU failed halfway: with a mix of weights, no request may be resumed."""
     global loads
     cpu, missed = on_cpu(engine.vllm_config), None
     async with swapping, nullcontext() if cpu else shared(weights) as message:
@@ -462,7 +462,7 @@ async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, flo
                 await asyncio.sleep(0.05)
             if missed:
                 raise PushError(f"the engine did not load {missed}")
-        began = time.time()
+        began, loads = time.time(), loads + 1  # requests that come before the pause have a salt of their own
         await engine.pause_generation(mode="keep", clear_cache=False)
         loads, serving[""] = loads + 1, Version(None)  # unknown until `push` has checked them
         try:
@@ -471,8 +471,12 @@ async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, flo
             else:
                 missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
             await engine.update_weight_version(str(step))
-        finally:
+        except BaseException as e:
+            if not cpu and isinstance(e, Exception):
+                raise EngineDied(f"its weights were replaced only in part: {type(e).__name__}: {e}") from e
             await engine.resume_generation()
+            raise
+        await engine.resume_generation()
     if missed:
         raise PushError(f"the engine did not load {missed}")
     return began, time.time()
@@ -612,7 +616,7 @@ async def push(
     """
     version = Version(None)
     try:
-        with push_errors():
+        with push_errors(engine):
             version, pause = await send(engine, weights, step)
             gap = await verify(engine, probe, version.request)
     except PushError:

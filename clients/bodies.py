@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Send
 MAX_BODY_BYTES = 32 << 20
 LONG_BODY = 1 << 20  # bytes; longer bodies are parsed in a thread
 BODY_S = 60.0  # timeout for the next chunk of a request's body
+MAX_N = 128  # answers to a request, as in OpenAI's API
 MAX_ANSWERED_BYTES = 64 << 20  # n times the body
 MAX_MESSAGES = 10_000  # counting their parts and calls, too
 MAX_VALUES, MAX_DEPTH = 200_000, 100  # of a body's JSON
@@ -70,6 +71,8 @@ def too_much(fields: dict, messages: Any, size: int) -> str | None:
         n = int(fields.get("n") or 1)
     except (ValueError, TypeError, OverflowError):
         return None
+    if n > MAX_N:
+        return f"n={n}: at most {MAX_N}"
     if n * size > MAX_ANSWERED_BYTES:
         return f"n={n} times a body of {size} bytes is more than {MAX_ANSWERED_BYTES} bytes"
     return None

@@ -27,8 +27,11 @@ OWN_REQUESTS = {
         r"\[SUGGESTION MODE\b|The user stepped away and is coming back\.|"
         r"Write the title in the language|CRITICAL: Respond with TEXT ONLY|"
         r"Your task is to create a detailed summary of the conversation so far|"
-        # Codex, Cline
+        # Codex, Cline, Roo Code and Kilo Code, opencode, Zed
         r"You are performing a CONTEXT CHECKPOINT COMPACTION|The current conversation is rapidly running out of|"
+        r"Summarize the conversation so far, as described in the prompt instructions|"
+        r"Provide a detailed prompt for continuing our conversation above|"
+        r"Generate a (concise 3-7 word title for this conversation,|detailed summary of this conversation\. Include:)|"
         # Open WebUI: a title, tags, follow-ups, searches, completions of what is typed, an image, an emoji
         r"### Task:\s+(Generate (a concise(?:,[^\n]{1,20})? title|1-3 broad|a detailed prompt)|(Predict|Suggest) 3-5|"
         r"Analyze the chat history to determine|You are an autocompletion)|"
@@ -37,16 +40,34 @@ OWN_REQUESTS = {
     "system": re.compile(
         r"\s*+(Generate a concise session title|You are a context summarization assistant|"
         r"You are a title generator\. You output ONLY|Summarize the discussion briefly in 200 words|"
-        r"Analyze if this message indicates a new conversation topic)"
+        r"Your task is to create a detailed summary of the conversation so far|"
+        r"Analyze if this message indicates a new conversation topic|"
+        # Aider: a commit message, a summary of the history
+        r"You are an expert software engineer that generates concise, one-line Git commit messages|"
+        r"\*Briefly\* summarize this partial conversation about programming)"
     ),
 }
 # How a user message begins if it is a program's output, not a person's words.
 OUTPUT = re.compile(
     # Cline, Aider
     r"\s*+(\[\w{1,60}(?: for [^\n]{0,300})?\] Result:|\[ERROR\] You did not use a tool|I ran this command:\n|"
-    r"# Fix any errors below|# \d+ SEARCH/REPLACE block|"
+    r"# Fix any errors below|# \d+ SEARCH/REPLACE block|I did `git reset --hard HEAD~1` to discard the last edits|"
     # Claude Code
     r"<task-notification>|\[SYSTEM NOTIFICATION - NOT USER INPUT\]|Stop hook feedback:)"
+)
+# What the person said in Cline's output: about a command, to a question, to a plan.
+IN_OUTPUT = re.compile(r"<(feedback|answer|user_message)>\s*(.*)</\1>", re.DOTALL)
+# User messages that Aider adds to the history, each followed by an assistant message that begins with "Ok".
+FILLER = re.compile(
+    r"\s*+(I committed the changes with git hash|I updated the files\.\s*+\Z|I switched to a new code base\.|"
+    r"(I have|These files have been) \*added these files to the chat\*|I am not sharing (any|the full contents)|"
+    r"Here are (summaries of some files present in|some READ ONLY files)|These are some files we have been discussing|"
+    r"Don't try and edit any existing code without|Here is the content of http)"
+)
+# Aider's format rules, after the person's words.
+REMINDER = re.compile(
+    r"\n\n\n?(# \*SEARCH/REPLACE block\* Rules:|To suggest changes to a file you MUST return|# File editing rules:|"
+    r"# V4A Diff Format Rules:|NEVER RETURN CODE!)"
 )
 ENDS = 20_000  # characters at each end of a long text that are searched for the next two
 # A heartbeat's prompt can be configured, but it always asks for the same answer if all is well.
@@ -91,7 +112,7 @@ LABEL = re.compile(r"\s*+[^\n{}<]{0,100}(?:\(untrusted[^()\n]{0,80}\):|⟦opencl
 METADATA = re.compile(r"(sender|timestamp|message_?id|chat_?id|conversation|channel|provider|surface)", re.I)
 # A tagged block of context, by the name of its tag; other tags may be a person's own.
 CONTEXT_TAG = re.compile(
-    r"context|reminder|environment|metadata|caveat|instruction|memor|workspace|attach|editor|ide_|selection|open_files|"
+    r"context|reminder|environment|metadata|caveat|notice|instruction|memor|workspace|attach|editor|ide_|selection|open_files|"
     r"additional_data|command|stdout|system|history|session|rules|skills|documents|sources",
     re.IGNORECASE,
 )
@@ -163,8 +184,14 @@ def without_marks(text: str) -> str:
 
 
 def is_output(text: str) -> bool:
-    """Is a user message a program's output? Cline appends what the person said about it in a tag."""
-    return bool(OUTPUT.match(text)) and "<feedback>" not in text
+    """Is a user message a program's output, without words of the person's in it?"""
+    return bool(OUTPUT.match(text)) and not IN_OUTPUT.search(text)
+
+
+def is_filler(message: dict, reply: dict | None) -> bool:
+    """Is this user message, with the next message, a pair that Aider adds?"""
+    user, assistant = message.get("content"), (reply or {}).get("content")
+    return isinstance(user, str) and bool(FILLER.match(user)) and isinstance(assistant, str) and assistant[:2] == "Ok"
 
 
 PASSES = 8  # over a text at most, to bound the work
@@ -185,6 +212,10 @@ def unwrapped(text: str) -> str:
     Each pass removes something from the text's beginning or end. Tagged blocks that the person may have written stay.
     """
     text = without_marks(text.rpartition(CURRENT)[2])
+    if OUTPUT.match(text) and (said := IN_OUTPUT.search(text)):
+        return said[2].strip()
+    if reminder := REMINDER.search(text):
+        text = text[: reminder.start()]
     words = INTERRUPTED.sub("", PREAMBLE.sub("", text))
     for _ in range(PASSES):
         before = words

@@ -10,7 +10,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from typing import Any
 
 from clients.quirks import (
@@ -19,6 +19,7 @@ from clients.quirks import (
     SILENT,
     SPEAKING_TOOLS,
     is_automatic,
+    is_filler,
     is_output,
     persons_words,
     without_marks,
@@ -79,14 +80,18 @@ def was_shown(own: list[dict]) -> bool:
 
 def conversation(messages: list[dict]) -> list[dict]:
     """The messages that a client sends again unchanged: no system messages (agents put the time in them), no carrier,
-    no user messages without a person's words. A program's output in a user message becomes a tool's.
+    no user messages without a person's words, no filler. A program's output in a user message becomes a tool's.
 
     The client's own requests are left out with their answers. If the person was shown one, SHOWN replaces it, since
     their next message may be about that answer.
     """
     kept: list[dict] = []
     own: list[dict] = []  # the client's own request that we are in, and the messages after it
-    for m in messages:
+    filler = False  # was the message before this one Aider's?
+    for m, following in zip_longest(messages, messages[1:]):
+        if filler or (m.get("role") == "user" and is_filler(m, following)):
+            filler = not filler
+            continue
         text = text_of(m.get("content"))
         if m.get("role") in ("system", "developer") or text.startswith(CARRIER):
             continue

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from durable.atomic import replacing, sync
@@ -61,7 +62,12 @@ def forget_metrics(metrics: Path, owner: str) -> None:
 
 
 def keep_metrics(metrics: Path, keep: Callable[[dict], bool]) -> None:
+    """Lines that can't be read, such as the zeros that a power cut may leave, are removed too."""
     if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
+        kept = []
+        for line in metrics.read_bytes().splitlines(True):
+            with suppress(ValueError):
+                if keep(json.loads(line)) and line.endswith(b"\n"):
+                    kept.append(line)
         with replacing(metrics) as part:
-            part.write_text("".join(line for line in lines if keep(json.loads(line))))
+            part.write_bytes(b"".join(kept))

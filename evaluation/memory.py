@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from durable.model import model_folder
 from machine import memory
-from machine.plan import with_cache
+from machine.plan import fits, with_cache
 
 # family, hidden size, MLP size, layers, heads, key-value heads, head size, vocabulary, tied embeddings
 SHAPES = {
@@ -68,7 +68,7 @@ def table() -> str:
             setting = memory.Setting("cuda", 2, rank, tokens, memory.free_row_tokens(c, tokens))
             needed, host = (sum(sizes.values()) for sizes in memory.needs(c, setting))
             plans = [(gpu, with_cache(c, setting, gpu, 0.0)[0]) for gpu in GPUS]
-            cells = [f"{plan['KV cache']:.0f}" if sum(plan.values()) <= gpu else "no" for gpu, plan in plans]
+            cells = [f"{p['KV cache']:.0f}" if fits(p, {}, setting, gpu, 0.0) else "no" for gpu, p in plans]
             training = f"`--lora_rank={rank}`" if rank else "full"
             lines.append(f"| {name} | {training} | {tokens} | {needed:.0f} | {' | '.join(cells)} | {host:.0f} |")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """How the machine is used: device, cores, memory, and the faster dtype. Decided and printed at the start."""
 
+import math
 import os
 import threading
 import timeit
@@ -43,6 +44,7 @@ def make_plan(config: Config, folder: Path) -> Plan:
     engine_cores, trainer_cores = cores[:n], cores[n:] or cores
     shape, longest = AutoConfig.from_pretrained(folder), min(config.max_train_tokens, config.max_model_len)
     row_tokens = config.row_tokens or (256 if device == "cpu" else memory.free_row_tokens(shape, longest))
+    check_positions(shape, config.max_model_len)
     # bf16 if it is faster than fp32, as on every GPU
     gflops = {} if device == "cuda" else measure_gflops(folder, trainer_cores, row_tokens)
     # vLLM's CPU kernel for gated delta nets (Qwen3-Next) takes bf16 alone.
@@ -58,8 +60,12 @@ def make_plan(config: Config, folder: Path) -> Plan:
         why = f"a request of --max_model_len={config.max_model_len} tokens needs a KV cache of {least:.2f} GiB"
         raise UsageError(f"--engine_memory={config.engine_memory:g}: {why}")
     needed, host = with_cache(shape, setting, free, config.engine_memory)
-    if sum(needed.values()) > free or sum(host.values()) > host_free:
-        where = f"{free:.1f} free on {device}" + (f", {host_free:.1f} on the host" if host else "")
+    if not fits(needed, host, setting, free, host_free):
+        where = (
+            f"{free:.1f} free on {device}"
+            + (", of which a tenth must stay free" if device == "cuda" else "")
+            + (f", {host_free:.1f} on the host" if host else "")
+        )
         needs = " and ".join(memory.itemised(sizes) for sizes in (needed, host) if sizes)
         raise UsageError(f"{needs} needed, {where}: {what_fits(shape, setting, config.engine_memory, free, host_free)}")
     small = not config.judge_url and 2 * needed["policy"] / dtype.itemsize < 1  # GiB of weights in bf16
@@ -81,6 +87,15 @@ def make_plan(config: Config, folder: Path) -> Plan:
         judge_style=config.judge_style if config.judge_style != "auto" else "head" if small else "chat",
         report="\n".join(report),
     )
+
+
+def check_positions(shape: PretrainedConfig, context: int) -> None:
+    """UsageError if vLLM and transformers would compute the model's positions differently (Phi-3.5, Phi-4-mini): with
+    a longer context than `original`, vLLM scales the positions of all texts, transformers only those of longer ones."""
+    rope = getattr(shape.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or math.inf
+    if rope.get("rope_type") == "longrope" and context > original:
+        raise UsageError(f"--max_model_len={context}: this model can be trained only with --max_model_len={original}")
 
 
 def free_memory(group: Path = Path("/sys/fs/cgroup")) -> float:
@@ -109,6 +124,12 @@ def with_cache(
     return device | {"KV cache": cache}, host
 
 
+def fits(device: memory.Sizes, host: memory.Sizes, setting: memory.Setting, free: float, host_free: float) -> bool:
+    """A tenth of a GPU is left free: for what fragmentation and the engine's reload of its largest tensor take."""
+    most = free if setting.device == "cpu" else 0.9 * free
+    return sum(device.values()) <= most + 1e-6 and sum(host.values()) <= host_free
+
+
 def what_fits(
     shape: PretrainedConfig, setting: memory.Setting, engine_memory: float, free: float, host_free: float
 ) -> str:
@@ -131,7 +152,7 @@ def fitting_options(
             row_tokens = min(setting.row_tokens, memory.free_row_tokens(shape, tokens))
             other = replace(setting, lora_rank=rank, tokens=tokens, row_tokens=row_tokens)
             device, host = with_cache(shape, other, free, engine_memory)
-            if sum(device.values()) <= free and sum(host.values()) <= host_free:
+            if fits(device, host, other, free, host_free):
                 options = [f"--lora_rank={rank}"] if rank != setting.lora_rank else []
                 options += [f"--max_train_tokens={tokens}"] if tokens != setting.tokens else []
                 given = setting.row_tokens > memory.free_row_tokens(shape, setting.tokens)  # by an option

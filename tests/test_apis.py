@@ -102,6 +102,33 @@ def test_max_tokens_beyond_the_context_is_reduced_to_what_fits(program, path, fi
 
 
 @pytest.mark.parametrize(
+    ("path", "fields", "why"),
+    [
+        ("chat/completions", {"n": 129}, "n=129: at most 128"),
+        ("chat/completions", {"kv_transfer_params": {"prompt_token_ids": [5, 6]}}, "kv_transfer_params"),
+        ("messages", {"kv_transfer_params": {"prompt_token_ids": [5, 6]}}, "kv_transfer_params"),
+    ],
+)
+def test_fields_that_would_harm_others_or_hide_the_prompt_are_refused(program, path, fields, why):
+    body = HELLO_BODY | fields
+    reply = httpx.post(f"{program.url}/v1/{path}", headers={"Authorization": f"Bearer {ALICE}"}, json=body, timeout=60)
+    assert reply.status_code == 400 and why in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+async def test_the_reply_to_a_continued_answer_is_found(program, echo):
+    """With vLLM's `echo`, the answer repeats the text that it continues; without it, the client puts them together."""
+    fields = {"add_generation_prompt": False, "continue_final_message": True, "echo": echo}
+    talk, begun = [user(f"begin with sure, {echo}")], "Surely it is"
+    reply = await ask(client(program), [*talk, {"role": "assistant", "content": begun}], extra_body=fields)
+    text = reply.choices[0].message.content
+    assert text.startswith(begun) == echo
+    talk += [{"role": "assistant", "content": text if echo else begun + text}, user("No, shorter.")]
+    await ask(client(program), talk, 2)
+    assert json.loads(rows(program, "id = ?", reply.id)[0]["next_messages"]) == [user("No, shorter.")]
+
+
+@pytest.mark.parametrize(
     ("path", "fields", "shown"),
     [
         ("chat/completions", {"reasoning_effort": "low"}, "<think:True:low>"),

@@ -224,6 +224,14 @@ def test_a_line_that_does_not_fit_on_the_disk_is_not_written_at_all(tmp_path):
     assert file.read_text() == "first\nthird\n"
 
 
+def test_a_damaged_line_of_the_metrics_prevents_no_start(tmp_path):
+    """A power cut may leave zeros in the file."""
+    file, good = tmp_path / "metrics.jsonl", b'{"step": 1}\n'
+    file.write_bytes(good + b"\0" * 20 + b"\n" + b'{"step": 2}\n' + b'\xff{"step": 1}\n' + b'{"step": 1}')
+    checkpoint.trim_metrics(file, {"": 1})
+    assert file.read_bytes() == good
+
+
 def test_a_new_journal_is_refused_beside_existing_checkpoints(db, tmp_path):
     (tmp_path / "checkpoints" / "step-000050").mkdir(parents=True)
     with pytest.raises(UsageError, match="no journal that knows them"):

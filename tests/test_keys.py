@@ -116,6 +116,15 @@ async def test_without_keys_only_programs_on_this_machine_are_served(tmp_path, h
         assert (await http.get("/status", headers=headers | key)).json() == {"user": "alice"}
 
 
+async def test_without_a_key_no_body_is_read(tmp_path):
+    """The page's own files need no key, but a POST to their paths does: anybody could fill the memory with bodies."""
+    (tmp_path / "keys").write_text("alice:key-a\n")
+    async with captured(tmp_path) as http:
+        for path in server.OPEN_PATHS:
+            assert (await http.get(path)).status_code == (await http.head(path)).status_code == 200
+            assert (await http.post(path, content=b"x")).status_code == 401
+
+
 async def test_metrics_need_the_admins_key(tmp_path):
     async with captured(tmp_path) as http:
         assert (await http.get("/metrics")).status_code == 200

@@ -54,12 +54,31 @@ def test_a_packed_row_needs_no_more_memory_than_the_longest_sample():
 def test_the_advice_names_options_that_fit():
     advice = lambda name, free, **options: plan.what_fits(shape(name), setting(**options), 0, free, 64)  # noqa: E731
     assert advice("4B", 79).startswith("--lora_rank=32 needs ")
-    assert advice("4B", 31).startswith("--lora_rank=32 --max_train_tokens=8192 needs ")
-    assert advice("4B", 31, lora_rank=16).startswith("--max_train_tokens=8192 needs ")
+    assert advice("4B", 34).startswith("--lora_rank=32 --max_train_tokens=8192 needs ")
+    assert advice("4B", 34, lora_rank=16).startswith("--max_train_tokens=8192 needs ")
     assert advice("0.5B", 21, device="cpu").startswith("--lora_rank=32 needs ")
     assert advice("8B", 15) == "a smaller --model is needed"
     large_cache = plan.what_fits(shape("0.5B"), setting("cpu", lora_rank=32), 100, 21, 64)
     assert large_cache == "a smaller --engine_memory is needed"
+
+
+def test_a_tenth_of_a_gpu_stays_free():
+    there = setting("cuda", lora_rank=32)
+    least = sum(memory.needs(shape("0.5B"), there)[0].values()) + 1  # with the smallest KV cache
+    for free, fits in ((least / 0.89, True), (least / 0.91, False)):
+        device, host = plan.with_cache(shape("0.5B"), there, free, 0)
+        assert plan.fits(device, host, there, free, 64) == fits
+    assert plan.fits({"all": 10.0}, {}, setting("cpu"), 10.0, 0.0)
+
+
+def test_positions_that_vllm_and_transformers_compute_differently_are_refused():
+    """Phi-3.5: with a long context, vLLM scales all positions, transformers only those of long texts."""
+    scaling = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [8.0] * 48}
+    phi = AutoConfig.for_model("phi3", original_max_position_embeddings=4096, rope_scaling=scaling)
+    plan.check_positions(phi, 4096)
+    with pytest.raises(UsageError, match="can be trained only with --max_model_len=4096"):
+        plan.check_positions(phi, 8192)
+    plan.check_positions(shape("4B"), 32768)
 
 
 def test_the_kv_cache_has_space_for_one_request():

@@ -22,6 +22,7 @@ from tests.records import GOOD, turn
 from tests.talking import ALICE, BOB, ask, client, glance, query, rated, rows, until, user
 from tests.test_users import Talker, started
 from web import learned, terminal, turns
+from web.page import MAX_ASKING
 from web.why import why_nothing
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -346,6 +347,10 @@ async def test_a_user_sees_their_corrections_and_can_ask_again(program):
     assert (again["request"], again["complaint"]) == ("question 1 of carol", said)
     assert again["first"] and again["current"] and (again["nats"] == 0.0) == (again["first"] == again["current"])
     assert len(rows(program)) == before, "what is asked again is not recorded"
+    many = [asyncio.to_thread(get, program, f"/web/learned/{number}", ALICE) for _ in range(MAX_ASKING + 2)]
+    codes = sorted([reply.status_code for reply in await asyncio.gather(*many)])
+    assert set(codes) == {200, 429} and codes.count(200) >= MAX_ASKING, "one user can't keep the judge for hours"
+    assert get(program, f"/web/learned/{number}", ALICE).status_code == 200
 
 
 def test_the_logp_of_a_complaint_matches_a_plain_forward_pass(tiny_model):

@@ -18,7 +18,7 @@ import openai
 import pytest
 import torch
 from starlette.responses import PlainTextResponse
-from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 import chat_judge
 import config
@@ -230,6 +230,8 @@ async def test_a_hint_goes_into_the_prompt_that_the_model_saw(program, tiny_mode
     with pytest.raises(distill.NoHintedPrompt, match="BadRequest"):
         other = dataclasses.replace(asked, messages=[user("x")], template={"tools": 1})
         await distill.hinted_prompts(c, other, ["Be brief."])
+    with pytest.raises(openai.APIConnectionError):  # no reason to train without the hint
+        await distill.hinted_prompts(c.with_options(base_url="http://127.0.0.1:9/v1/"), asked, ["Be brief."])
 
 
 async def test_hints_written_by_the_judge_match_the_pattern(program):
@@ -607,21 +609,12 @@ def test_a_context_longer_than_the_models_is_refused_without_a_traceback(fresh):
 
 
 def test_a_model_that_engine_and_trainer_compute_differently_is_refused(tiny_model, tmp_path):
-    """Phi-3.5: with a long context, vLLM scales all positions, transformers only those of long texts."""
-    folder = shutil.copytree(tiny_model, tmp_path / "phi")
-    scaling = {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [8.0] * 32}
-    size = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048}
-    tokens = {"bos_token_id": None, "eos_token_id": AutoTokenizer.from_pretrained(folder).eos_token_id}
-    config = Phi3Config(
-        original_max_position_embeddings=512,
-        rope_scaling=scaling,
-        initializer_range=0.2,
-        pad_token_id=0,
-        **size,
-        **tokens,
-    )
-    Phi3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    """Here vLLM scales all positions, because of a field that transformers doesn't read."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 100.0, "max_trained_positions": 512}
+    config.initializer_range = 0.2
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     program = Program(folder, tmp_path / "out")
     try:
         assert program.process.wait(120) == 1

@@ -295,6 +295,7 @@ def test_words_are_found_in_linear_time(begin, text):
         "I ran this command:\npytest\nAnd got this output:\n1 failed",
         "<task-notification>the build has failed</task-notification>",
         "Stop hook feedback:\n- [npm test]: 3 tests fail",
+        "I did `git reset --hard HEAD~1` to discard the last edits. Please wait for further instructions.",
     ],
 )
 def test_a_programs_output_in_a_user_message_is_a_tools(db, output):
@@ -308,6 +309,36 @@ def test_a_programs_output_in_a_user_message_is_a_tools(db, output):
     assert ask(db, [HELLO, HI, says("user", output), bot("Sure."), MORE], "x").before == second.id
     said = says("user", f"{output}\n<feedback>\nNo, use b.\n</feedback>")
     assert sessions.conversation([said]) == [said]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[ask_followup_question for 'Which?'] Result:\n<answer>\nNo, use b.\n</answer>",
+        "[plan_mode_respond] Result:\n<user_message>\nNo, use b.\n</user_message>",
+        "[execute_command for 'ls'] Result:\na\n<feedback>\nNo, use b.\n</feedback>",
+        '<user_input mode="plan">\n<mode_notice>The user has switched.</mode_notice>\nNo, use b.</user_input>',
+        "No, use b.\n\n# *SEARCH/REPLACE block* Rules:\n\nEvery block must use this format:",
+        "No, use b.\n\nTo suggest changes to a file you MUST return the entire content of the updated file.",
+    ],
+)
+def test_the_persons_words_are_found_in_what_a_coding_agent_adds(text):
+    assert sessions.role_of(says("user", text)) == "user" and sessions.words_of(says("user", text)) == "No, use b."
+
+
+def test_the_reply_is_found_behind_the_messages_that_aider_adds(db):
+    """After an edit, Aider's history has a pair about the commit, and each request has one about the files."""
+    files = [says("user", "I have *added these files to the chat* so you can go ahead and edit them.\n\na.py ..."),
+             bot("Ok, any changes I propose will be to those files.")]  # fmt: skip
+    commit = [says("user", "I committed the changes with git hash 12ab & commit msg: fix"), bot("Ok.")]
+    first = ask(db, [*files, HELLO], HI["content"])
+    second = ask(db, [HELLO, HI, *commit, *files, MORE], "Sure, here it is.")
+    assert second.before == first.id and second.judged and journal.load_turn(db, first.id)[1] == [MORE]
+    done = says("user", "I updated the files.")
+    third = ask(db, [HELLO, HI, *commit, MORE, bot("Sure, here it is."), done, *commit[1:], *files, HELLO], "x")
+    assert third.before == second.id and journal.load_turn(db, second.id)[1] == [HELLO]
+    mine = says("user", "I updated the files. Run the tests.")
+    assert sessions.conversation([HELLO, HI, mine, bot("All pass.")]) == [HELLO, HI, mine, bot("All pass.")]
 
 
 def test_a_message_without_a_persons_words_is_left_out(db):
@@ -537,6 +568,15 @@ def test_a_clients_own_request_in_between_is_not_a_next_message(db, own, stays):
         ([HELLO, HI, says("user", "Please generate a four to five word title for my essay.")], False),
         ([says("user", "### Task:\nGenerate a concise blog post with a title.")], False),
         ([HELLO, HI, says("user", "The user stepped away and is coming back. Recap in under 40 words.")], True),
+        ([HELLO, HI, says("user", "Generate a concise 3-7 word title for this conversation, omitting dots.")], True),
+        ([HELLO, HI, says("user", "Generate a detailed summary of this conversation. Include:")], True),
+        ([HELLO, HI, says("user", "Generate a detailed summary of this report.")], False),
+        (
+            [HELLO, HI, says("user", "Summarize the conversation so far, as described in the prompt instructions.")],
+            True,
+        ),
+        ([HELLO, HI, says("user", "Provide a detailed prompt for continuing our conversation above.")], True),
+        ([says("system", "*Briefly* summarize this partial conversation about programming."), HELLO], True),
         ([HELLO, HI, says("user", "Why did you print HEARTBEAT_OK?")], False),
         ([says("user", "Your task is to create a detailed summary of the attached report.")], False),
         ([says("user", "What is a Pre-compaction memory flush.")], False),

@@ -136,6 +136,52 @@ async def test_a_push_too_large_for_shared_memory_is_refused(served):
     assert (got - old).abs().mean() < BOUND
 
 
+@pytest.mark.parametrize(("errored", "kind"), [(False, swap.PushError), (True, swap.EngineDied)])
+def test_a_push_to_an_engine_that_has_died_is_not_the_pushs_fault(errored, kind):
+    """Its turns must not be blamed for it: the program starts again, and trains on them."""
+    for error in (OSError("no space"), swap.EngineDied("it hangs")):
+        with (
+            pytest.raises(swap.EngineDied if isinstance(error, swap.EngineDied) else kind),
+            swap.push_errors(SimpleNamespace(errored=errored)),
+        ):
+            raise error
+
+
+async def test_a_gpus_engine_is_not_resumed_with_a_mix_of_weights(monkeypatch):
+    done = []
+
+    class Engine:
+        vllm_config = SimpleNamespace(device_config=SimpleNamespace(device_type="cuda"), lora_config=None)
+
+        async def pause_generation(self, **_):
+            done.append("pause")
+
+        async def collective_rpc(self, *_, **__):
+            raise RuntimeError("CUDA out of memory")
+
+        async def resume_generation(self):
+            done.append("resume")
+
+    monkeypatch.setattr(swap, "serving", {"": swap.Version(0)})
+    with pytest.raises(swap.EngineDied, match="only in part: RuntimeError: CUDA out of memory"):
+        await swap.load_all(Engine(), {"w": torch.zeros(4)}, 1)
+    assert done == ["pause"]
+
+
+async def test_a_prompt_that_comes_while_the_engine_pauses_shares_no_cache(served, monkeypatch):
+    """It may still be computed with the old weights. Neither earlier nor later prompts may use its KV cache."""
+    salt = lambda: swap.salted({}, "ann")["cache_salt"]  # noqa: E731
+    before, pause, during = salt(), served.engine.pause_generation, []
+
+    async def pausing(**options):
+        during.append(salt())
+        await pause(**options)
+
+    monkeypatch.setattr(served.engine, "pause_generation", pausing)
+    await swap.load(served.engine, weights(served.model), 9)
+    assert len({before, *during, salt()}) == 3
+
+
 async def test_the_worker_does_not_grow_with_each_push(served):
     def used():  # bytes of the engine's processes; those of earlier engines have ended
         return sum(process.memory_info().rss for process in psutil.Process().children(recursive=True))

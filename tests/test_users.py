@@ -133,6 +133,18 @@ async def test_after_an_error_in_the_training_loop_the_last_step_is_undone_befor
     assert done == ["RuntimeError: an undo failed", "the state", journal.requeue, "train"]
 
 
+async def test_if_a_step_can_never_be_undone_the_program_starts_again(monkeypatch):
+    """After a fatal error of a GPU, every later call on it fails."""
+
+    async def failing(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    waits = {"paused": {}, "stepping": asyncio.Lock(), "stop_training": lambda *_: None, "died": asyncio.Event()}
+    p = SimpleNamespace(states={"": "the state"}, undo=failing, **waits)
+    await asyncio.wait_for(run.keep_running(p, "train", failing), 10)
+    assert p.died.is_set()
+
+
 class Talker:
     """A user of the program."""
 

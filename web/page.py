@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -41,6 +42,7 @@ HEADERS = {
 NOT_KEPT = HEADERS | {"Cache-Control": "no-store"}  # conversations, which may be forgotten later
 EVERY = 1.0  # seconds between two looks for something new
 REDRAWN = 5.0  # seconds between two drawings of the curves
+MAX_ASKING = 4  # requests of one user that are asked again at the same time
 RECENT = 20  # newest turns that `why_nothing` looks at
 
 
@@ -178,19 +180,25 @@ def routes(p: Program) -> list[Route]:
 
 def learned_routes(p: Program, in_thread: Callable) -> list[Route]:
     one_at_a_time = asyncio.Lock()
+    asking = Counter[str]()  # by user: how many run or wait; each takes the judge's thread for seconds
 
     async def rules(request: Request) -> Response:
         return answer(await in_thread(look.rules, whose(request)))
 
     async def ask_again(request: Request) -> Response:
-        number = request.path_params["number"]
-        async with one_at_a_time:
-            try:
+        number, user = request.path_params["number"], request.state.user.name
+        if asking[user] >= MAX_ASKING:
+            return openai_error(429, f"{MAX_ASKING} of your requests are being asked again: wait for one of them")
+        asking[user] += 1
+        try:
+            async with one_at_a_time:
                 found = await in_thread(learned.complaint_about, number, whose(request))
                 if found is None:
                     return openai_error(404, f"you have no turn {number} with a complaint")
                 return answer(await learned.ask_again(p, *found))
-            except (KeyError, ValueError) as e:
-                return openai_error(400, f"it can't be asked again: {e}")
+        except (KeyError, ValueError) as e:
+            return openai_error(400, f"it can't be asked again: {e}")
+        finally:
+            asking[user] -= 1
 
     return [Route("/web/learned", rules), Route("/web/learned/{number}", ask_again)]
