@@ -67,24 +67,25 @@ async def prepare_lessons(
     advs = grpo.advantages(scores, keys, prompts, state.baselines, p.config.baseline)
     kept, lessons = [], []
     for sample, key, adv in zip(batch, keys, advs, strict=True):
-        hinted = await hinted_prompts(p, sample) if p.config.w_opd and sample.verdict.hints else []
+        hinted = await hinted_prompts(p, sample) if p.config.w_opd and sample.verdict.hints else {}
         if adv or hinted:
             kept.append(sample)
-            lessons.append(trainer.Lesson(sample.turn, adv, hinted))
+            lessons.append(trainer.Lesson(sample.turn, adv, list(hinted.values()), list(hinted)))
         else:
             grpo.move_baseline(state.baselines, key, sample.verdict.score)
             await p.write(journal.drop, [sample.turn.id], journal.NOTHING_TO_LEARN)
     return kept, lessons
 
 
-async def hinted_prompts(p: Program, sample: Sample) -> list[list[int]]:
-    """A prompt for each candidate hint that fits. [] if none can be used; the reason goes into the turn's row."""
+async def hinted_prompts(p: Program, sample: Sample) -> dict[str, list[int]]:
+    """The prompt with each candidate hint that fits. {} if none can be used; the reason goes into the turn's row."""
     longest = p.config.max_train_tokens - len(sample.turn.response_ids)
     try:
         prompts = await distill.hinted_prompts(p.own_client, sample.turn, sample.verdict.hints)
-        if not (fitting := [prompt for prompt in prompts if len(prompt) <= longest]):
+        by_hint = zip(sample.verdict.hints, prompts, strict=True)
+        if not (fitting := {hint: prompt for hint, prompt in by_hint if len(prompt) <= longest}):
             raise distill.NoHintedPrompt(f"longer than {p.config.max_train_tokens} tokens with it")
     except distill.NoHintedPrompt as e:
         await p.write(journal.note, sample.turn.id, f"hint not used: {e}")
-        return []
+        return {}
     return fitting

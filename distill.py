@@ -76,9 +76,9 @@ def hint_effect(hinted: Tensor, plain: Tensor) -> Tensor:
 @torch.no_grad()
 def teacher_logps(
     head: Tensor, row: grpo.Row, ids: Tensor, hinted: dict[int, list[Tensor]], plain: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probs (N, K) of `ids` (N, K) at a row's N positions, and the hint mask (N,): 1.0 in the answers
-    of `hinted`, 0.0 elsewhere.
+) -> tuple[Tensor, Tensor, dict[int, int]]:
+    """The teacher's log-probs (N, K) of `ids` (N, K) at a row's N positions, the hint mask (N,): 1.0 in the answers of
+    `hinted`, 0.0 elsewhere, and for each sample in `hinted` the candidate that was used.
 
     `head` (V, D): the teacher's. `hinted`: sample in the row -> the teacher's hidden states (T, D) in its answer, for
     each candidate hint. `plain` (N, K): the teacher's log-probs without a hint. Of several candidates, the one that
@@ -86,12 +86,15 @@ def teacher_logps(
     much more than "That is too long."
     """
     logps, hint_mask = torch.zeros(ids.shape, device=ids.device), torch.zeros(len(ids), device=ids.device)
+    used = {}
     for sample, candidates in hinted.items():
         here = row["sample"] == sample  # (N,), true at T positions
         hint_mask[here] = 1.0
-        found = [grpo.token_logps(hidden, head, ids[here]) for hidden in candidates]  # (T, K)
-        logps[here] = max(found, key=lambda teacher: hint_effect(teacher, plain[here]).sum().item())
-    return logps, hint_mask
+        found = [grpo.token_logps(hidden, head, ids[here]) for hidden in candidates]  # (T, K) each
+        effects = [hint_effect(teacher, plain[here]).sum().item() for teacher in found]
+        used[sample] = effects.index(max(effects))
+        logps[here] = found[used[sample]]
+    return logps, hint_mask, used
 
 
 # ---- losses, per token ----

@@ -177,6 +177,9 @@ async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:
 
     # 4. commit: an undo now returns to this step; a restart does so only once a checkpoint has it
     await p.wait_for_disk_space()
+    for lesson in lessons:
+        if lesson.hinted:
+            await p.write(journal.put_first, lesson.turn.id, lesson.hints[lesson.used])
     await p.write(journal.mark_trained, [sample.turn.id for sample in batch], state.step + 1)
     await p.on_trainer(trainer.commit, state, state.step + 1, state.baselines, probed)
     for s in batch:

@@ -67,6 +67,8 @@ class Lesson:
     turn: Turn
     adv: float
     hinted: list[list[int]]  # the prompt with each candidate hint
+    hints: list[str] = field(default_factory=list)  # these candidates as texts
+    used: int = 0  # the candidate that it was trained on
 
     @property
     def answer(self) -> grpo.Answer:
@@ -178,7 +180,9 @@ def row_loss(config: Config, state: State, row: grpo.Row, lessons: Sequence[Less
     }
     if hinted:
         student = logps[:, 1:].detach()  # (N, K)
-        teacher, hint_mask = distill.teacher_logps(start_head, row, likely, candidates, plain[:, 1:])  # (N, K), (N,)
+        teacher, hint_mask, used = distill.teacher_logps(start_head, row, likely, candidates, plain[:, 1:])
+        for i, candidate in used.items():
+            lessons[i].used = candidate
         if config.opd_k:
             opd = distill.top_k_loss(logps[:, 1:], student, teacher, config.opd_clip, *clip)  # (N,)
         else:  # the paper's first version: an advantage for the sampled token

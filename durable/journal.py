@@ -129,7 +129,7 @@ class Verdict:
     score: int  # +1 good, -1 bad, 0 neutral
     votes: list[int]
     confidence: float  # the judge's probability of this score, or the score's share of the votes
-    hints: list[str]  # candidates: what should have been done
+    hints: list[str]  # candidates: what should have been done; once trained on, the one that was used comes first
     hinted_by: str  # "judge"; "own words" (the user's, in feedback or with a small model's judge); "" without hints
     judge: str  # the judge's model name ("policy" for the small model's head); the user's name for explicit feedback
     source: str  # "judge" | "feedback"
@@ -453,6 +453,12 @@ def recover(db: sqlite3.Connection) -> None:
 def note(db: sqlite3.Connection, turn_id: str, reason: str) -> None:
     """Record in a turn's row why its hint is not used. Its score can still be trained on."""
     db.execute("UPDATE turns SET reason = ? WHERE id = ?", (reason, turn_id))
+
+
+def put_first(db: sqlite3.Connection, turn_id: str, hint: str) -> None:
+    """Put the hint that a turn was trained on before its other candidates."""
+    hints = json.loads(row_of(db, turn_id)["hints"])
+    db.execute("UPDATE turns SET hints = ? WHERE id = ?", (json.dumps(sorted(hints, key=hint.__ne__)), turn_id))
 
 
 def expire(db: sqlite3.Connection, waited_s: float) -> int:

@@ -102,10 +102,10 @@ def test_top_k_ids_and_teacher_logps_match_separate_passes(model, k):
         return grpo.Answer(prompt, responses[i], temperature=temperatures[i])
 
     states = {i: grpo.hidden_states(model, [sample(hinted[i][0], i)], 1000, 0) for i in hinted}
-    teacher, hint_mask = distill.teacher_logps(
+    teacher, hint_mask, used = distill.teacher_logps(
         model.get_output_embeddings().weight, row, ids, states, torch.zeros(ids.shape)
     )
-    assert teacher.shape == ids.shape and hint_mask.shape == (33,)
+    assert teacher.shape == ids.shape and hint_mask.shape == (33,) and used == {0: 0, 2: 0}
     for i in range(3):
         here = row["sample"] == i
         plain = slow_logps(model, prompts[i], responses[i], temperatures[i])
@@ -142,7 +142,8 @@ def test_of_several_hints_the_one_that_changes_the_teacher_most_is_used(model, k
         best = max(order, key=changes.__getitem__)
         answers = [grpo.Answer(candidates[i], responses[2], temperature=temperatures[2]) for i in order]
         states = {2: grpo.hidden_states(model, answers, 1000, 1000)}
-        teacher, hint_mask = distill.teacher_logps(model.get_output_embeddings().weight, row, ids, states, plain)
+        teacher, hint_mask, used = distill.teacher_logps(model.get_output_embeddings().weight, row, ids, states, plain)
+        assert used == {2: order.index(best)}
         torch.testing.assert_close(teacher[here], logps[best], atol=1e-4, rtol=1e-4)
         assert torch.equal(hint_mask, here.float())
 

@@ -7,6 +7,7 @@ import signal
 import stat
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,14 @@ def test_a_bad_rating_without_words_keeps_the_judges_hint(db):
     assert (verdict.source, verdict.hints, verdict.hinted_by) == ("feedback", ["Be brief, please."], "judge")
     journal.record_verdict(db, "t1", Verdict(1, [1], 1.0, [], "", "alice", "feedback"))
     assert journal.load_sample(db, "t1").verdict.hints == []
+
+
+def test_the_hint_that_was_used_comes_first(db):
+    journal.record_turn(db, turn("t1"))
+    journal.record_verdict(db, "t1", replace(BAD, hints=["too long", "one sentence", "be brief"]))
+    journal.put_first(db, "t1", "one sentence")
+    (sample,) = journal.begin_step(db, ["t1"])
+    assert sample.verdict.hints == ["one sentence", "too long", "be brief"]
 
 
 def test_a_journal_of_another_format_is_refused(tmp_path):
