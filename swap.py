@@ -380,6 +380,10 @@ async def watch(engine: Any, died: asyncio.Event) -> None:
 
 
 # ---- new weights: running requests pause while all of them are replaced ----
+#
+# A step calls `begin_load`, checks the weights meanwhile, then calls `push`. `push` sends them (`load_all` for a whole
+# model, `add_adapter` for an adapter), verifies them, and makes them the newest. `load` is a push without the check,
+# for weights that were checked before: after a rollback, a restart or an undo.
 
 
 # Held while weights go to the engine. A stop waits for it: the worker opens the shared file by its descriptor number in

@@ -203,6 +203,7 @@ def captured(folder) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(capture), base_url="http://localhost")
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -237,6 +238,7 @@ async def test_the_size_and_the_nesting_of_a_request_are_limited(tmp_path, body,
         assert reply.json() == {"bytes": len(body)}
 
 
+@pytest.mark.timed
 async def test_parsing_a_long_body_does_not_block_the_event_loop(tmp_path):
     body = json.dumps({"messages": [{"role": "user", "content": '["x\\", 1]\n' * MIB}]}).encode()
     alone, longest = [], []  # seconds of several tries: the quickest one met the least of the machine's other work

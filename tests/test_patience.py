@@ -24,6 +24,7 @@ async def longest_stall(seconds):
     return longest
 
 
+@pytest.mark.timed
 async def test_the_event_loop_keeps_running_while_another_program_writes(tmp_path, capsys):
     db, other = journal.open_journal(tmp_path / "j.db"), sqlite3.connect(tmp_path / "j.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -56,6 +57,7 @@ async def test_other_database_errors_are_raised(tmp_path):
     assert not db.in_transaction
 
 
+@pytest.mark.timed
 async def test_the_program_serves_and_trains_while_another_program_writes(program):
     done = program.status()["step"]
     waits, end, held = [], threading.Event(), []

@@ -114,6 +114,7 @@ def asked_for_a_vote(said: str) -> list[dict]:
     return chat_judge.few_shot(chat_judge.RULES, chat_judge.EXAMPLES, "r", "a", [{"role": "user", "content": said}])
 
 
+@pytest.mark.timed
 def test_a_message_full_of_spaces_takes_little_time() -> None:
     start = time.perf_counter()
     asked_for_a_vote("x" + " " * 400_000 + "y")

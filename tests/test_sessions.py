@@ -197,6 +197,7 @@ def test_a_recorded_subagent_has_its_own_conversation(db):
     assert (later.before, later.judged) == (asked[6].id, True)
 
 
+@pytest.mark.timed
 def test_a_long_line_in_brackets_is_read_in_linear_time():
     begun = time.process_time()
     sessions.is_own_request(says("user", "[Inter-session message] " * 50_000))
@@ -266,6 +267,7 @@ def test_words_of_keeps_only_the_persons_own_words(written, words):
     assert sessions.words_of(says("tool", "[Sun 2026-11-22 23:33 UTC] x")) == "[Sun 2026-11-22 23:33 UTC] x"
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "text",
     ["<a>\n", "[12:30 ", "{", "\n{", "Runtime: agent=\n\n", "<context>x</context>\n", "### Task: ", "[WhatsApp] "]
@@ -745,6 +747,7 @@ def test_an_answer_split_into_several_messages_is_matched(db):
     assert journal.load_turn(db, first.id)[1] == results
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -761,6 +764,7 @@ def test_a_large_tool_call_takes_bounded_time(db, arguments):
     assert time.process_time() - begun < 0.5 and first.id
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "unit", [" ", "\n", "x", "<a>\n", "</a>", "[1:1", "{", "```\n", "reply ", "(untrusted", "NO_REPLY "]
 )
@@ -773,6 +777,7 @@ def test_a_long_text_takes_bounded_time(db, begin, unit):
     assert time.process_time() - begun < 0.5  # a careless implementation takes 1 to 20 s
 
 
+@pytest.mark.timed
 def test_thousands_of_assistant_messages_in_a_row_take_bounded_time(db):
     ask(db, [HELLO], HI["content"])
     begun = time.process_time()
@@ -780,6 +785,7 @@ def test_thousands_of_assistant_messages_in_a_row_take_bounded_time(db):
     assert time.process_time() - begun < 0.2
 
 
+@pytest.mark.timed
 def test_a_turn_is_found_quickly_in_a_large_journal(db):
     """Among 100,000 turns, 10,000 with the answer "OK.", for a conversation of 700 KiB."""
     ok, other = (sessions.answer_digest(bot(t)) for t in ("OK.", "something else"))
