@@ -18,6 +18,7 @@ from clients.sessions import without_thinking
 from reward import MAX_HINT, MIN_HINT, VOTES, Scored, evidence, width
 
 CHAT_CHARS = 2000  # characters of the next messages that the judge reads; a quarter each of request and answer
+CUT = ("length", "model_length", "content_filter", "error")  # finish reasons of a reply that is not complete
 CANDIDATES = 3  # most hints for one turn
 STRUCTURED = {"structured_outputs": {"choice": list(VOTES)}}  # vLLM: only the three labels can be sampled
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}
@@ -43,6 +44,7 @@ EXAMPLES: list[Example] = [  # four for each label; more would cost prefill and 
     ("Open.", "open()", "tool", '{"error": "door not found"}', "bad"),
     ("2+2?", "4", "user", "By the way, tell me a joke.", "neutral"),
 ]
+LEAST = 1e-3  # probability of a label that is not among the most likely tokens; less would be an evidence of its own
 BLANKS = ("N/A", "...", "[text]", "-")  # next messages without content, to measure the judge's bias
 HINT_RULES = """You read a request, an assistant's answer and what happened next, and write down what the assistant \
 should have done: one short rule in the imperative that would have helped BEFORE it answered.
@@ -96,7 +98,7 @@ def read_labels(choice: Any) -> dict[str, float] | None:
     mass = {label: sum(math.exp(logp) for said, logp in tops if said and label.startswith(said)) for label in VOTES}
     if sum(mass.values()) < 0.5:
         return None
-    return {label: math.log(max(p, 1e-6)) for label, p in mass.items()}
+    return {label: math.log(max(p, LEAST)) for label, p in mass.items()}
 
 
 # ---- the judge ----
@@ -158,12 +160,14 @@ class ChatJudge(Endpoint):
         return read_labels(reply.choices[0])
 
     async def bias(self, role: str, fields: dict) -> dict[str, float]:
-        """The mean log-prob of each label for an empty request, answer and next message."""
+        """The mean log-prob of each label for an empty request, answer and next message. A good judge calls such a
+        message neutral. That is right and no bias, so neutral gets at most the mean of the other two."""
         blanks = [few_shot(RULES, EXAMPLES, "N/A", "N/A", [{"role": role, "content": blank}]) for blank in BLANKS]
         seen = [logps for blank in blanks if (logps := await self.label_logps(blank, fields))]
         if not seen:
             raise ValueError("the judge gives no label to an empty next message, so its bias is unknown")
-        return {label: sum(logps[label] for logps in seen) / len(seen) for label in VOTES}
+        means = {label: sum(logps[label] for logps in seen) / len(seen) for label in VOTES}
+        return means | {"neutral": min(means["neutral"], (means["good"] + means["bad"]) / 2)}
 
     async def samples(
         self, messages: list[dict], parse: Callable[[str], Any], temperature: float, fields: dict
@@ -175,9 +179,7 @@ class ChatJudge(Endpoint):
         while len(said) < self.votes:
             options = {"n": self.votes - len(said), "temperature": temperature, "max_tokens": self.max_tokens}
             reply = await self.send(messages=messages, extra_body=fields, **options)
-            if not getattr(reply, "choices", None):
-                raise ValueError("the judge's reply has no choices")
-            if any(choice.finish_reason == "length" or not choice.message.content for choice in reply.choices):
+            if any(choice.finish_reason in CUT or not choice.message.content for choice in reply.choices):
                 raise ValueError(f"the judge's reply was empty, or cut off at {self.max_tokens} tokens")
             said += [parse(without_thinking(choice.message.content)) for choice in reply.choices]
         return said[: self.votes]

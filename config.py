@@ -130,6 +130,8 @@ class Config(Service, Engine, Judge, Turns, Step, Losses):
             raise UsageError("--ssl_certfile and --ssl_keyfile: give both, or none")
         if self.judge_url and self.judge_style == "head":
             raise UsageError("--judge_style=head judges with the model's own weights: it takes no --judge_url")
+        if self.judge_url and not self.judge_url.startswith(("http://", "https://")):
+            raise UsageError(f"--judge_url={self.judge_url}: expected http://... or https://...")
         if self.judge_url and not self.judge_model:
             raise UsageError("--judge_url needs --judge_model, the model's name at that endpoint")
 

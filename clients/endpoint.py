@@ -15,9 +15,12 @@ from typing import Any
 import openai
 
 TRIES = 3  # for a turn that the judge refuses
-BAD_REQUEST = (openai.BadRequestError, openai.UnprocessableEntityError)
-HOPELESS = (400, 401, 403, 404, 422, 429)  # an immediate retry won't help
-OPTIONAL = ("max_tokens", "temperature", "n")  # an endpoint may refuse them; in the order in which they are dropped
+OF_REQUEST = (400, 403, 422)  # refused because of this request; OpenAI forbids log-probs of some models with a 403
+HOPELESS = (*OF_REQUEST, 401, 404, 429)  # an immediate retry won't help
+# Fields that an endpoint may refuse, in the order in which they are dropped, and what its error says then. llama.cpp's
+# is "Only one completion choice is allowed", with status 500.
+OPTIONAL = {"max_tokens": r"\bmax_tokens\b", "temperature": r"\btemperature\b", "n": r"\bn\b|\bone completion choice\b"}
+LEAST_TOKENS = 256  # a smaller max_tokens is not tried
 
 
 class JudgeError(RuntimeError):
@@ -88,7 +91,7 @@ class Endpoint:
 
     client: openai.AsyncOpenAI
     model: str
-    timeout_s: float = 60
+    timeout_s: float = 120  # for each request
     retries: int = 2
     backoff_s: float = 1
     refused: frozenset[str] = frozenset()  # of OPTIONAL
@@ -100,22 +103,33 @@ class Endpoint:
         """Send a request without the fields that this endpoint refuses. The first requests show which these are.
 
         A "bad request" error usually names the field. If not, the fields are dropped one by one, but only from a
-        request without `extra_body`."""
-        refused = list(self.refused)
+        request without `extra_body`. If prompt and max_tokens are over the judge's context, max_tokens is halved.
+        ConnectionError if the reply is not a chat completion."""
+        refused, limit = list(self.refused), request["max_tokens"]
         while True:
-            fields = {k: v for k, v in request.items() if k not in refused}
+            fields = {k: v for k, v in (request | {"max_tokens": limit}).items() if k not in refused}
             if "max_tokens" in refused:  # newer endpoints have another name for it
-                fields["max_completion_tokens"] = request["max_tokens"]
+                fields["max_completion_tokens"] = limit
             try:
-                reply = await self.client.chat.completions.create(model=self.model, **fields)
-            except BAD_REQUEST as e:
+                async with asyncio.timeout(self.timeout_s):  # in total; the client's own timeout is per read
+                    reply = await self.client.chat.completions.create(model=self.model, **fields)
+            except TimeoutError as e:
+                raise TimeoutError(f"no reply within {self.timeout_s:g} s") from e
+            except openai.APIStatusError as e:
                 left = [name for name in OPTIONAL if name in fields]
                 said = re.sub(r"\\+[a-z]", " ", e.response.text)  # JSON's "\n" for a newline does not name n
-                named = [name for name in left if re.search(rf"\b{name}\b", said)]
-                if not (named or left and not request["extra_body"]):
+                named = [name for name in left if re.search(OPTIONAL[name], said)]
+                if e.status_code in (400, 422) and limit > LEAST_TOKENS and re.search("context|max_new_tokens", said):
+                    limit //= 2
+                elif e.status_code in (400, 422) and (named or left and not request["extra_body"]):
+                    refused.append((named or left)[0])
+                elif e.status_code >= 500 and "n" in named:
+                    refused.append("n")
+                else:
                     raise
-                refused.append((named or left)[0])
                 continue
+            if not getattr(reply, "choices", None):  # an error with status 200, a web page
+                raise ConnectionError(f"not a chat completion: {str(reply)[:300]}")
             if new := set(refused) - self.refused:
                 print(f"judge: the endpoint refuses {', '.join(sorted(new))}; no longer sent", flush=True)
                 self.refused |= new
@@ -124,28 +138,27 @@ class Endpoint:
     async def with_retries(self, ask: Callable[[dict], Awaitable[Any]], all_fields: list[dict]) -> Any:
         """The result of `ask(fields)`, with up to `retries` more tries if it fails or is slow; JudgeError if all fail.
 
-        After a "bad request" error, the next of `all_fields` is tried: the endpoint may refuse a field that it doesn't
+        If the request is refused, the next of `all_fields` is tried: the endpoint may refuse a field that it doesn't
         know. If that works, the refused ones are removed from `all_fields`, which parallel calls share.
         """
         failures, left = 0, list(all_fields)
         while True:
             try:
-                async with asyncio.timeout(self.timeout_s):  # in total; the client's own timeout is per read
-                    result = await ask(left[0])
+                result = await ask(left[0])
                 all_fields[:] = [fields for fields in all_fields if fields in left]
                 return result
-            except (openai.APIError, TimeoutError, ValueError, AttributeError, TypeError, LookupError) as error:
-                # The last three: JSON that is not a chat completion, which the client doesn't check.
-                bad_request = isinstance(error, BAD_REQUEST)
-                if bad_request and len(left) > 1:
+            except (openai.APIError, OSError, ValueError, AttributeError, TypeError, LookupError) as error:
+                # OSError: a timeout, and what `send` raises. The last three: a choice that the client doesn't check.
+                status = error.status_code if isinstance(error, openai.APIStatusError) else 0
+                if status in OF_REQUEST and len(left) > 1:
                     del left[0]
                     continue
                 failures += 1
-                status = error.status_code if isinstance(error, openai.APIStatusError) else 0
                 if failures > self.retries or status in HOPELESS:
-                    of_turn = bad_request or not isinstance(error, openai.APIError | TimeoutError)
+                    of_turn = status in OF_REQUEST or not isinstance(error, openai.APIError | OSError)
                     header = error.response.headers.get("retry-after", "") if status else ""
                     wait = float(header) if re.fullmatch(r"\d{1,6}(\.\d+)?", header) else 0.0
-                    message = f"no verdict from the judge: {type(error).__name__}: {str(error)[:300]}"
+                    cause = f" ({error.__cause__})" if isinstance(error, openai.APIConnectionError) else ""
+                    message = f"no verdict from the judge: {type(error).__name__}: {str(error)[:300]}{cause}"
                     raise JudgeError(message, of_turn, wait) from error
                 await asyncio.sleep(self.backoff_s * 2 ** (failures - 1))

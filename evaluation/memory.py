@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -112,7 +112,7 @@ def train_two_steps(program: subprocess.Popen, url: str, tokens: int) -> None:
             http.post("/v1/feedback", json=rating).raise_for_status()
             while (status := http.get("/status").json())["step"] < step:
                 if status["training"] != "on":
-                    sys.exit(f"no step was taken: {status}")
+                    raise RuntimeError(f"no step was taken: {status}")
                 time.sleep(0.5)
 
 
@@ -123,13 +123,13 @@ def measure(options: "Options") -> None:
         command += [f"--port={options.port}", f"--max_model_len={options.tokens}", f"--lora_rank={options.lora_rank}"]
         command += ["--judge_style=chat", "--engine_memory=0.5"]  # the turns are rated, so the judge isn't asked
         program, url, peak = subprocess.Popen(command, stdout=log, stderr=log), f"http://127.0.0.1:{options.port}", 0.0
-        talking = threading.Thread(target=train_two_steps, args=(program, url, options.tokens), daemon=True)
-        talking.start()
-        while talking.is_alive():
+        talking = ThreadPoolExecutor(1).submit(train_two_steps, program, url, options.tokens)
+        while not talking.done():
             peak = max(peak, held(program.pid)) if program.poll() is None else peak
             time.sleep(0.3)
         program.send_signal(signal.SIGTERM)
         program.wait(120)
+        talking.result()  # an error of its own
         planned = re.search(r"memory +(([\d.]+) GiB.*)", Path(f"{folder}/log").read_text())
         if not planned:
             sys.exit(Path(f"{folder}/log").read_text()[-2000:])

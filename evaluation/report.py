@@ -20,19 +20,24 @@ def sessions_to_effect(pleased: list[bool]) -> int | None:
     return None
 
 
-def by_chance(p: float) -> str:
-    """The mean of `sessions_to_effect` for a model that learns nothing and satisfies with probability p."""
-    if not p:
+def by_chance(p: float, sessions: int) -> str:
+    """`sessions_to_effect` for a model that learns nothing and satisfies with probability p: how often it is reached in
+    this many sessions, and its mean if it is."""
+    streaks, reached = [1.0] + [0.0] * (STREAK - 1), []  # streaks[k]: probability of k satisfactory answers in a row
+    for _ in range(sessions):
+        reached.append(streaks[-1] * p)
+        streaks = [sum(streaks) * (1 - p), *(q * p for q in streaks[:-1])]
+    often = sum(reached)
+    if often < 0.005:
         return "never"
-    n = STREAK if p == 1 else (1 - p**STREAK) / ((1 - p) * p**STREAK)
-    return f"{n:.0f}" if n < 10_000 else "> 9999"
+    return f"{sum(n * q for n, q in enumerate(reached, 1)) / often:.0f}, in {often:.0%}"
 
 
 def interval(values: list[float]) -> str:
-    """Mean and half the 95 % confidence interval by Student's t, of up to ten seeds."""
+    """Mean and half the 95 % confidence interval by Student's t."""
     if len(values) == 1:
         return f"{values[0]:.1f}"
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(len(values), 2.2)
     return f"{statistics.mean(values):.1f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
@@ -66,7 +71,7 @@ def table(results: list[dict[str, Any]]) -> str:
             lost = [b["unrelated"] - a["unrelated"] for a, b in zip(first, last, strict=True)]
             lines.append(
                 f"| {label} | {name}{' (jointly)' if '+' in people else ''} | {len(runs)} | {upto} | {reached} | "
-                f"{by_chance(statistics.mean(m['satisfied'] for m in first))} | "
+                f"{by_chance(statistics.mean(m['satisfied'] for m in first), len(talked[0]))} | "
                 f"{percent(first, 'satisfied')} | {percent(last, 'satisfied')} | "
                 f"{statistics.mean(lost):+.3f} | {f'{statistics.mean(kl):.3f}' if kl else '-'} | "
                 f"{words(first)} to {words(last)} | {percent(last, 'truncated')} | "

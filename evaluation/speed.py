@@ -203,9 +203,10 @@ async def keep_training(url: str, stop: asyncio.Event, pauses: dict[int, float])
     """Complaints, so that there is always a step running. `pauses`: by step, the seconds of its swap."""
     client, k = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600), 0
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        before = (await http.get("/status")).json()["step"]
         while not stop.is_set():
             status = (await http.get("/status")).json()
-            if status["step"]:
+            if status["step"] > before:
                 pauses[status["step"]] = status["pause"][1] - status["pause"][0]
             if status["turns"].get("queued", 0) > 4:
                 await asyncio.sleep(0.1)

@@ -34,6 +34,7 @@ from openai import AsyncOpenAI
 from tqdm import tqdm
 
 from clients.keys import ADMIN, write_private
+from clients.sessions import without_thinking
 from durable.atomic import replacing
 from evaluation import report
 from evaluation.people import PEOPLE, UNRELATED, Person
@@ -117,9 +118,12 @@ async def react(setup: Setup, person: Person, question: str, subject: str, answe
         reply = await player.chat.completions.create(
             model=setup.user_model,
             messages=[{"role": "system", "content": role}, {"role": "user", "content": said}],
-            max_tokens=80,
+            max_completion_tokens=1024,  # it may think first
         )
-    return reply.choices[0].message.content or ""
+    said = without_thinking(reply.choices[0].message.content or "").strip()
+    if not said or reply.choices[0].finish_reason == "length":
+        raise RuntimeError(f"--user_model={setup.user_model} said nothing, or too much: {reply.choices[0]}")
+    return said
 
 
 async def talk(client: AsyncOpenAI, setup: Setup, person: Person, rng: random.Random) -> dict[str, Any]:
@@ -308,13 +312,17 @@ def parse(argv: list[str]) -> tuple[Setup, list[Run]]:
     return setup, [Run(m, p, int(s), tuple(extra)) for s, p, m in cells]
 
 
+def recorded(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text()) if file.exists() else []
+
+
 def main(argv: list[str]) -> None:
     setup, runs = parse(argv)
     out = Path(setup.out)
     file = out / "results.json"
     cells = ("person", "method", "seed", "talks", "out", "port")
     settings = {k: v for k, v in dataclasses.asdict(setup).items() if k not in cells}
-    results = json.loads(file.read_text()) if file.exists() else []
+    results = recorded(file)
     if any(r["settings"] != settings for r in results):
         sys.exit(f"{file} was measured with other settings, {results[0]['settings']}: use another --out")
     done = {(r["label"], r["person"], r["seed"]) for r in results}
@@ -326,8 +334,9 @@ def main(argv: list[str]) -> None:
     for i, run in enumerate(left):
         estimate = f", about {statistics.mean(minutes) * (len(left) - i):.0f} minutes left" if minutes else ""
         print(f"run {i + 1} of {len(left)}: {run.label}, {run.person}, seed {run.seed}{estimate}", flush=True)
-        results.append(perform(setup, run) | {"settings": settings})
-        minutes.append(results[-1]["measures"][-1]["minutes"])
+        result = perform(setup, run) | {"settings": settings}
+        minutes.append(result["measures"][-1]["minutes"])
+        results = [*recorded(file), result]  # read again: another command may have added its runs
         with replacing(file) as part:
             part.write_text(json.dumps(results, indent=1))
     report.draw(results, out / "curve.png")

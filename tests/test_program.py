@@ -669,6 +669,7 @@ async def test_no_answer_is_started_on_a_full_disk(monkeypatch, tmp_path):
         (["--kl=inf"], "--kl=inf: expected a finite number"),
         (["--ssl_keyfile=key.pem"], "--ssl_certfile and --ssl_keyfile: give both, or none"),
         (["--beta1=1"], "--beta1=1.0: expected less than 1"),
+        (["--judge_url=127.0.0.1:8001/v1", "--judge_model=x"], "--judge_url=127.0.0.1:8001/v1: expected http"),
         (["--dual_clip=0"], "--dual_clip=0.0: expected more than 1"),
         (["--batch_size=2.5"], "--batch_size"),
         (["--judge_url=http://127.0.0.1:9/v1"], "--judge_url needs --judge_model"),

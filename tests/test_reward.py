@@ -315,6 +315,53 @@ def test_the_fields_that_an_endpoint_refuses_are_remembered(
     assert refused in out and out.count("the endpoint refuses") == 1
 
 
+def test_log_probs_that_are_forbidden_are_not_asked_for_again() -> None:
+    """OpenAI's reasoning models."""
+
+    def play(number: int, body: dict) -> Response:
+        forbidden = {"error": "You are not allowed to request logprobs from this model"}
+        return JSONResponse(forbidden, 403) if "logprobs" in body else completion("good")
+
+    with endpoint(play) as (client, seen):
+        assert ask(client, votes=1, times=2, score_fields=[*ALL_FIELDS]) == [(1, [1], 1.0)] * 2
+    assert ["logprobs" in body for body in seen] == [True, False, False]
+
+
+def test_a_judge_with_a_short_context_gets_a_smaller_max_tokens() -> None:
+    def play(number: int, body: dict) -> Response:
+        error = {"error": f"{body['max_tokens']} max_tokens and the prompt exceed the context of 2000 tokens"}
+        return completion("good") if body["max_tokens"] <= 600 else JSONResponse(error, 400)
+
+    with endpoint(play) as (client, seen):
+        assert ask(client, votes=1, times=2, max_tokens=4096, score_fields=[{}]) == [(1, [1], 1.0)] * 2
+    assert [body["max_tokens"] for body in seen] == [4096, 2048, 1024, 512] * 2
+
+
+def test_a_server_that_fails_on_several_answers_at_once_is_asked_for_one() -> None:
+    """llama.cpp, before December 2025."""
+
+    def play(number: int, body: dict) -> Response:
+        several = {"error": {"code": 500, "message": "Only one completion choice is allowed"}}
+        return JSONResponse(several, 500) if body.get("n", 1) > 1 else completion("good")
+
+    with endpoint(play) as (client, seen):
+        assert ask(client, votes=2, times=2, score_fields=[{}]) == [(1, [1, 1], 1.0)] * 2
+    assert [body.get("n") for body in seen] == [2, None, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (JSONResponse({"error": {"code": 429, "message": "no credits"}}), "no credits"),
+        (Response("<html>the chat page</html>", media_type="text/html"), "the chat page"),
+    ],
+)
+def test_a_reply_that_is_no_chat_completion_is_shown_and_not_the_turns_fault(reply: Response, said: str) -> None:
+    with endpoint(lambda number, body: reply) as (client, _), pytest.raises(JudgeError, match=said) as caught:
+        ask(client, retries=0)
+    assert not caught.value.of_turn
+
+
 def test_a_line_break_in_an_error_is_not_taken_for_the_field_n() -> None:
     """In the reply's JSON, a line break is written as a backslash and an n."""
 
@@ -475,6 +522,25 @@ def test_votes_are_read_as_log_probs_and_the_bias_is_subtracted() -> None:
     weights = [math.exp(x) for x in (-0.3 + 0.1, -1.5 + 4.0, -4.0 + 3.0)]
     assert first[2] == pytest.approx(weights[1] / sum(weights), rel=1e-3)
     assert len(seen) == 2 + len(chat_judge.BLANKS), "the bias is measured once"
+
+
+@pytest.mark.parametrize("blank", [{"neutral": 0.0}, {"neutral": -0.005, "bad": -5.8, "good": -6.2}])
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ({"neutral": -0.05, "bad": -3.0}, 0),
+        ({"neutral": -0.005, "bad": -5.5, "good": -6.9}, 0),
+        ({"neutral": -0.0001, "bad": -9.2}, 0),
+        ({"bad": -0.1, "neutral": -2.5, "good": -7.0}, -1),
+        ({"good": -0.4, "neutral": -1.1}, 1),
+    ],
+)
+def test_a_judge_that_rightly_calls_an_empty_message_neutral_has_no_bias(blank: dict, said: dict, score: int) -> None:
+    def play(number: int, body: dict) -> Response:
+        return labels(**said if "No, wrong" in body["messages"][-1]["content"] else blank)
+
+    with endpoint(play) as (client, _):
+        assert ask(client, WRONG_NEXT, score_fields=[*ALL_FIELDS])[0][:2] == (score, [score])
 
 
 def test_only_a_reply_without_a_label_in_its_log_probs_is_voted_on() -> None:
