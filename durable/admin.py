@@ -12,6 +12,7 @@ python -m durable.admin key --out=mine --add=USER            print a new API key
 """
 
 import json
+import os
 import sqlite3
 import sys
 import time
@@ -73,18 +74,18 @@ class OfRun:
     out: str = "out"  # the --out of run.py
 
     def journal_file(self) -> Path:
-        """UsageError if there is none."""
-        file = Path(self.out) / "journal.db"
-        if not file.exists():
-            raise UsageError(f"--out={file.parent}: there is no journal.db in it")
-        return file
+        """UsageError if there is none, or it can't be read."""
+        file = Path(self.out).expanduser() / "journal.db"
+        if not os.access(file, os.R_OK):
+            raise UsageError(f"--out={file.parent}: there is no journal.db in it, or it belongs to another user")
+        return file.resolve()
 
 
 class Reading(OfRun):
     """A command whose `read` gets the journal; it can't write."""
 
     def run(self) -> None:
-        with closing(sqlite3.connect(f"file:{self.journal_file()}?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(f"{self.journal_file().as_uri()}?mode=ro", uri=True)) as db:
             db.row_factory = sqlite3.Row
             self.read(db)
 
@@ -198,7 +199,7 @@ class Export(Reading):
         step = known[-1] if self.step < 0 else self.step
         if step not in known:
             raise UsageError(f"--step={step}: there are checkpoints of the steps {', '.join(map(str, known))}")
-        model.export(checkpoint.folder_of(out, owner, step), Path(self.folder))
+        model.export(checkpoint.folder_of(out, owner, step), Path(self.folder).expanduser())
         print(f"{self.folder} has the model of step {step}")
 
 
@@ -230,10 +231,12 @@ class Key(OfRun):
     revoke: str = ""  # the user whose keys are removed
 
     def run(self) -> None:
-        file = Path(self.out) / "keys"
+        file = Path(self.out).expanduser() / "keys"
         if bool(self.add) == bool(self.revoke):
             raise UsageError("key: give --add=USER or --revoke=USER")
         if self.add:
+            if not file.with_name("journal.db").exists():
+                print(f"no program has run with --out={file.parent} yet; the key is in {file}", file=sys.stderr)
             print(keys.add(file, self.add))
         else:
             print(f"{keys.revoke(file, self.revoke)} keys of {self.revoke} are revoked")

@@ -13,6 +13,7 @@ from durable import guard, journal, upkeep
 from program import Program
 from tests.bare import program as bare
 from tests.records import BAD, GOOD, turn
+from tests.talking import until
 
 OWN = {"adapters": "user", "lora_rank": 4}  # each user has their own weights
 
@@ -294,3 +295,13 @@ async def test_unrelated_crashes_and_clean_stops_lose_no_turn(start):
             journal.mark_trained(p.db, ids, kill)  # killed after the step, before its checkpoint
         journal.recover(p.db)
         assert journal.counts(p.db) == {"queued": 6}
+
+
+async def test_after_a_rollback_training_continues_until_steps_is_reached_again(start):
+    p = start(steps=1)
+    p.state.step = 1
+    training = asyncio.create_task(run.train(p))
+    await until(lambda: p.training == "off", 5)
+    p.state.step = 0  # as a rollback does
+    await until(lambda: p.training == "on", 5)
+    training.cancel()

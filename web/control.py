@@ -21,7 +21,7 @@ from clients.bodies import openai_error, parse
 from clients.keys import ADMIN, ANYBODY, OURS
 from durable import checkpoint, journal, upkeep
 from durable.errors import UsageError
-from program import BY_ADMIN, Program
+from program import BY_ADMIN, OFF, Program
 
 
 async def roll_back(p: Program, user: str, step: int) -> str:
@@ -56,7 +56,7 @@ async def roll_back(p: Program, user: str, step: int) -> str:
 async def run_command(p: Program, command: str, body: dict[str, Any]) -> str:
     """Carry out a command; returns what to tell the admin. UsageError if it is refused, KeyError if it is unknown."""
     user = body.get("user", "")
-    if p.training == "off" and command in ("pause", "resume", "train"):
+    if p.training == OFF and command in ("pause", "resume", "train"):
         raise UsageError(f"training has ended: --steps={p.config.steps} is reached")
     if command in ("pause", "resume") and user:
         upkeep.check_owner(p.db, user)

@@ -19,6 +19,10 @@ from program import Program
 
 WORDS_S = 30.0  # Open WebUI sends a thumb at the click, and its words once the person has filled in a form
 MAX_RATING_BYTES = 4 << 20  # the event loop compares the messages, for up to 0.5 s
+UNUSED = (  # words with a bad rating
+    f"Noted as bad. The words can't be a hint: a hint has {reward.MIN_HINT} to {reward.MAX_HINT} characters, gives no "
+    "orders to a judge, and doesn't contradict the request."
+)
 MAX_TEXT = 10_000  # characters of a rating's text; it is on the page
 
 
@@ -80,7 +84,8 @@ def routes(p: Program) -> list[Route]:
         p.judged_at[turn.id] = asyncio.get_running_loop().time() + (WORDS_S if messages and not text else 0)
         if state == "queued" and await p.admit(turn.id, turn.user):
             p.wake.set()
-        return JSONResponse({"completion_id": turn.id, "score": score})
+        unused = {"done": UNUSED} if score < 0 and text.strip() and not hints else {}
+        return JSONResponse({"completion_id": turn.id, "score": score} | unused)
 
     async def status(request: Request) -> JSONResponse:
         asking = request.state.user

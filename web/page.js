@@ -3,6 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+const total = ({ turns }) => Object.values(turns).reduce((a, b) => a + b, 0);
 const signed = (n) => (n > 0 ? "+" : "") + n;
 let now; // what /web/events said last
 
@@ -17,11 +18,12 @@ function el(tag, properties = {}, ...children) {
 
 /** Ask for a key, once at a time. */
 let asking = null;
-function askForKey() {
+function askForKey(refused) {
+  if (refused) say("That key was refused.");
   asking ??= new Promise((done) => {
     $("ask").showModal();
     $("ask").onclose = () => {
-      sessionStorage.setItem("key", $("key").value.trim());
+      sessionStorage.setItem("key", $("key").value.replace(/[^!-~]/g, "")); // a header can have no other characters
       asking = null;
       done();
     };
@@ -36,7 +38,7 @@ async function call(path, body, signal) {
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
     const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
     const reply = await fetch(path, { headers, signal, ...options });
-    if (reply.status === 401) await askForKey();
+    if (reply.status === 401) await askForKey(key);
     else if (reply.ok) return reply;
     else throw new Error((await reply.json().catch(() => null))?.error?.message ?? `${path}: ${reply.status}`);
   }
@@ -51,10 +53,11 @@ function say(text) {
   setTimeout(() => saidAt === mine && ($("said").hidden = true), 6000);
 }
 
-/** Do what a button says, and tell how it ended. */
+/** Do what a button says, and tell how it ended. Returns whether it worked. */
 async function act(path, body) {
   try {
     say((await (await call(path, body)).json()).done ?? "Noted.");
+    return true;
   } catch (error) {
     say(error.message);
   }
@@ -64,8 +67,9 @@ async function act(path, body) {
 async function* events(path, signal) {
   const reader = (await call(path, undefined, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = ""; ; ) {
-    const { value, done } = await reader.read();
+    const { value, done } = await Promise.race([reader.read(), sleep(40_000).then(() => ({}))]);
     if (done) return;
+    if (value === undefined) throw new Error("it is silent"); // it sends something every 15 s
     const parts = (text + value).split("\n\n");
     text = parts.pop();
     for (const part of parts) if (part.startsWith("data: ")) yield JSON.parse(part.slice(6));
@@ -91,11 +95,12 @@ function showGlance() {
   for (const part of document.querySelectorAll("[data-shared]")) part.hidden = Boolean(now.steps); // a step has an owner
   const steps = [...new Set([...now.checkpoints, 0])].sort((a, b) => b - a);
   if ($("checkpoint").dataset.steps !== steps.join()) {
+    const chosen = $("checkpoint").value;
     $("checkpoint").replaceChildren(...steps.map((s) => el("option", { value: s }, s ? `step ${s}` : "the starting weights")));
     $("checkpoint").dataset.steps = steps.join();
+    if (chosen && steps.includes(Number(chosen))) $("checkpoint").value = chosen;
   }
-  const total = Object.values(now.turns).reduce((a, b) => a + b, 0);
-  $("total").textContent = `${total.toLocaleString()} turns`;
+  $("total").textContent = `${total(now).toLocaleString()} turns`;
   const row = (name, n) => el("tr", {}, el("td", {}, n.toLocaleString()), el("td", {}, name));
   const byCount = (counts) => Object.entries(counts).sort((a, b) => b[1] - a[1]);
   $("counts").lastElementChild.replaceChildren(
@@ -108,7 +113,7 @@ for (const button of document.querySelectorAll("[data-order]")) {
   button.onclick = () => {
     const order = button.dataset.order;
     const body = { user: now.owner, step: Number($("checkpoint").value) };
-    const sure = `The steps after it are undone, and their turns are dropped. Roll back ${now.owner || "the model"}?`;
+    const sure = `Roll back ${now.owner || "the model"} to step ${body.step}? Later steps are undone, their turns dropped.`;
     if (order !== "rollback" || confirm(sure)) act(`/admin/${order}`, body);
   };
 }
@@ -181,10 +186,10 @@ function card(turn) {
   const outcome = turn.state === "trained" ? `trained on in step ${turn.step}` : turn.state;
   const style = { trained: "good", dropped: "bad" }[turn.state] ?? "";
   const late = turn.late_feedback.map((l) => el("div", { className: "verdict quiet" }, `too late: ${signed(l.score)} ${l.text}`));
-  const words = el("input", { placeholder: "what should it have said or done?", required: true, maxLength: 2000 });
+  const words = el("input", { placeholder: "what should it have said or done?", required: true, maxLength: 300 });
   const correct = el("form", { hidden: true }, words, el("button", {}, "Send"));
   const rate = (score, text = "") =>
-    act("/v1/feedback", { completion_id: turn.id, score, text }).then(() => (correct.hidden = true));
+    act("/v1/feedback", { completion_id: turn.id, score, text }).then((worked) => (correct.hidden ||= worked && text !== ""));
   correct.onsubmit = (event) => (event.preventDefault(), words.blur(), rate(-1, words.value));
   const opened = el("div", { className: "tokens", hidden: true });
   const button = (name, onclick, title = "") => el("button", { onclick, title }, name);
@@ -226,12 +231,14 @@ async function showTokens(box, turn) {
   try {
     const { tokens, logprobs, versions } = await read(`/web/turns/${turn.number}`);
     const begins = new Map(versions.map(([version, start]) => [start, version]));
+    const all = versions.at(-1)[2];
     tokens.forEach((text, at) => {
       if (begins.has(at)) box.append(el("span", { className: "version" }, `weights ${begins.get(at)}`));
       const token = el("span", { className: "token" }, visible(text), el("small", {}, logprobs[at].toFixed(2)));
       token.style.background = `color-mix(in srgb, var(--bad) ${Math.min(60, -8 * logprobs[at])}%, transparent)`;
       box.append(token);
     });
+    if (all > tokens.length) box.append(`… and ${(all - tokens.length).toLocaleString()} more`);
   } catch (error) {
     say(error.message);
   }
@@ -255,10 +262,8 @@ function put(turns, append) {
     else {
       const after = [...$("turns").children].find((other) => other.created < turn.created);
       $("turns").insertBefore(made, after ?? null);
-      if (cards.size > MOST) {
-        cards.delete($("turns").lastElementChild.number);
-        $("turns").lastElementChild.remove();
-      }
+      const last = cards.size > MOST && [...$("turns").children].findLast((other) => !isBusy(other));
+      if (last && cards.delete(last.number)) last.remove();
     }
   }
 }
@@ -280,7 +285,9 @@ function refilter() {
   paged = false;
   cards.clear();
   $("turns").replaceChildren();
+  $("orders").hidden = true; // until it is known whose weights they would concern
   stream.abort(); // and `live` begins another one
+  if ($("learned").open) $("learned").ontoggle();
 }
 function filter(name, value) {
   $("filters").elements[name].value = value;
@@ -346,8 +353,12 @@ async function live() {
     const { signal } = stream;
     let ended = "The program has stopped: trying again.";
     try {
-      for await (now of events(`/web/events?${asked()}`, signal)) {
+      for await (const event of events(`/web/events?${asked()}`, signal)) {
         if (signal.aborted) break;
+        const undone = now && event.owner === now.owner && event.user === now.user
+          && (event.step < now.step || total(event) < total(now));
+        now = event;
+        if (undone) paged = false; // a rollback or `forget`: the older cards are not true any more
         showGlance();
         showTurns(now.listed);
         if (now.curves) showCurves(now.curves);
@@ -356,6 +367,7 @@ async function live() {
       ended = `No connection to the program, trying again: ${error.message}`;
     }
     if (signal.aborted) continue;
+    stream.abort(), ($("orders").hidden = true); // the connection may be silent, but open
     $("why").textContent = ended;
     await sleep(2000);
   }

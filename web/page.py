@@ -56,7 +56,7 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
         "folder": Path(p.config.model).name or "SmolLM2-135M-Instruct",
         "user": user,
         "owner": p.owner_of(user or ""),
-        "stepping": p.stepping.locked(),
+        "stepping": p.stepping.locked() and "training" in journal.counts(db, user),  # not in a rollback or `forget`
         # After the first colon it may quote what the judge was sent, which can be another user's turn.
         "judge_error": (error if training["admin"] else error.partition(": ")[0]) if failing else "",
         "disk_full": not journal.has_disk_space(db),
@@ -130,7 +130,8 @@ def routes(p: Program) -> list[Route]:
 
         async def stream() -> AsyncIterator[str]:
             last, silent, redraw_at, drawn = None, 0, 0.0, None
-            while not p.state.stopping.is_set():
+            # A stream ends when its key is revoked, or when the first key is added.
+            while not p.state.stopping.is_set() and p.keys.user_of(request.headers) == request.state.user:
                 training = training_of(p, user) | {"version": p.db.total_changes, "admin": admin}
                 now = await in_thread(glance, p, user, training)
                 redraw = now != drawn and time.monotonic() >= redraw_at

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from clients.sessions import replied_to, with_calls
+from clients.sessions import replied_to, with_calls, without_thinking
 from durable import journal, pieces
 from durable.look import NEWEST, newest, rows
 
@@ -44,21 +44,26 @@ def listed(db: sqlite3.Connection, **where: Any) -> list[dict[str, Any]]:
         ids = [i for each in pieces_of(db, lists) for i in each]
         turn["request"] = [shown(m) for m in replied_to(pieces_of(db, ids[-LAST_MESSAGES:]))]
         turn["next"] = [shown(m) for m in pieces_of(db, json.loads(turn.pop("next_messages") or "[]")[-LAST_MESSAGES:])]
-        text = db.execute(f"SELECT substr(text, 1, {SHOWN}) FROM answers WHERE number = ?", (row["number"],))
-        (turn["answer"],) = text.fetchone() or ("",)  # a damaged journal may have no row
+        text = db.execute(f"SELECT substr(text, 1, {LONGEST}) FROM answers WHERE number = ?", (row["number"],))
+        (answer,) = text.fetchone() or ("",)  # a damaged journal may have no row
+        turn["answer"] = cut(without_thinking(answer).strip())
         found.append(turn)
     return found
 
 
 def pieces_of(db: sqlite3.Connection, ids: list[int]) -> list[Any]:
     """The pieces with these ids, in this order; only the beginning of a very long message."""
-    begins = f"'role', json_extract(data, '$.role'), 'content', substr(json_extract(data, '$.content'), 1, {SHOWN})"
+    begins = f"'role', json_extract(data, '$.role'), 'content', substr(json_extract(data, '$.content'), 1, {SHOWN + 1})"
     one = f"SELECT iif(length(data) <= {LONGEST}, data, json_object({begins})) FROM pieces WHERE id = ?"
     return [json.loads(db.execute(one, (i,)).fetchone()[0]) for i in ids]
 
 
 def shown(message: dict) -> dict[str, str]:
-    return {"role": message["role"], "text": with_calls(message)[:SHOWN]}
+    return {"role": message["role"], "text": cut(with_calls(message))}
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def tokens(db: sqlite3.Connection, tokenizer: PreTrainedTokenizerBase, number: str, user: str | None) -> dict | None:
