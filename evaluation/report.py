@@ -30,7 +30,7 @@ def by_chance(p: float, sessions: int) -> str:
     often = sum(reached)
     if often < 0.005:
         return "never"
-    return f"{sum(n * q for n, q in enumerate(reached, 1)) / often:.0f}, in {often:.0%}"
+    return f"{sum(n * q for n, q in enumerate(reached, 1)) / often:.0f}, in {100 * often:.0f} %"
 
 
 def interval(values: list[float]) -> str:

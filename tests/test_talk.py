@@ -99,9 +99,9 @@ def test_by_chance_is_what_a_model_reaches_without_learning():
     rng = random.Random(0)
     runs = [report.sessions_to_effect([rng.random() < 0.4 for _ in range(40)]) for _ in range(4000)]
     reached = [n for n in runs if n]
-    mean, often = map(float, report.by_chance(0.4, 40).removesuffix("%").split(", in "))
+    mean, often = map(float, report.by_chance(0.4, 40).removesuffix(" %").split(", in "))
     assert abs(sum(reached) / len(reached) - mean) < 0.8 and abs(100 * len(reached) / len(runs) - often) < 2
-    assert [report.by_chance(p, 40) for p in (0, 0.01, 1)] == ["never", "never", "3, in 100%"]
+    assert [report.by_chance(p, 40) for p in (0, 0.01, 1)] == ["never", "never", "3, in 100 %"]
 
 
 def test_the_interval_uses_students_t_distribution():
@@ -137,10 +137,10 @@ def test_the_table_and_the_picture_are_made_from_the_results(tmp_path):
         result("hybrid", "student+teacher", 0, 1.0),
     ]
     rows = report.table(results).splitlines()
-    assert len(rows) == 5 and "| hybrid | student (jointly) | 1 | 80 | 5.0 | 20, in 37% | 25.0 | 100.0 |" in rows[2]
+    assert len(rows) == 5 and "| hybrid | student (jointly) | 1 | 80 | 5.0 | 20, in 37 % | 25.0 | 100.0 |" in rows[2]
     numbers = "25.0 ± 0.0 | 62.5 ± 158.9 | -0.080 | 0.100 | 90 to 90 | 50.0 ± 0.0 | 8 |"
     # one run had more sessions than the other: they are compared after 80
-    assert f"| opd | ta | 2 | 80 | 5.0 ± 0.0 | 35, in 62% | {numbers}" in rows[4]
+    assert f"| opd | ta | 2 | 80 | 5.0 ± 0.0 | 35, in 62 % | {numbers}" in rows[4]
     report.draw(results, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
