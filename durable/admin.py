@@ -27,7 +27,7 @@ import tyro
 from clients import keys
 from clients.sessions import replied_to, with_calls, without_thinking
 from durable import checkpoint, journal, look, upkeep
-from durable.errors import UsageError
+from durable.errors import InUse, UsageError
 
 
 def one_line(text: str, width: int = 160) -> str:
@@ -250,7 +250,7 @@ def ask_program(out: Path, command: Changing) -> str | None:
     try:
         upkeep.lock_out_dir(out).close()
         return None
-    except UsageError as e:
+    except InUse as e:
         _, *url = (out / "lock").read_text().split()  # process id, and the address once the program listens
         if not url:
             raise UsageError("the program is still starting, try again") from e

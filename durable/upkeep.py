@@ -18,7 +18,7 @@ from typing import TextIO
 
 from clients.sessions import asked_by_the_client, conversation, letters, text_of, without_thinking, words_of
 from durable import checkpoint, journal, pieces
-from durable.errors import UsageError
+from durable.errors import InUse, UsageError
 from durable.journal import THESE, checkpoints, owner_of, transaction
 
 PORTION = 100  # rows in one write
@@ -42,7 +42,7 @@ UNION ALL SELECT template FROM turns WHERE template NOT NULL
 def lock_out_dir(out: Path) -> TextIO:
     """Make the folder and lock it for this process, until the returned file is closed.
 
-    UsageError if that can't be done, or if another run.py has it.
+    UsageError if that can't be done, InUse if another run.py has it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -57,7 +57,7 @@ def lock_out_dir(out: Path) -> TextIO:
         print(os.getpid(), file=lock, flush=True)
     except BlockingIOError:
         lock.seek(0)
-        raise UsageError(
+        raise InUse(
             f"--out={out} is in use by process {lock.readline().strip() or '?'}: stop it first, or use another --out"
         ) from None
     except OSError as e:
