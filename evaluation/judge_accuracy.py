@@ -17,7 +17,7 @@ import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chat_judge import ChatJudge
-from clients.endpoint import connect
+from clients.endpoint import JudgeError, connect
 from durable.errors import UsageError
 from durable.model import CACHE, fingerprint, model_folder
 from machine.plan import measure_gflops
@@ -56,7 +56,13 @@ async def measure_chat(judge: ChatJudge, rows: list[dict]) -> list[int]:
 
     async def one(r: dict) -> int:
         async with at_once:
-            return (await judge.score(r["request"], r["answer"], r["next"]))[0]
+            while True:
+                try:
+                    return (await judge.score(r["request"], r["answer"], r["next"]))[0]
+                except JudgeError as e:
+                    if not e.retry_after:
+                        raise
+                    await asyncio.sleep(e.retry_after)  # its rate limit
 
     return await asyncio.gather(*map(one, rows))
 
@@ -80,5 +86,5 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
-    except UsageError as e:
+    except (UsageError, JudgeError) as e:
         sys.exit(str(e))

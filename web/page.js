@@ -231,14 +231,13 @@ async function showTokens(box, turn) {
   try {
     const { tokens, logprobs, versions } = await read(`/web/turns/${turn.number}`);
     const begins = new Map(versions.map(([version, start]) => [start, version]));
-    const all = versions.at(-1)[2];
     tokens.forEach((text, at) => {
       if (begins.has(at)) box.append(el("span", { className: "version" }, `weights ${begins.get(at)}`));
       const token = el("span", { className: "token" }, visible(text), el("small", {}, logprobs[at].toFixed(2)));
       token.style.background = `color-mix(in srgb, var(--bad) ${Math.min(60, -8 * logprobs[at])}%, transparent)`;
       box.append(token);
     });
-    if (all > tokens.length) box.append(`… and ${(all - tokens.length).toLocaleString()} more`);
+    if (turn.tokens > tokens.length) box.append(`… and ${turn.tokens - tokens.length} more`);
   } catch (error) {
     say(error.message);
   }
@@ -287,7 +286,7 @@ function refilter() {
   $("turns").replaceChildren();
   $("orders").hidden = true; // until it is known whose weights they would concern
   stream.abort(); // and `live` begins another one
-  if ($("learned").open) $("learned").ontoggle();
+  $("learned").ontoggle();
 }
 function filter(name, value) {
   $("filters").elements[name].value = value;
@@ -311,6 +310,7 @@ async function showRules() {
   const each = rules.map((rule) => {
     const answers = el("div");
     const again = el("button", { onclick: () => askAgain(rule, answers, again) }, "Ask again");
+    if (!rule.numbers.length) Object.assign(again, { disabled: true, title: "these prompts are too long" });
     return el("div", { className: "rule" },
       el("div", { className: "bar" }, el("b", {}, `${rule.times} ×`), el("span", {}, rule.hint),
         el("span", { className: "quiet" }, rule.user), again),
