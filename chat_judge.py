@@ -44,7 +44,7 @@ EXAMPLES: list[Example] = [  # four for each label; more would cost prefill and 
     ("Open.", "open()", "tool", '{"error": "door not found"}', "bad"),
     ("2+2?", "4", "user", "By the way, tell me a joke.", "neutral"),
 ]
-LEAST = 1e-3  # probability of a label that is not among the most likely tokens; less would be an evidence of its own
+LEAST = 1e-3  # probability of a label that is not among the most likely tokens; with less, its bias would be huge
 BLANKS = ("N/A", "...", "[text]", "-")  # next messages without content, to measure the judge's bias
 HINT_RULES = """You read a request, an assistant's answer and what happened next, and write down what the assistant \
 should have done: one short rule in the imperative that would have helped BEFORE it answered.
@@ -161,13 +161,13 @@ class ChatJudge(Endpoint):
 
     async def bias(self, role: str, fields: dict) -> dict[str, float]:
         """The mean log-prob of each label for an empty request, answer and next message. A good judge calls such a
-        message neutral. That is right and no bias, so neutral gets at most the mean of the other two."""
+        message neutral. That is right and no bias, so neutral's is at most the higher one of the others."""
         blanks = [few_shot(RULES, EXAMPLES, "N/A", "N/A", [{"role": role, "content": blank}]) for blank in BLANKS]
         seen = [logps for blank in blanks if (logps := await self.label_logps(blank, fields))]
         if not seen:
             raise ValueError("the judge gives no label to an empty next message, so its bias is unknown")
         means = {label: sum(logps[label] for logps in seen) / len(seen) for label in VOTES}
-        return means | {"neutral": min(means["neutral"], (means["good"] + means["bad"]) / 2)}
+        return means | {"neutral": min(means["neutral"], max(means["good"], means["bad"]))}
 
     async def samples(
         self, messages: list[dict], parse: Callable[[str], Any], temperature: float, fields: dict

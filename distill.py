@@ -48,7 +48,7 @@ async def hinted_prompts(client: openai.AsyncOpenAI, turn: Turn, hints: list[str
             body = {**turn.template, "messages": messages}  # `template`: other fields of the prompt, such as tools
             return (await root.post("/tokenize", cast_to=object, body=body))["tokens"]
         except (openai.APIStatusError, ValueError) as e:  # a lone surrogate or 1e999: JSON that the client can't send
-            if getattr(e, "status_code", 400) >= 500:
+            if getattr(e, "status_code", 400) in (500, 502, 503, 504):
                 raise
             raise NoHintedPrompt(f"{type(e).__name__}: {e}") from e
 

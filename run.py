@@ -112,7 +112,7 @@ async def train(p: Program) -> None:
     new_thread = False  # does the next step need a new trainer thread?
     while True:
         if p.config.steps and sum(p.steps().values()) >= p.config.steps:
-            p.paused[""] = OFF
+            p.paused.setdefault("", OFF)
         else:
             p.end_pause(OFF)  # after a rollback
         with suppress(TimeoutError):
@@ -281,7 +281,7 @@ async def keep_running(p: Program, name: str, work: Callable[[Program], Awaitabl
 async def train_again(p: Program) -> None:
     """`train` once more, after an error that it did not handle, such as an undo that failed. EngineDied if it fails
     again, on a broken GPU for example: then the program starts again from its last checkpoint."""
-    while "" in p.paused:
+    while p.training not in ("on", OFF):
         await asyncio.sleep(1)
     async with p.stepping:
         try:

@@ -86,7 +86,7 @@ class PushError(RuntimeError):
 
 
 class EngineDied(RuntimeError):
-    """One of vLLM's processes has died or is broken; nothing can be served any more."""
+    """One of vLLM's processes has died or is broken, or a step can't be undone: the program must start again."""
 
 
 # ---- in the engine's process ----
@@ -475,8 +475,8 @@ async def load_all(engine: Any, weights: Weights, step: int) -> tuple[float, flo
             else:
                 missed = (await engine.collective_rpc("receive_weights", args=(message,)))[0]
             await engine.update_weight_version(str(step))
-        except BaseException as e:
-            if not cpu and isinstance(e, Exception):
+        except Exception as e:
+            if not cpu:
                 raise EngineDied(f"its weights were replaced only in part: {type(e).__name__}: {e}") from e
             await engine.resume_generation()
             raise

@@ -352,7 +352,7 @@ def load_state(config: Config, folder: Path | None, start: Path, device: str, dt
 
     def load() -> PreTrainedModel:
         model = load_model(start, torch.bfloat16).to(device)
-        # `to(bfloat16)` would also round the rotary frequencies, which are in fp32 and have no place in the files.
+        # `to(bfloat16)` would also round the rotary frequencies, which are computed in fp32.
         return model if dtype == torch.bfloat16 else model.to(dtype)
 
     tokenizer = AutoTokenizer.from_pretrained(start)

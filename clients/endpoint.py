@@ -17,9 +17,12 @@ import openai
 TRIES = 3  # for a turn that the judge refuses
 OF_REQUEST = (400, 403, 422)  # refused because of this request; OpenAI forbids log-probs of some models with a 403
 HOPELESS = (*OF_REQUEST, 401, 404, 429)  # an immediate retry won't help
-# Fields that an endpoint may refuse, in the order in which they are dropped, and what its error says then. llama.cpp's
-# is "Only one completion choice is allowed", with status 500.
-OPTIONAL = {"max_tokens": r"\bmax_tokens\b", "temperature": r"\btemperature\b", "n": r"\bn\b|\bone completion choice\b"}
+ONE_CHOICE = (
+    "one completion choice"  # llama.cpp's error with n > 1: "Only one completion choice is allowed", status 500
+)
+# Fields that an endpoint may refuse, in the order in which they are dropped, and what its error says then.
+OPTIONAL = {"max_tokens": r"\bmax_tokens\b", "temperature": r"\btemperature\b", "n": rf"\bn\b|{ONE_CHOICE}"}
+CONTEXT = r"context (length|size|window|of \d)|max_new_tokens"  # in an error about a prompt with max_tokens
 LEAST_TOKENS = 256  # a smaller max_tokens is not tried
 
 
@@ -119,17 +122,19 @@ class Endpoint:
                 left = [name for name in OPTIONAL if name in fields]
                 said = re.sub(r"\\+[a-z]", " ", e.response.text)  # JSON's "\n" for a newline does not name n
                 named = [name for name in left if re.search(OPTIONAL[name], said)]
-                if e.status_code in (400, 422) and limit > LEAST_TOKENS and re.search("context|max_new_tokens", said):
+                if e.status_code in (400, 422) and limit > LEAST_TOKENS and re.search(CONTEXT, said):
                     limit //= 2
                 elif e.status_code in (400, 422) and (named or left and not request["extra_body"]):
                     refused.append((named or left)[0])
-                elif e.status_code >= 500 and "n" in named:
+                elif e.status_code >= 500 and ONE_CHOICE in said and "n" in left:
                     refused.append("n")
                 else:
                     raise
                 continue
-            if not getattr(reply, "choices", None):  # an error with status 200, a web page
-                raise ConnectionError(f"not a chat completion: {str(reply)[:300]}")
+            if not getattr(reply, "choices", None):  # []: this prompt is blocked; else an error with status 200, a page
+                raise (ValueError if getattr(reply, "choices", None) == [] else ConnectionError)(
+                    f"not a chat completion: {str(reply)[:300]}"
+                )
             if new := set(refused) - self.refused:
                 print(f"judge: the endpoint refuses {', '.join(sorted(new))}; no longer sent", flush=True)
                 self.refused |= new

@@ -55,19 +55,25 @@ OUTPUT = re.compile(
     # Claude Code
     r"<task-notification>|\[SYSTEM NOTIFICATION - NOT USER INPUT\]|Stop hook feedback:)"
 )
-# What the person said in Cline's output: about a command, to a question, to a plan.
-IN_OUTPUT = re.compile(r"<(feedback|answer|user_message)>\s*(.*)</\1>", re.DOTALL)
-# User messages that Aider adds to the history, each followed by an assistant message that begins with "Ok".
+# How Cline's output begins if it is what the person said to its question or plan.
+ANSWERED = re.compile(
+    r"\s*+\[(?:ask_followup_question|plan_mode_respond)[^\n]{0,300}\] Result:\s*+<(answer|user_message)>"
+)
+# User messages that Aider adds to the history, and the assistant messages that it puts after them.
 FILLER = re.compile(
     r"\s*+(I committed the changes with git hash|I updated the files\.\s*+\Z|I switched to a new code base\.|"
-    r"(I have|These files have been) \*added these files to the chat\*|I am not sharing (any|the full contents)|"
-    r"Here are (summaries of some files present in|some READ ONLY files)|These are some files we have been discussing|"
-    r"Don't try and edit any existing code without|Here is the content of http)"
+    r"(I have|These files have been) \*added these files to the chat\*|Here are some READ ONLY files, provided for|"
+    r"I am not sharing (any files (yet|with you|that you can edit)|the full contents of any files)|"
+    r"Here are summaries of some files present in|These are some files we have been discussing|"
+    r"Don't try and edit any existing code without asking me to add|Here is the content of http)"
+)
+FILLER_REPLY = re.compile(
+    r"Ok(\.|, (any changes I propose will be|I will use th|I won't try and edit those|based on your requests I)[^\n]*)"
 )
 # Aider's format rules, after the person's words.
 REMINDER = re.compile(
-    r"\n\n\n?(# \*SEARCH/REPLACE block\* Rules:|To suggest changes to a file you MUST return|# File editing rules:|"
-    r"# V4A Diff Format Rules:|NEVER RETURN CODE!)"
+    r"\n\n\n?(# \*SEARCH/REPLACE block\* Rules:|To suggest changes to a file you MUST return|"
+    r"# File editing rules:\n\nReturn edits similar to|# V4A Diff Format Rules:|NEVER RETURN CODE!)"
 )
 ENDS = 20_000  # characters at each end of a long text that are searched for the next two
 # A heartbeat's prompt can be configured, but it always asks for the same answer if all is well.
@@ -112,8 +118,8 @@ LABEL = re.compile(r"\s*+[^\n{}<]{0,100}(?:\(untrusted[^()\n]{0,80}\):|⟦opencl
 METADATA = re.compile(r"(sender|timestamp|message_?id|chat_?id|conversation|channel|provider|surface)", re.I)
 # A tagged block of context, by the name of its tag; other tags may be a person's own.
 CONTEXT_TAG = re.compile(
-    r"context|reminder|environment|metadata|caveat|notice|instruction|memor|workspace|attach|editor|ide_|selection|open_files|"
-    r"additional_data|command|stdout|system|history|session|rules|skills|documents|sources",
+    r"context|reminder|environment|metadata|caveat|notice|instruction|memor|workspace|attach|editor|ide_|selection|"
+    r"open_files|additional_data|command|stdout|system|history|session|rules|skills|documents|sources",
     re.IGNORECASE,
 )
 # Such a tag is a person's own nevertheless if it ends the message, or is all of it.
@@ -185,13 +191,28 @@ def without_marks(text: str) -> str:
 
 def is_output(text: str) -> bool:
     """Is a user message a program's output, without words of the person's in it?"""
-    return bool(OUTPUT.match(text)) and not IN_OUTPUT.search(text)
+    return bool(OUTPUT.match(text)) and not said_in_output(text)
 
 
-def is_filler(message: dict, reply: dict | None) -> bool:
-    """Is this user message, with the next message, a pair that Aider adds?"""
-    user, assistant = message.get("content"), (reply or {}).get("content")
-    return isinstance(user, str) and bool(FILLER.match(user)) and isinstance(assistant, str) and assistant[:2] == "Ok"
+def said_in_output(text: str) -> str:
+    """What the person said in Cline's output: the answer to a question, or feedback at the end; "" if nothing."""
+    if opened := ANSWERED.match(text):
+        tag, at = opened[1], opened.end()
+    else:
+        tag, at = "feedback", text.rfind("\n<feedback>") + len("\n<feedback>")
+        if at < len("\n<feedback>"):
+            return ""
+    end = text.rfind(f"</{tag}>", at)
+    after = text[end:].removeprefix(f"</{tag}>").lstrip()
+    return text[at:end].strip() if end >= 0 and (not after or after.startswith("<environment_details>")) else ""
+
+
+def is_filler(message: dict, reply: dict) -> bool:
+    """Is this user message, with the assistant message after it, a pair that Aider adds?"""
+    asked, said = message.get("content"), reply.get("content")
+    both = message.get("role") == "user" and reply.get("role") == "assistant"
+    both = both and isinstance(asked, str) and isinstance(said, str)
+    return both and bool(FILLER.match(asked) and FILLER_REPLY.fullmatch(said))
 
 
 PASSES = 8  # over a text at most, to bound the work
@@ -212,8 +233,8 @@ def unwrapped(text: str) -> str:
     Each pass removes something from the text's beginning or end. Tagged blocks that the person may have written stay.
     """
     text = without_marks(text.rpartition(CURRENT)[2])
-    if OUTPUT.match(text) and (said := IN_OUTPUT.search(text)):
-        return said[2].strip()
+    if OUTPUT.match(text) and (said := said_in_output(text)):
+        return said
     if reminder := REMINDER.search(text):
         text = text[: reminder.start()]
     words = INTERRUPTED.sub("", PREAMBLE.sub("", text))

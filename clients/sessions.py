@@ -10,7 +10,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import takewhile, zip_longest
+from itertools import pairwise, takewhile
 from typing import Any
 
 from clients.quirks import (
@@ -88,8 +88,8 @@ def conversation(messages: list[dict]) -> list[dict]:
     kept: list[dict] = []
     own: list[dict] = []  # the client's own request that we are in, and the messages after it
     filler = False  # was the message before this one Aider's?
-    for m, following in zip_longest(messages, messages[1:]):
-        if filler or (m.get("role") == "user" and is_filler(m, following)):
+    for m, following in pairwise([*messages, {}]):
+        if filler or is_filler(m, following):
             filler = not filler
             continue
         text = text_of(m.get("content"))
@@ -186,7 +186,7 @@ def letters(text: str) -> str:
 
 
 def asked_in(messages: list[dict]) -> str:
-    """The beginning of the person's last message, letters only."""
+    """The beginning of the person's last message, letters and digits only."""
     return letters(request_of(messages)[:4000])[:200]
 
 

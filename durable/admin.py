@@ -193,7 +193,7 @@ class Export(Reading):
     def read(self, db: sqlite3.Connection) -> None:
         from durable import model  # here, since torch and transformers take seconds, which `show` should not
 
-        out, owner = Path(self.out), upkeep.check_owner(db, self.user)
+        out, owner = self.journal_file().parent, upkeep.check_owner(db, self.user)
         if not (known := journal.checkpoints(db, owner)):
             raise UsageError(f"--out={out}: there is no checkpoint{f' of {owner}' if owner else ''} yet")
         step = known[-1] if self.step < 0 else self.step

@@ -115,15 +115,16 @@ async def react(setup: Setup, person: Person, question: str, subject: str, answe
     )
     said = f"Your question: {question}\n\nThe answer: {answer}\n\nYour reply:"
     async with AsyncOpenAI(base_url=setup.user_url, api_key=os.environ.get("USER_API_KEY", "none")) as player:
-        reply = await player.chat.completions.create(
-            model=setup.user_model,
-            messages=[{"role": "system", "content": role}, {"role": "user", "content": said}],
-            max_completion_tokens=1024,  # it may think first
-        )
-    said = without_thinking(reply.choices[0].message.content or "").strip()
-    if not said or reply.choices[0].finish_reason == "length":
-        raise RuntimeError(f"--user_model={setup.user_model} said nothing, or too much: {reply.choices[0]}")
-    return said
+        for _ in range(3):
+            reply = await player.chat.completions.create(
+                model=setup.user_model,
+                messages=[{"role": "system", "content": role}, {"role": "user", "content": said}],
+                max_completion_tokens=1024,  # it may think first
+            )
+            reaction = without_thinking(reply.choices[0].message.content or "").strip()
+            if reaction and reply.choices[0].finish_reason != "length":
+                return reaction
+    raise RuntimeError(f"--user_model={setup.user_model} said nothing, or too much: {reply.choices[0]}")
 
 
 async def talk(client: AsyncOpenAI, setup: Setup, person: Person, rng: random.Random) -> dict[str, Any]:

@@ -90,12 +90,13 @@ def make_plan(config: Config, folder: Path) -> Plan:
 
 
 def check_positions(shape: PretrainedConfig, context: int) -> None:
-    """UsageError if vLLM and transformers would compute the model's positions differently (Phi-3.5, Phi-4-mini): with
-    a longer context than `original`, vLLM scales the positions of all texts, transformers only those of longer ones."""
+    """UsageError if vLLM and transformers would compute the model's positions differently (Phi-3.5, Phi-4-mini). With a
+    longer context than the original one, vLLM scales the positions of all texts, transformers those of long ones."""
     rope = getattr(shape.get_text_config(), "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or math.inf
     if rope.get("rope_type") == "longrope" and context > original:
-        raise UsageError(f"--max_model_len={context}: this model can be trained only with --max_model_len={original}")
+        why = "beyond that, engine and trainer would compute its positions differently"
+        raise UsageError(f"--max_model_len={context}: this model needs --max_model_len={original} or less; {why}")
 
 
 def free_memory(group: Path = Path("/sys/fs/cgroup")) -> float:

@@ -76,7 +76,7 @@ def test_positions_that_vllm_and_transformers_compute_differently_are_refused():
     scaling = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [8.0] * 48}
     phi = AutoConfig.for_model("phi3", original_max_position_embeddings=4096, rope_scaling=scaling)
     plan.check_positions(phi, 4096)
-    with pytest.raises(UsageError, match="can be trained only with --max_model_len=4096"):
+    with pytest.raises(UsageError, match="needs --max_model_len=4096 or less"):
         plan.check_positions(phi, 8192)
     plan.check_positions(shape("4B"), 32768)
 

@@ -95,7 +95,7 @@ function showGlance() {
   for (const part of document.querySelectorAll("[data-shared]")) part.hidden = Boolean(now.steps); // a step has an owner
   const steps = [...new Set([...now.checkpoints, 0])].sort((a, b) => b - a);
   if ($("checkpoint").dataset.steps !== steps.join()) {
-    const chosen = $("checkpoint").value;
+    const chosen = $("checkpoint").selectedIndex > 0 && $("checkpoint").value; // else the newest, the first in the list
     $("checkpoint").replaceChildren(...steps.map((s) => el("option", { value: s }, s ? `step ${s}` : "the starting weights")));
     $("checkpoint").dataset.steps = steps.join();
     if (chosen && steps.includes(Number(chosen))) $("checkpoint").value = chosen;

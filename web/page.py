@@ -56,7 +56,8 @@ def glance(db: sqlite3.Connection, p: Program, user: str | None, training: dict[
         "folder": Path(p.config.model).name or "SmolLM2-135M-Instruct",
         "user": user,
         "owner": p.owner_of(user or ""),
-        "stepping": p.stepping.locked() and "training" in journal.counts(db, user),  # not in a rollback or `forget`
+        "stepping": p.stepping.locked()
+        and "training" in journal.counts(db, p.owner_of(user or "") or None),  # not in a rollback or `forget`
         # After the first colon it may quote what the judge was sent, which can be another user's turn.
         "judge_error": (error if training["admin"] else error.partition(": ")[0]) if failing else "",
         "disk_full": not journal.has_disk_space(db),

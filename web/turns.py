@@ -44,9 +44,9 @@ def listed(db: sqlite3.Connection, **where: Any) -> list[dict[str, Any]]:
         ids = [i for each in pieces_of(db, lists) for i in each]
         turn["request"] = [shown(m) for m in replied_to(pieces_of(db, ids[-LAST_MESSAGES:]))]
         turn["next"] = [shown(m) for m in pieces_of(db, json.loads(turn.pop("next_messages") or "[]")[-LAST_MESSAGES:])]
-        text = db.execute(f"SELECT substr(text, 1, {LONGEST}) FROM answers WHERE number = ?", (row["number"],))
-        (answer,) = text.fetchone() or ("",)  # a damaged journal may have no row
-        turn["answer"] = cut(without_thinking(answer).strip())
+        ends = f"SELECT substr(text, 1, {LONGEST}), substr(text, -{LONGEST}) FROM answers WHERE number = ?"
+        begin, end = db.execute(ends, (row["number"],)).fetchone() or ("", "")  # a damaged journal may have no row
+        turn["answer"] = cut(without_thinking(end if "</think>" in end else begin).strip())
         found.append(turn)
     return found
 
