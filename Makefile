@@ -6,7 +6,7 @@ PIP := .venv/bin/pip install -q
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 COMMON := transformers==5.19.0 starlette==1.10.0 uvicorn==0.54.0 openai==3.54.0 anthropic==2.12.0 accelerate==1.15.0 \
 	gguf==0.19.0 matplotlib==3.11.2 tqdm==4.70.1 httpx==0.28.1 tyro==1.0.16 peft==0.21.2 pytest==9.2.0 \
-	pytest-asyncio==1.5.0 pytest-timeout==2.4.0 hypothesis==6.170.15 playwright==1.65.2 ruff==0.17.6
+	pytest-asyncio==1.5.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 playwright==1.65.2 ruff==0.17.6
 
 run: .venv/ready
 	$(PY) -m evaluation.talk $(TALK)
@@ -15,7 +15,8 @@ serve: .venv/ready
 	$(PY) run.py --out=mine
 
 test: .venv/ready
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not timed"
+	$(PY) -m pytest -q -m timed
 
 # An hour of kills, faults, fuzz tests and streams across swaps, for the promises in docs/durability.md.
 trials: .venv/ready

@@ -53,7 +53,7 @@ def serve(folder, port: int, descriptors: int, limits: dict) -> None:
         module, _, name = name.partition(".")
         setattr({"bodies": bodies, "connections": connections}[module], name, value)
     db = journal.open_journal(folder / "journal.db")
-    p = server.SimpleNamespace(keys=Keys(folder, False), origins=[], db=db)
+    p = server.SimpleNamespace(keys=Keys(folder, False), config=server.SimpleNamespace(web_origins=[]), db=db)
     plain = socket.create_server(("127.0.0.1", port))
     listener = connections.Listener(fileno=plain.detach())
     web = connections.web_server(server.Capture(app, p))
@@ -199,7 +199,9 @@ TALK = b'{"messages":[{"role":"user","content":"%s"}]%s}'
 def captured(folder) -> httpx.AsyncClient:
     """A client of `app` behind Capture, in this event loop."""
     db = journal.open_journal(folder / "journal.db")
-    capture = server.Capture(app, server.SimpleNamespace(keys=Keys(folder, False), origins=[], db=db))
+    capture = server.Capture(
+        app, server.SimpleNamespace(keys=Keys(folder, False), config=server.SimpleNamespace(web_origins=[]), db=db)
+    )
     return httpx.AsyncClient(transport=httpx.ASGITransport(capture), base_url="http://localhost")
 
 

@@ -66,7 +66,7 @@ def test_the_key_file_is_read_again_when_it_changes(tmp_path, capsys):
 def admin(out: Path, *options: str) -> str:
     command = [sys.executable, "-m", "durable.admin", "key", f"--out={out}", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() + done.stderr.strip()
+    return done.stdout.strip() or done.stderr.strip()
 
 
 def test_keys_are_added_and_revoked_on_the_command_line(tmp_path):

@@ -644,7 +644,7 @@ async def test_no_answer_is_started_on_a_full_disk(monkeypatch, tmp_path):
 
     room = [True]
     monkeypatch.setattr(journal, "has_disk_space", lambda db: room[0])
-    p = SimpleNamespace(keys=keys.Keys(tmp_path, False), origins=[], db=None)
+    p = SimpleNamespace(keys=keys.Keys(tmp_path, False), config=SimpleNamespace(web_origins=[]), db=None)
     transport = httpx.ASGITransport(server.Capture(app, p))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         ask_it = lambda: http.post("/v1/chat/completions", json={"messages": [user("hi")]})  # noqa: E731
