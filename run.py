@@ -281,7 +281,7 @@ async def keep_running(p: Program, name: str, work: Callable[[Program], Awaitabl
 async def train_again(p: Program) -> None:
     """`train` once more, after an error that it did not handle, such as an undo that failed. EngineDied if it fails
     again, on a broken GPU for example: then the program starts again from its last checkpoint."""
-    while p.training not in ("on", OFF):
+    while p.paused.get("") not in (None, OFF):
         await asyncio.sleep(1)
     async with p.stepping:
         try:

@@ -269,7 +269,7 @@ async def test_users_see_and_rate_only_their_own_turns(program):
         assert (
             reply.status_code == 200 and "default-src 'none'; script-src 'self';" in policy and "unsafe" not in policy
         )
-    reply = await ask(client(program), [user("a secret of alice")])
+    reply = await ask(client(program), [user("a secret of alice")], extra_body={"ignore_eos": True})
     (mine,) = rows(program, "id = ?", reply.id)
     number = query(program, "SELECT number FROM turns WHERE id = ?", reply.id)[0]["number"]
     for path in ("/web/events", "/web/turns", f"/web/turns/{number}", "/web/learned"):
