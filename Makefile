@@ -14,10 +14,8 @@ run: .venv/ready
 serve: .venv/ready
 	$(PY) run.py --out=mine
 
-LONG := tests/test_program.py tests/test_users.py tests/test_apis.py  # they begin first
-
 test: .venv/ready
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not timed" $(LONG) tests
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not timed"
 	$(PY) -m pytest -q -m timed
 
 # An hour of kills, faults, fuzz tests and streams across swaps, for the promises in docs/durability.md.
