@@ -70,10 +70,13 @@ FILLER = re.compile(
 FILLER_REPLY = re.compile(
     r"Ok(\.|, (any changes I propose will be|I will use th|I won't try and edit those|based on your requests I)[^\n]*)"
 )
-# Aider's format rules, after the person's words.
-REMINDER = re.compile(
-    r"\n\n\n?(# \*SEARCH/REPLACE block\* Rules:|To suggest changes to a file you MUST return|"
-    r"# File editing rules:\n\nReturn edits similar to|# V4A Diff Format Rules:|NEVER RETURN CODE!)"
+# How Aider's format rules begin, which stand after the person's words.
+REMINDERS = (
+    "# *SEARCH/REPLACE block* Rules:",
+    "To suggest changes to a file you MUST return",
+    "# File editing rules:\n\nReturn edits similar to",
+    "# V4A Diff Format Rules:",
+    "NEVER RETURN CODE!",
 )
 ENDS = 20_000  # characters at each end of a long text that are searched for the next two
 # A heartbeat's prompt can be configured, but it always asks for the same answer if all is well.
@@ -235,8 +238,9 @@ def unwrapped(text: str) -> str:
     text = without_marks(text.rpartition(CURRENT)[2])
     if OUTPUT.match(text) and (said := said_in_output(text)):
         return said
-    if reminder := REMINDER.search(text):
-        text = text[: reminder.start()]
+    for reminder in REMINDERS:
+        before, found, _ = text.partition(f"\n\n{reminder}")
+        text = before.rstrip() if found else text
     words = INTERRUPTED.sub("", PREAMBLE.sub("", text))
     for _ in range(PASSES):
         before = words

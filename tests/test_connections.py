@@ -220,7 +220,7 @@ def captured(folder) -> httpx.AsyncClient:
         (TALK % (b"x" * MIB, b',"n":"64"'), "n=64 times a body of 1048628 bytes"),
         # passed on: vLLM refuses these itself, or can serve them
         *((TALK % (b"x", b',"n":' + n), None) for n in (b'"many"', b"1e999", b"NaN", b"[]", b"-1", b"true", b"1.5")),
-        (TALK % (b"x", b',"n":16384'), None),
+        (TALK % (b"x", b',"n":16384'), "n=16384: at most 128"),
         (TALK % (b"x" * 31 * MIB, b',"n":2'), None),
         (TALK % (b'\\"[[[[\\\\' * 1000, b',"n":' + b"9" * 5000), "not JSON that can be served"),
         (TALK % (b'\\"[[[[\\\\' * 1000, b""), None),
