@@ -108,10 +108,10 @@ class Capture:
             # recorded: it asks the engine for many answers of one token, and none is what the client gets.
             fields = body_json if isinstance(body_json, dict) and not body_json.get("use_beam_search") else {}
             messages, chat = fields.get("input" if scope["path"] == RESPONSES else "messages"), scope["path"] == CHAT
-            why = too_much(fields, messages, len(body))
             if fields.get("kv_transfer_params"):  # it could hold the token ids of another prompt
                 why = "kv_transfer_params is not supported: a prompt is made from its messages"
-            if why:
+                return await openai_error(400, why)(scope, receive, send)
+            if why := too_much(fields, messages, len(body)):
                 return await openai_error(400, why)(scope, receive, send)
             if scope["path"] == RESPONSES and fields:  # this API takes its id from the body
                 body = json.dumps(fields | {"request_id": f"resp_{uuid.uuid4().hex}"}).encode()

@@ -17,9 +17,7 @@ import openai
 TRIES = 3  # for a turn that the judge refuses
 OF_REQUEST = (400, 403, 422)  # refused because of this request; OpenAI forbids log-probs of some models with a 403
 HOPELESS = (*OF_REQUEST, 401, 404, 429)  # an immediate retry won't help
-ONE_CHOICE = (
-    "one completion choice"  # llama.cpp's error with n > 1: "Only one completion choice is allowed", status 500
-)
+ONE_CHOICE = "one completion choice"  # in llama.cpp's error for n > 1, which has status 500
 # Fields that an endpoint may refuse, in the order in which they are dropped, and what its error says then.
 OPTIONAL = {"max_tokens": r"\bmax_tokens\b", "temperature": r"\btemperature\b", "n": rf"\bn\b|{ONE_CHOICE}"}
 CONTEXT = r"context (length|size|window|of \d)|max_new_tokens"  # in an error about a prompt with max_tokens
@@ -107,7 +105,7 @@ class Endpoint:
 
         A "bad request" error usually names the field. If not, the fields are dropped one by one, but only from a
         request without `extra_body`. If prompt and max_tokens are over the judge's context, max_tokens is halved.
-        ConnectionError if the reply is not a chat completion."""
+        ConnectionError if the reply is not a chat completion, ValueError if it has no choices."""
         refused, limit = list(self.refused), request["max_tokens"]
         while True:
             fields = {k: v for k, v in (request | {"max_tokens": limit}).items() if k not in refused}
@@ -131,10 +129,11 @@ class Endpoint:
                 else:
                     raise
                 continue
-            if not getattr(reply, "choices", None):  # []: this prompt is blocked; else an error with status 200, a page
-                raise (ValueError if getattr(reply, "choices", None) == [] else ConnectionError)(
-                    f"not a chat completion: {str(reply)[:300]}"
-                )
+            if not (choices := getattr(reply, "choices", None)):
+                kind = (
+                    ValueError if choices == [] else ConnectionError
+                )  # the prompt is blocked; an error with status 200
+                raise kind(f"not a chat completion: {str(reply)[:300]}")
             if new := set(refused) - self.refused:
                 print(f"judge: the endpoint refuses {', '.join(sorted(new))}; no longer sent", flush=True)
                 self.refused |= new
